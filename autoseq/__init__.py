@@ -1,0 +1,31 @@
+"""autoseq: a `torch.compile` backend that splits a transformer's sequence over devices, with one device's numbers.
+
+    model = torch.compile(model, backend="autoseq")
+
+Every rank of a sequence group calls the model with the same, full-length inputs and gets the outputs and gradients of one
+device. `parallelize` and `sequence_parallel` do the same as a function and as a class decorator.
+"""
+
+from autoseq.api import parallelize, sequence_parallel
+from autoseq.options import Options
+from autoseq.runtime.deferred import DeferredTensor
+from autoseq.runtime.errors import (
+    AutoSeqError,
+    FallbackError,
+    MeshError,
+    NoAttentionError,
+    NoSequenceError,
+    OptionError,
+    RankMismatchError,
+    RendezvousError,
+    StrategyError,
+    TargetError,
+    UnsupportedError,
+)
+
+__all__ = [
+    "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "NoAttentionError", "NoSequenceError", "OptionError",
+    "Options", "RankMismatchError", "RendezvousError", "StrategyError", "TargetError", "UnsupportedError", "parallelize",
+    "sequence_parallel",
+]  # fmt: skip
+__version__ = "0.1.0"

@@ -1,0 +1,92 @@
+"""Ranks agree, or fail together: the same program and plan at compile time, the same inputs at the first call.
+
+A rank that compiled another graph would not give a wrong number but a hang, in the middle of a collective. So ranks compare
+fingerprints through the store, which cannot hang, before anything is sent.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from autoseq.runtime.errors import AutoSeqError, RankMismatchError
+from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.rendezvous import exchange
+
+_TIMEOUT_VARIABLE = "AUTOSEQ_COMPILE_TIMEOUT_S"
+_DEFAULT_TIMEOUT_S = 600.0
+_SAMPLED_ELEMENTS = 4096
+_HASHED_WHOLE_BYTES = 1 << 22
+
+
+def _timeout_s() -> float:
+    return float(os.environ.get(_TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
+
+
+def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> None:
+    """Compare this rank's program (its text, line by line) with the others'; raise on all ranks if any differs or failed."""
+    if group.size == 1:
+        return
+    text = "\n".join(lines)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    mine = {"digest": digest, "failure": None if failure is None else f"{type(failure).__name__}: {failure}"}
+    theirs = [json.loads(reply) for reply in exchange(group, "program", json.dumps(mine).encode(), timeout_s=_timeout_s())]
+    failed = {rank: reply["failure"] for rank, reply in enumerate(theirs) if reply["failure"]}
+    if failure is not None:
+        return  # the caller raises its own, which says more
+    if failed:
+        rank, message = next(iter(failed.items()))
+        raise RankMismatchError(f"rank {rank} of group {group.name!r} could not compile the program: {message}")
+    if len({reply["digest"] for reply in theirs}) == 1:
+        return
+    texts = [zlib.decompress(t).decode() for t in exchange(group, "program text", zlib.compress(text.encode()), timeout_s=_timeout_s())]
+    raise RankMismatchError(_first_difference(group, texts))
+
+
+def _first_difference(group: SequenceGroup, texts: Sequence[str]) -> str:
+    for other in range(1, len(texts)):
+        for ours, their in itertools.zip_longest(texts[0].splitlines(), texts[other].splitlines(), fillvalue="(nothing)"):
+            if ours != their:
+                return (
+                    f"ranks 0 and {other} of group {group.name!r} compiled different programs. First difference:\n"
+                    f"  rank 0: {ours.strip()}\n  rank {other}: {their.strip()}\n"
+                    "Every rank must build the same model, pass the same options and call it with inputs of the same shape."
+                )
+    return f"ranks of group {group.name!r} compiled different programs"
+
+
+def agree_on_inputs(group: SequenceGroup, names: Sequence[str], values: Sequence[object], *, draws: bool) -> None:
+    """Compare cheap hashes of the inputs (parameters too); raise RankMismatchError naming the first that differs.
+
+    Integer inputs are hashed whole up to 4 MiB, the rest by 4096 evenly spaced elements. For a program that `draws`
+    random numbers the generator's state counts too: a value drawn on every rank must be the same.
+    """
+    if group.size == 1:
+        return
+    hashes = {name: _hash(value) for name, value in zip(names, values, strict=True)}
+    if draws:
+        hashes["torch's random state (call torch.manual_seed alike on every rank)"] = _hash(torch.get_rng_state())
+    replies = exchange(group, "inputs", json.dumps(hashes).encode(), timeout_s=_timeout_s())
+    theirs = [json.loads(reply) for reply in replies]
+    for name in hashes:
+        for rank, other in enumerate(theirs):
+            if other[name] != theirs[0][name]:
+                raise RankMismatchError(
+                    f"ranks 0 and {rank} of group {group.name!r} called the model with different values of {name}. "
+                    "Every rank of a sequence group gets the same, full-length inputs and the same parameters; "
+                    "autoseq takes each rank's part itself."
+                )
+
+
+def _hash(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    flat = value.detach().reshape(-1)
+    if flat.numel() * flat.element_size() > _HASHED_WHOLE_BYTES or value.is_floating_point():
+        flat = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)]
+    data = flat.contiguous().cpu().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(data, digest_size=12).hexdigest()}"

@@ -1,0 +1,49 @@
+"""autoseq as a function and as a decorator."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+from autoseq.backend import autoseq
+from autoseq.options import parse_options
+from autoseq.runtime.errors import OptionError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def parallelize(model: Model, **options: Any) -> Model:
+    """Compile `model` in place so that its sequence is split over ranks; returns it, `state_dict` keys unchanged.
+
+    `options` are those of `autoseq.Options`; a wrong one raises OptionError here, not at the first call.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"parallelize takes an nn.Module, not {type(model).__name__}; for a function use torch.compile")
+    parse_options(options)
+    model.compile(backend=autoseq, options=options)
+    return model
+
+
+def sequence_parallel(**options: Any) -> Callable[[type[Model]], type[Model]]:
+    """A class decorator: every instance of the `nn.Module` class is `parallelize`d when it has been made.
+
+        @autoseq.sequence_parallel(strategy="ring")
+        class Model(nn.Module): ...
+    """
+    parse_options(options)
+
+    def decorate(cls: type[Model]) -> type[Model]:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise OptionError("sequence_parallel decorates an nn.Module class")
+        plain_init = cls.__init__
+
+        def __init__(self: Model, *args: Any, **kwargs: Any) -> None:
+            plain_init(self, *args, **kwargs)
+            if type(self) is cls:  # a subclass is made whole by its own __init__, and may be decorated itself
+                parallelize(self, **options)
+
+        __init__.__wrapped__ = plain_init  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[method-assign]
+        return cls
+
+    return decorate

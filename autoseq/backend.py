@@ -1,0 +1,154 @@
+"""The torch.compile backend, found by its name through the `torch_dynamo_backends` entry point.
+
+It rewrites the graph (`program`), has the ranks agree on it, compiles it with Inductor or runs it eagerly behind
+AOTAutograd, and wraps the outputs that are shards.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoseq.agreement import agree_on_inputs, agree_on_program
+from autoseq.options import Options, parse_options
+from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
+from autoseq.program import Program, build_program, fake_inputs
+from autoseq.runtime.deferred import DeferredTensor, defer
+from autoseq.runtime.errors import AutoSeqError
+from autoseq.runtime.groups import SequenceGroup, group_from_mesh
+from autoseq.runtime.layout import Layout
+
+log = logging.getLogger("autoseq")
+
+if torch.__version__ < (2, 11):
+    raise ImportError(f"autoseq needs torch 2.11 or later; this is {torch.__version__}")
+
+
+def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile one Dynamo graph with its sequence split over ranks; see `Options` for `options`.
+
+    An error is raised when the compiled function is called, so that it reaches the caller as itself: Dynamo would wrap an
+    exception of a backend, and answer some by running the model unsplit.
+    """
+    try:
+        chosen = parse_options(options)
+        group = group_from_mesh(chosen.mesh)
+        return _compile(gm, inputs, chosen, group)
+    except AutoSeqError as error:
+        return _raiser(error)
+
+
+def _raiser(error: AutoSeqError) -> Callable[..., Any]:
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
+
+
+def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup) -> Callable[..., Any]:
+    program, failure = None, None
+    try:
+        program = build_program(gm, inputs, options=options, group=group, is_fragment=_is_fragment(gm, inputs))
+    except AutoSeqError as error:
+        failure = error
+    except Exception as error:  # whatever it is, the other ranks are told and the caller sees it
+        failure = AutoSeqError(f"internal error while rewriting the program: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+    lines = program.fingerprint() if program else ["(a fragment without attention)", *str(gm.graph).splitlines()]
+    agree_on_program(group, [*lines, repr(_comparable(options))], failure)
+    if failure is not None:
+        raise failure
+    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    if program is None:
+        if group.size > 1:
+            log.warning("a part of the program has no attention (the model was traced in several parts); it runs whole on every rank")
+        return _Runner(_inner(gm, fake_inputs(gm, inputs), options), [], names, group, options, draws=False)
+    compiled = _inner(program.gm, program.inputs, options)
+    return _Runner(compiled, program.sharding.outputs, names, group, options, draws=_draws(program), layout=program.plan.layout)
+
+
+def _comparable(options: Options) -> Mapping[str, object]:
+    """Options as ranks compare them: a mesh's ranks differ between groups, the rest may not."""
+    return {name: getattr(options, name) for name in options.__dataclass_fields__ if name != "mesh"}
+
+
+def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options) -> Callable[..., Any]:
+    if options.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(fake))
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(fake))  # type: ignore[return-value, arg-type]
+
+
+def _is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
+    """Whether this graph is a part of a program that Dynamo traced in several parts."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        return True
+    if any(isinstance(x, DeferredTensor) for x in inputs):
+        return True
+    return not _called_from_outside()
+
+
+_PASSED_OVER = ("torch/_dynamo/", "torch/_inductor/", "torch/_functorch/", "torch/_compile.py", "torch/_utils_internal.py",
+                "autoseq/backend.py", "torch/utils/_", "torch/_logging", "torch/_subclasses", "torch/__init__.py", "contextlib.py")  # fmt: skip
+
+
+def _called_from_outside() -> bool:
+    """Whether the frame being compiled is the one that was given to torch.compile: its caller is Dynamo's own wrapper."""
+    frame = sys._getframe()
+    seen_callback = False
+    while frame is not None:
+        name = frame.f_code.co_filename.replace("\\", "/")
+        if "torch/_dynamo/eval_frame.py" in name and frame.f_code.co_name in ("compile_wrapper", "_fn", "__call__"):
+            return True
+        inside = any(part in name for part in _PASSED_OVER)
+        seen_callback = seen_callback or "torch/_dynamo/convert_frame.py" in name
+        if seen_callback and not inside and "torch/nn/modules/module.py" not in name:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _draws(program: Program) -> bool:
+    tagged = torch.Tag.nondeterministic_seeded
+    return any(isinstance(n.target, torch._ops.OpOverload) and tagged in n.target.tags for n in program.before.nodes) or any(
+        n.target is torch.ops.aten.dropout.default for n in program.before.nodes
+    )
+
+
+class _Runner:
+    """The compiled program as Dynamo calls it: checks the first inputs, gathers deferred ones, wraps sharded outputs."""
+
+    def __init__(self, compiled: Callable[..., Any], outputs: Sequence[ShardedOutput], names: Sequence[str], group: SequenceGroup,
+                 options: Options, *, draws: bool, layout: Layout = "contiguous") -> None:  # fmt: skip
+        self._compiled, self._outputs, self._names = compiled, outputs, names
+        self._group, self._options, self._draws, self._layout = group, options, draws, layout
+        self._agreed = False
+
+    def __call__(self, *args: Any) -> Any:
+        args = tuple(x.full() if isinstance(x, DeferredTensor) else x for x in args)
+        if not self._agreed:
+            agree_on_inputs(self._group, self._names, args, draws=self._draws)
+            self._agreed = True
+        results = list(self._compiled(*args))
+        wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
+        for index, value in wrapped:
+            results[index] = value
+        extra = {size.index for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local) if isinstance(size, SizeOutput)}
+        return [r for i, r in enumerate(results) if i not in extra]
+
+    def _wrap(self, out: ShardedOutput, results: Sequence[Any]) -> torch.Tensor:
+        def size(of: RunTimeSize) -> int:
+            return int(results[of.index]) if isinstance(of, SizeOutput) else of
+
+        deferred = defer(
+            results[out.index], name=f"{out.name} ({out.source})", shape=tuple(map(size, out.shape)), dim=out.dim, outer=size(out.outer),
+            length=size(out.length), local_length=size(out.local), layout=self._layout, group=self._group.name,
+        )  # fmt: skip
+        return deferred.local if self._options.outputs == "local" else deferred

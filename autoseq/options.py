@@ -1,0 +1,66 @@
+"""The options of the backend: one frozen record, validated with errors that list what exists."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from autoseq.runtime.errors import OptionError
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.strategies import STRATEGIES
+
+Outputs = Literal["deferred", "full", "local"]
+GradSync = Literal["sequence", "none"]
+Inner = Literal["inductor", "aot_eager"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "strategy": ("auto", *STRATEGIES),
+    "layout": ("auto", *get_args(Layout)),
+    "outputs": get_args(Outputs),
+    "grad_sync": get_args(GradSync),
+    "inner": get_args(Inner),
+    "strict": (False, True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `torch.compile(model, backend="autoseq", options={...})` takes; defaults are what most programs want.
+
+    mesh: the ranks that share one sequence, as a 1-D DeviceMesh; None means all ranks.
+    strategy: how attention crosses ranks; "auto" picks, per site, the legal one that sends the fewest bytes.
+    layout: which rows a rank holds; "auto" is zigzag where causal work would else be unbalanced.
+    outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
+    grad_sync: parameter gradients are reduced over the sequence group in the graph ("sequence") or left to the caller.
+    inner: what compiles the rewritten graph.
+    strict: a step that has to run on gathered values is an error, not a logged fallback.
+    """
+
+    mesh: DeviceMesh | None = None
+    strategy: str = "auto"
+    layout: str = "auto"
+    outputs: Outputs = "deferred"
+    grad_sync: GradSync = "sequence"
+    inner: Inner = "inductor"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and not isinstance(self.mesh, DeviceMesh):
+            raise OptionError(f"option 'mesh' is a torch.distributed DeviceMesh or None, not {type(self.mesh).__name__}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
+                raise OptionError(f"option {name!r} cannot be {value!r}; it is one of {', '.join(map(repr, choices))}")
+
+
+def parse_options(given: Mapping[str, Any] | None) -> Options:
+    """Validate a mapping of options. Raises OptionError for an unknown key or value, naming what exists."""
+    known = [f.name for f in fields(Options)]
+    for key in given or {}:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise OptionError(f"there is no option {key!r}{hint}; the options are {', '.join(known)}")
+    return Options(**dict(given or {}))

@@ -1,0 +1,169 @@
+"""From Dynamo's graph to the local graph and its plan: what the backend compiles and what `inspect` shows.
+
+    Dynamo graph → open regions → normalize → find attention → read masks → plan → find sequence → shard → lower → tidy
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import fx
+from torch._guards import TracingContext
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from autoseq.options import Options
+from autoseq.passes.find_attention import LeftWhole, find_attention
+from autoseq.passes.find_sequence import find_sequence
+from autoseq.passes.lower import lower
+from autoseq.passes.normalize import drop_noops, normalize
+from autoseq.passes.open_regions import open_regions
+from autoseq.passes.read_masks import DenseMask, read_masks
+from autoseq.passes.runner import Pass, PassRecord, run_passes
+from autoseq.passes.shard import Fallback, Sharding, shard
+from autoseq.passes.tidy import bucket_varies, drop_idle_varies, refresh_values
+from autoseq.planner import NamedSite, Plan, find_sites, make_plan
+from autoseq.runtime.deferred import DeferredTensor
+from autoseq.runtime.errors import AutoSeqError, FallbackError, NoAttentionError, NoSequenceError
+from autoseq.runtime.groups import SequenceGroup
+
+log = logging.getLogger("autoseq")
+
+GRADIENT_BUCKET_BYTES = 64 << 20
+"""Parameter gradients are reduced in messages of up to this many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A rewritten program: the local graph, what it was before, the plan, and every choice that costs something."""
+
+    gm: fx.GraphModule
+    before: fx.Graph
+    inputs: list[object]
+    plan: Plan
+    sharding: Sharding
+    dense_masks: tuple[DenseMask, ...]
+    left_whole: tuple[LeftWhole, ...]
+    records: dict[str, PassRecord]
+
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        return self.sharding.fallbacks
+
+    def fingerprint(self) -> list[str]:
+        """The global graph and the plan, as lines of text without anything that differs between ranks."""
+        return [*str(self.before).splitlines(), *self.plan.lines()]
+
+
+def build_program(
+    gm: fx.GraphModule,
+    inputs: Sequence[object],
+    *,
+    options: Options,
+    group: SequenceGroup,
+    is_fragment: bool,
+    observe: Callable[[str, fx.GraphModule], None] | None = None,
+) -> Program | None:
+    """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole."""
+    open_regions(gm)
+    fake = fake_inputs(gm, inputs)
+    normal = normalize(gm, fake)
+    for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
+        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+    records = run_passes(normal, _READ, observe=observe)
+    sites = find_sites(normal)
+    found, left_whole = records["find_attention"].result
+    if not sites:
+        if is_fragment:
+            return None
+        raise NoAttentionError(_no_attention(gm, left_whole))
+    _check_lengths(sites, group)
+    plan = make_plan(sites, group_size=group.size, strategy=options.strategy, layout=options.layout)
+    before = fx.Graph()
+    before.graph_copy(normal.graph, {}, return_output_node=True)
+    records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
+    if records["lower"].result != found:
+        raise AutoSeqError(f"internal error: {found} attention sites were found, {records['lower'].result} rewritten")
+    sharding: Sharding = records["shard"].result
+    program = Program(normal, before, fake, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole), records)
+    _tell(program, options, group)
+    return program
+
+
+_READ = (
+    Pass("drop_noops", drop_noops),
+    Pass("find_attention", find_attention),
+    Pass("read_masks", read_masks),
+)
+
+
+def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple[Pass, ...]:
+    lowering = Pass("lower", partial(lower, strategies=plan.strategies()))
+    if group.size == 1:
+        return Pass("shard", lambda gm: Sharding(0, [], [])), lowering
+    gather = options.outputs == "full"
+    return (
+        Pass("find_sequence", find_sequence),
+        Pass("shard", partial(shard, group=group.name, group_size=group.size, layout=plan.layout, gather_outputs=gather)),
+        lowering,
+        Pass("drop_idle_varies", partial(drop_idle_varies, grad_sync=options.grad_sync == "sequence")),
+        Pass("bucket_varies", partial(bucket_varies, bucket_bytes=GRADIENT_BUCKET_BYTES)),
+        Pass("refresh_values", refresh_values),
+    )
+
+
+def fake_inputs(gm: fx.GraphModule, inputs: Sequence[object]) -> list[object]:
+    """Dynamo's real inputs as fake tensors of its own mode, symbolic sizes kept.
+
+    A deferred output of an earlier part of the program stands for its whole value here.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context and context.fake_mode else FakeTensorMode()
+
+    def fake(node: fx.Node, value: object) -> object:
+        if isinstance(value, DeferredTensor):
+            with mode:
+                return torch.empty(node.meta["example_value"].shape, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        symbolic = context.tensor_to_context.get(value) if context else None
+        return mode.from_tensor(value, static_shapes=symbolic is None, symbolic_context=symbolic)
+
+    return [fake(node, value) for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
+
+
+def _no_attention(gm: fx.GraphModule, left_whole: Sequence[LeftWhole]) -> str:
+    if left_whole:
+        calls = "; ".join(f"{call.source}: {call.reason}" for call in left_whole)
+        return f"no attention can be split: {calls}"
+    first = next((n for n in gm.graph.nodes if n.meta.get("stack_trace")), None)
+    where = first.meta["stack_trace"].strip().splitlines()[0].strip() if first is not None else "the compiled function"
+    return (
+        f"no attention was found in the program that starts at {where}. autoseq reads "
+        "torch.nn.functional.scaled_dot_product_attention; for a transformers model pass attn_implementation='sdpa'."
+    )
+
+
+def _check_lengths(sites: Sequence[NamedSite], group: SequenceGroup) -> None:
+    for named in sites:
+        if min(named.site.q_len, named.site.k_len) < group.size:
+            raise NoSequenceError(
+                f"the sequence at {named.source} has {min(named.site.q_len, named.site.k_len)} positions, fewer than the "
+                f"{group.size} ranks that should share it; use a smaller mesh or longer inputs"
+            )
+
+
+def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
+    """Each choice that costs something is said once; under `strict` a fallback is an error."""
+    lines = [f"{f.op} at {f.source} runs on gathered values ({f.reason}); {f.bytes_per_rank:,} bytes a rank" for f in program.fallbacks]
+    if group.size > 1:
+        lines += [f"the mask of the attention at {d.source} is held whole: {d.reason}; {d.num_bytes:,} bytes" for d in program.dense_masks]
+        lines += [f"the attention at {c.source} runs whole on every rank: {c.reason}" for c in program.left_whole]
+    if lines and options.strict:
+        raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
+    for line in lines:
+        log.warning("%s", line)
+    for line in program.plan.lines():
+        log.info("%s", line)

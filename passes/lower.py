@@ -1,0 +1,26 @@
+"""Lower: each `attention` node calls the runtime of the strategy that was planned for it.
+
+    attention(q, k, v, …, group="0")      →      ring.attention(q, k, v, …, group="0")
+
+Legal because every strategy computes the same function of the same local shards; only what is sent differs. Under
+activation checkpointing the attention keeps its result: recomputing it would communicate a third time.
+"""
+
+from collections.abc import Mapping
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from autoseq.passes.find_attention import is_attention
+from autoseq.runtime.strategies import STRATEGIES
+
+
+def lower(gm: fx.GraphModule, *, strategies: Mapping[str, str]) -> int:
+    """Give each site (by its unique name) the strategy planned for it; returns the number of sites."""
+    sites = [node for node in gm.graph.nodes if is_attention(node)]
+    for node in sites:
+        node.meta["attention"]["strategy"] = strategies[node.meta["attention"]["name"]]
+        node.target = STRATEGIES[strategies[node.meta["attention"]["name"]]].attention
+        if "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return len(sites)

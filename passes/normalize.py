@@ -1,0 +1,127 @@
+"""Normalize: Dynamo's Torch IR becomes functional ATen before autograd, one node an operator a person would name.
+
+    y = torch.nn.functional.linear(x, w); y.add_(1)     →     linear = aten.linear(x, w); add = aten.add.Tensor(linear, 1)
+
+Legal because `aot_export_module` only functionalizes: composite operators (`linear`, `layer_norm`, attention, losses) stay
+whole since the trace is taken before autograd, in-place writes to inputs come back as `copy_` at the end, and grad-mode
+and autocast regions stay as the calls that enter and leave them. Every node keeps its source line.
+"""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import GraphSignature, aot_export_module
+
+aten = torch.ops.aten
+
+
+def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
+    """The same program as `gm` in functional ATen; `inputs` are fake tensors (or SymInts), one a placeholder of `gm`.
+
+    The result takes the same inputs in the same order and returns the same outputs. Tensors that `gm` held as
+    attributes stay attributes.
+    """
+    exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
+    _name_placeholders(exported, gm, signature)
+    _restore_attributes(exported, gm, signature)
+    _restore_mutations(exported, signature)
+    _reshape_views(exported)
+    return exported
+
+
+def _reshape_views(exported: fx.GraphModule) -> None:
+    """`view` asks for a memory layout that a rewritten operand need not have; `reshape` asks for the values only."""
+    for node in exported.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+
+
+def _name_placeholders(exported: fx.GraphModule, gm: fx.GraphModule, signature: GraphSignature) -> None:
+    """Carry the user's names (`L['input_ids']`) over as metadata: messages and reports speak of them."""
+    user_inputs = exported.graph.find_nodes(op="placeholder")[len(signature.parameters) + len(signature.buffers):]
+    for new, old in zip(user_inputs, gm.graph.find_nodes(op="placeholder"), strict=True):
+        new.meta["source_name"] = str(old.target)
+
+
+def _restore_attributes(exported: fx.GraphModule, gm: fx.GraphModule, signature: GraphSignature) -> None:
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name not in lifted:
+            continue
+        owner: object = gm
+        for atom in lifted[node.name].split("."):
+            owner = getattr(owner, atom)
+        attribute = "held_" + lifted[node.name].replace(".", "_")
+        if isinstance(owner, torch.nn.Parameter):
+            exported.register_parameter(attribute, owner)
+        else:
+            assert isinstance(owner, torch.Tensor)
+            exported.register_buffer(attribute, owner, persistent=False)
+        with exported.graph.inserting_before(node):
+            held = exported.graph.get_attr(attribute)
+        held.meta.update(node.meta)
+        node.replace_all_uses_with(held)
+        signature_name = node.name
+        exported.graph.erase_node(node)
+        held.meta["lifted_from"] = signature_name
+
+
+def _restore_mutations(exported: fx.GraphModule, signature: GraphSignature) -> None:
+    """Functionalization returns an input's new value as an extra leading output; write it back instead."""
+    mutated = {**signature.parameters_to_mutate, **signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    targets = {names.get(n.meta.get("lifted_from", n.name), n.name): n for n in exported.graph.nodes if n.op in ("placeholder", "get_attr")}
+    output = exported.graph.output_node()
+    results = list(output.args[0])  # type: ignore[arg-type]
+    with exported.graph.inserting_before(output):
+        for value in results[: len(mutated)]:
+            target = targets[mutated[value.name]]
+            exported.graph.call_function(aten.copy_.default, (target, value)).meta.update(target.meta)
+    output.args = (tuple(results[len(mutated):]),)
+
+
+def drop_noops(gm: fx.GraphModule) -> int:
+    """Remove operators that return their operand unchanged; returns how many.
+
+        y = aten.slice.Tensor(x, 1, 0, S) where x has S rows      →      x
+
+    Legal because the graph is functional (an alias cannot be told from its base) and the shapes are equal.
+    """
+    dropped = 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or not _is_noop(node):
+            continue
+        if node.target is not aten._assert_tensor_metadata.default:
+            node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+        dropped += 1
+    return dropped
+
+
+_SAME_IF_SAME_SHAPE = {
+    aten.reshape.default, aten.expand.default, aten.slice.Tensor,
+}
+
+
+def _is_noop(node: fx.Node) -> bool:
+    if node.target in (aten._assert_tensor_metadata.default, aten.alias.default, aten.lift_fresh.default):
+        return True
+    if node.target in _SAME_IF_SAME_SHAPE:
+        if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
+            return False
+        return same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)  # type: ignore[union-attr]
+    return False
+
+
+def same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Whether two shapes are provably equal (symbolic sizes included)."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are provably equal; adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(operator.eq(a, b))

@@ -1,0 +1,214 @@
+"""Rules of operators that move elements: reshape, reorder, cut, join, repeat, fill."""
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from autoseq.passes.factors import Dims, Factors, Size, reshape_dims
+from autoseq.passes.normalize import same_size
+from autoseq.passes.rules.rule import (
+    LocalEmitter,
+    Rule,
+    argument,
+    as_dim,
+    bind_node,
+    dims_of,
+    first_val,
+    operand_shapes,
+    plain_dims,
+    result_shapes,
+)
+from autoseq.passes.factors import parse_pattern
+
+aten = torch.ops.aten
+
+
+def _reshape(node: fx.Node) -> Factors | None:
+    old, new, sizes, whole = reshape_dims(first_val(node).shape, result_shapes(node)[0])
+    return Factors((old,), (new,), sizes, whole)
+
+
+def _reorder(order_of: Callable[[fx.Node, int], list[int]]) -> Callable[[fx.Node], Factors]:
+    def factors(node: fx.Node) -> Factors:
+        shape = first_val(node).shape
+        names, sizes = plain_dims(len(shape)), {}
+        old = dims_of(shape, names, sizes)
+        return Factors((old,), (tuple(old[i] for i in order_of(node, len(shape))),), sizes)
+
+    return factors
+
+
+def _swapped(node: fx.Node, rank: int) -> list[int]:
+    order = list(range(rank))
+    a, b = (as_dim(d, rank) for d in node.args[1:3])
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _slice(node: fx.Node) -> Factors | None:
+    """Cutting a dim needs it whole; cutting only its end keeps rows where they are."""
+    shape, result = first_val(node).shape, result_shapes(node)[0]
+    dim = as_dim(argument(node, 1, "dim", 0), len(shape))
+    keeps_rows = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+    names = plain_dims(len(shape))
+    sizes: dict[str, Size] = {}
+    old = dims_of(shape, names, sizes)
+    if keeps_rows:
+        return Factors((old,), (old,), sizes)
+    cut = list(old)
+    cut[dim] = ("cut",)
+    sizes["cut"] = result[dim]
+    return Factors((old,), (tuple(cut),), sizes, frozenset({f"d{dim}", "cut"}))
+
+
+def _local_slice(node: fx.Node, local: LocalEmitter) -> fx.Node:
+    """Dropping the last rows of the sequence moves nothing: they become padding. Any other dim is cut as before."""
+    mark = local.operand_mark(0)
+    dim = as_dim(argument(node, 1, "dim", 0), first_val(node).dim())
+    return local.args[0] if mark is not None and mark.dim == dim else local.emit(node.target, local.args, local.kwargs)  # type: ignore
+
+
+def _select(node: fx.Node) -> Factors:
+    shape = first_val(node).shape
+    dim = as_dim(node.args[1], len(shape))
+    sizes: dict[str, Size] = {}
+    old = dims_of(shape, plain_dims(len(shape)), sizes)
+    return Factors((old,), (old[:dim] + old[dim + 1:],), sizes, frozenset({f"d{dim}"}))
+
+
+def _unsqueeze(node: fx.Node) -> Factors:
+    shape = first_val(node).shape
+    dim = as_dim(node.args[1], len(shape) + 1)
+    sizes: dict[str, Size] = {}
+    old = dims_of(shape, plain_dims(len(shape)), sizes)
+    return Factors((old,), (old[:dim] + ((),) + old[dim:],), sizes)
+
+
+def _expand(node: fx.Node) -> Factors:
+    shape, result = first_val(node).shape, result_shapes(node)[0]
+    sizes: dict[str, Size] = {}
+    new = dims_of(result, plain_dims(len(result)), sizes)
+    tail = new[len(result) - len(shape):]
+    old = tuple(() if same_size(size, 1) else dim for size, dim in zip(shape, tail, strict=True))
+    return Factors((old,), (new,), sizes)
+
+
+def _join(node: fx.Node) -> Factors | None:
+    """`cat`: the joined dim must be whole in every operand; the others are shared."""
+    shapes = [s for s in operand_shapes(node) if s is not None]
+    rank = len(result_shapes(node)[0])
+    if any(len(s) != rank for s in shapes):
+        return None
+    dim = as_dim(argument(node, 1, "dim", 0), rank)
+    sizes: dict[str, Size] = {}
+    names = plain_dims(rank)
+    operands: list[Dims] = []
+    for i, shape in enumerate(shapes):
+        names[dim] = (f"part{i}",)
+        operands.append(dims_of(shape, names, sizes))
+    names[dim] = ("joined",)
+    result = dims_of(result_shapes(node)[0], names, sizes)
+    whole = frozenset({"joined", *(f"part{i}" for i in range(len(shapes)))})
+    return Factors(tuple(operands), (result,), sizes, whole)
+
+
+def _stack(node: fx.Node) -> Factors:
+    shapes = [s for s in operand_shapes(node) if s is not None]
+    dim = as_dim(argument(node, 1, "dim", 0), len(shapes[0]) + 1)
+    sizes: dict[str, Size] = {}
+    operands = tuple(dims_of(s, plain_dims(len(s)), sizes) for s in shapes)
+    sizes["stacked"] = len(shapes)
+    stacked = (("stacked",),) if len(shapes) > 1 else ((),)
+    return Factors(operands, (operands[0][:dim] + stacked + operands[0][dim:],), sizes, frozenset({"stacked"}))
+
+
+def _cut_up(node: fx.Node) -> Factors:
+    """`split`, `chunk`: the cut dim must be whole."""
+    shape = first_val(node).shape
+    dim = as_dim(argument(node, 2, "dim", 0), len(shape))
+    sizes: dict[str, Size] = {}
+    names = plain_dims(len(shape))
+    old = dims_of(shape, names, sizes)
+    results = []
+    for i, part in enumerate(result_shapes(node)):
+        names[dim] = (f"part{i}",)
+        results.append(dims_of(part, names, sizes))
+    whole = frozenset({f"d{dim}", *(f"part{i}" for i in range(len(results)))})
+    return Factors((old,), tuple(results), sizes, whole)
+
+
+def _unbind(node: fx.Node) -> Factors:
+    shape = first_val(node).shape
+    dim = as_dim(argument(node, 1, "dim", 0), len(shape))
+    sizes: dict[str, Size] = {}
+    old = dims_of(shape, plain_dims(len(shape)), sizes)
+    return Factors((old,), (old[:dim] + old[dim + 1:],) * len(result_shapes(node)), sizes, frozenset({f"d{dim}"}))
+
+
+def _repeat(node: fx.Node) -> Factors:
+    """[d] repeated r times is [(r d)]."""
+    shape, result = first_val(node).shape, result_shapes(node)[0]
+    sizes: dict[str, Size] = {}
+    names = plain_dims(len(result))
+    old = dims_of(shape, names[len(result) - len(shape):], sizes)
+    new = []
+    for i, size in enumerate(result):
+        inside = i - (len(result) - len(shape))
+        dim = old[inside] if inside >= 0 else ()
+        times = size if inside < 0 else node.args[1][i]  # type: ignore[index]
+        if isinstance(times, fx.Node):
+            times = times.meta["val"]
+        if not same_size(times, 1):
+            sizes[f"r{i}"] = times
+            dim = (f"r{i}", *dim)
+        new.append(dim)
+    return Factors((old,), (tuple(new),), sizes)
+
+
+def _pad(node: fx.Node) -> Factors:
+    """Padded dims must be whole."""
+    shape, result = first_val(node).shape, result_shapes(node)[0]
+    sizes: dict[str, Size] = {}
+    names = plain_dims(len(shape))
+    old = dims_of(shape, names, sizes)
+    padded = {i for i, (a, b) in enumerate(zip(shape, result, strict=True)) if not same_size(a, b)}
+    new_names = [(f"p{i}",) if i in padded else name for i, name in enumerate(names)]
+    new = dims_of(result, new_names, sizes)
+    return Factors((old,), (new,), sizes, frozenset({name for i in padded for name in (f"d{i}", f"p{i}")}))
+
+
+def _fill(node: fx.Node) -> Factors:
+    """A constant tensor: every dim is free."""
+    sizes: dict[str, Size] = {}
+    shapes = operand_shapes(node)
+    result = dims_of(result_shapes(node)[0], plain_dims(len(result_shapes(node)[0]), "r"), sizes)
+    unused = tuple(None if s is None else dims_of(s, plain_dims(len(s), "u"), sizes) for s in shapes)
+    return Factors(unused, (result,), sizes)
+
+
+def _triangle(node: fx.Node) -> Factors | None:
+    return bind_node(parse_pattern("... m! n! -> ... m! n!"), node)
+
+
+RULES = {
+    aten.reshape.default: Rule(_reshape, sizes_arg=1),
+    **{op: Rule(_reshape) for op in (aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.flatten.using_ints)},
+    aten.unsqueeze.default: Rule(_unsqueeze),
+    aten.expand.default: Rule(_expand, sizes_arg=1),
+    aten.transpose.int: Rule(_reorder(_swapped)),
+    aten.t.default: Rule(_reorder(lambda node, rank: list(range(rank))[::-1])),
+    aten.permute.default: Rule(_reorder(lambda node, rank: [as_dim(d, rank) for d in node.args[1]])),  # type: ignore[union-attr]
+    aten.slice.Tensor: Rule(_slice, local=_local_slice),
+    aten.select.int: Rule(_select),
+    aten.cat.default: Rule(_join),
+    aten.stack.default: Rule(_stack),
+    **{op: Rule(_cut_up) for op in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)},
+    aten.unbind.int: Rule(_unbind),
+    aten.repeat.default: Rule(_repeat),
+    aten.pad.default: Rule(_pad), aten.constant_pad_nd.default: Rule(_pad),
+    aten.tril.default: Rule(_triangle), aten.triu.default: Rule(_triangle),
+    **{op: Rule(_fill, sizes_arg=0) for op in (aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)},
+    **{op: Rule(_fill, sizes_arg=1) for op in (aten.new_full.default, aten.new_zeros.default, aten.new_ones.default,
+                                               aten.new_empty.default)},
+}

@@ -1,0 +1,407 @@
+"""Shard: the global graph becomes the graph of one rank, with communication where a value must change its placement.
+
+    x: [B, S, E]                              x: Shard(1) [B, s, E]
+    y = linear(x, w)                 →        y = linear(x, vary(w))              # Shard(1)
+    z = unknown_op(y)                         z = unknown_op(all_gather(y))       # Replicate: a fallback
+
+Legal because each node is replaced by one that computes the same value under its placement: a factor that passes keeps
+rows where they are, a contracted one leaves a partial sum that is reduced at once, anything else runs on whole values.
+Replicated values that meet sharded ones go through `vary`, whose gradient sums over ranks (DESIGN's table of transposes).
+
+Conversions are emitted right after the value they convert, not where they are used: a value made under grad is converted
+under grad, whatever region its user stands in.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from autoseq.passes.factors import Factors, Mark, Place, Size, fits, locate, operand_at, place_in, product, tensor_operands
+from autoseq.passes.find_attention import is_attention
+from autoseq.passes.find_sequence import MARK, factors_of
+from autoseq.passes.normalize import same_size
+from autoseq.passes.rules import Rule, rule_for
+from autoseq.passes.sizes import Sizes
+from autoseq.passes.source import source_line
+from autoseq.runtime import collectives, rows
+from autoseq.runtime.layout import Layout, local_length
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A step that runs on gathered values: the operator, its source line, why, and the bytes a rank sends for it."""
+
+    op: str
+    source: str
+    reason: str
+    bytes_per_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeOutput:
+    """A symbolic size, which the local graph returns behind the program's own outputs."""
+
+    index: int
+
+
+RunTimeSize = int | SizeOutput
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedOutput:
+    """An output of the graph that is a shard, and what it takes to gather it: the sharding's sizes, the global shape."""
+
+    index: int
+    name: str
+    source: str
+    shape: tuple[RunTimeSize, ...]
+    dim: int
+    outer: RunTimeSize
+    length: RunTimeSize
+    local: RunTimeSize
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """What `shard` did."""
+
+    collectives: int
+    fallbacks: list[Fallback]
+    outputs: list[ShardedOutput]
+
+
+@dataclass(slots=True)
+class _Value:
+    """A node of the global graph as the local graph has it: `mark` says how it is sharded, None means replicated."""
+
+    node: fx.Node
+    mark: Mark | None
+    converted: dict[str, fx.Node]
+
+
+def shard(gm: fx.GraphModule, *, group: str, group_size: int, layout: Layout, gather_outputs: bool = False) -> Sharding:
+    """Rewrite `gm` in place for one rank of `group`; needs the marks of `find_sequence`."""
+    sharder = _Sharder(gm, group, group_size, layout, gather_outputs)
+    sharder.run()
+    return Sharding(sharder.num_collectives, sharder.fallbacks, sharder.outputs)
+
+
+class _Sharder:
+    def __init__(self, gm: fx.GraphModule, group: str, P: int, layout: Layout, gather_outputs: bool) -> None:
+        self.gm, self.group, self.P, self.layout = gm, group, P, layout
+        self.gather_outputs = gather_outputs
+        self.graph = fx.Graph(gm)
+        self.values: dict[fx.Node, _Value] = {}
+        self.fallbacks: list[Fallback] = []
+        self.outputs: list[ShardedOutput] = []
+        self.num_collectives = 0
+        self.top: set[fx.Node] = set()  # conversions of inputs, which stand between the anchors
+
+    def run(self) -> None:
+        old = self.gm.graph
+        for node in old.find_nodes(op="placeholder"):
+            self._keep(node)
+        # Two anchors keep the top in order: the inputs, the sizes made of them, the inputs' conversions, the rest.
+        self.sizes_end = self.graph.call_function(len, ((),))
+        self.conversions_end = self.graph.call_function(len, ((),))
+        self.sizes = Sizes(self.graph, self.sizes_end)
+        for node in old.find_nodes(op="placeholder"):
+            self.sizes.bind(self.values[node].node)
+        for node in old.nodes:
+            if node.op != "placeholder":
+                self._visit(node)
+        for anchor in (self.conversions_end, self.sizes_end):
+            self.graph.erase_node(anchor)
+        self.gm.graph = self.graph
+
+    def _visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self._output(node)
+        elif node.op == "get_attr" or node.target is operator.getitem or node.target in _SIZE_READS or not _touches_tensor(node):
+            self._keep(node)
+        elif is_attention(node):
+            self._attention(node)
+        else:
+            self._operator(node)
+
+    # Values and their conversions -------------------------------------------------------------------------------------
+
+    def _keep(self, node: fx.Node) -> None:
+        """Copy a node that placement does not touch: inputs, attributes, sizes, grad-mode calls, items of a tuple."""
+        if node.target in _SIZE_READS:
+            size = self.sizes.argument(node.meta["val"])  # the size of a sharded tensor is still the global one
+            self.values[node] = _Value(size, None, {})
+            return
+        mark = None
+        if node.target is operator.getitem:
+            marks = self.values[node.args[0]].mark  # type: ignore[index]
+            mark = marks[node.args[1]] if isinstance(marks, tuple) else None  # type: ignore[index]
+        copied = self.graph.node_copy(node, lambda n: self._plain(n))
+        self.values[node] = _Value(copied, mark, {})
+
+    def _plain(self, node: fx.Node) -> Any:
+        return self.values[node].node
+
+    def _set(self, node: fx.Node, made: fx.Node, mark: Any) -> None:
+        for key, item in node.meta.items():
+            if key not in (MARK, "tensor_meta", "val"):
+                made.meta.setdefault(key, item)
+        self.values[node] = _Value(made, mark, {})
+
+    def _length(self, val: torch.Tensor, mark: Mark) -> Size:
+        return val.shape[mark.dim] // (mark.outer * mark.inner)
+
+    def sharding(self, val: torch.Tensor, mark: Mark) -> dict[str, Any]:
+        """The keyword arguments by which the runtime's collectives know a sharding of a tensor like `val`."""
+        return {
+            "dim": mark.dim,
+            "outer": self.sizes.argument(mark.outer),
+            "length": self.sizes.argument(self._length(val, mark)),
+            "local": self.sizes.argument(local_length(mark.base, self.P, self.layout)),
+            "layout": self.layout,
+            "group": self.group,
+        }
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """The replicated form of a value."""
+        value = self.values[node]
+        if value.mark is None:
+            return value.node
+        return self._convert(node, "whole", collectives.all_gather, self.sharding(node.meta["val"], value.mark))
+
+    def varied(self, node: fx.Node) -> fx.Node:
+        """The replicated form of a value, for use beside sharded ones."""
+        made = self.whole(node)
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
+            return made
+        value = self.values[node]
+        if value.mark is None:
+            return self._convert(node, "varied", collectives.vary, {"group": self.group})
+        return self._convert(node, "gathered", collectives.all_gather_varying, self.sharding(val, value.mark))
+
+    def sharded(self, node: fx.Node, mark: Mark) -> fx.Node:
+        """The form of a value that is sharded as `mark` says."""
+        value = self.values[node]
+        if mark.same(value.mark):
+            return value.node
+        source = self.whole(node)
+        keywords = self.sharding(node.meta["val"], mark)
+        key = f"shard {mark.dim} {keywords['outer']} {keywords['local']}"
+        return self._convert(node, key, collectives.take_shard, keywords, source)
+
+    def _convert(self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None) -> fx.Node:
+        value = self.values[node]
+        if key not in value.converted:
+            source = source or value.node
+            with self._after(source):
+                made = self.graph.call_function(target, (source,), keywords)
+            if source.op == "placeholder" or source in self.top:
+                self.top.add(made)
+            for field in ("stack_trace", "nn_module_stack"):
+                if field in node.meta:
+                    made.meta[field] = node.meta[field]
+            value.converted[key] = made
+            self.num_collectives += 1
+        return value.converted[key]
+
+    def _after(self, node: fx.Node) -> Any:
+        if node.op == "placeholder" or node in self.top:
+            return self.graph.inserting_before(self.conversions_end)
+        return self.graph.inserting_after(node)
+
+    # One node ---------------------------------------------------------------------------------------------------------
+
+    def _operator(self, node: fx.Node) -> None:
+        factors, rule = (None, None) if _writes(node) else (factors_of(node), rule_for(node))
+        place = self._place(node, factors) if factors else None
+        if place is None or factors is None or rule is None:
+            self._run_whole(node, "no sharding rule" if factors is None else "the sequence must be whole here")
+        else:
+            _LocalNode(self, node, factors, rule, place).run()
+
+    def _place(self, node: fx.Node, factors: Factors) -> Place | None:
+        """The factor to shard: the one that the result's mark or else a sharded operand's names, if the rule allows it."""
+        results = [node] if not isinstance(node.meta["val"], (list, tuple)) else [u for u in node.users if u.target is operator.getitem]
+        for result in results:
+            index = 0 if result is node else result.args[1]
+            if MARK in result.meta:
+                place = locate(factors.results[index], factors.sizes, result.meta[MARK])  # type: ignore[index]
+                if place is not None and self._allowed(node, factors, place):
+                    return place
+        for path, dims in zip(tensor_operands(node), factors.operands, strict=True):
+            operand = operand_at(node, path)
+            if operand is None or dims is None or self.values[operand].mark is None:
+                continue
+            place = locate(dims, factors.sizes, self.values[operand].mark)  # type: ignore[arg-type]
+            if place is not None and self._allowed(node, factors, place):
+                return place
+        return None
+
+    def _allowed(self, node: fx.Node, factors: Factors, place: Place) -> bool:
+        if not factors.passes(place.factor) or not self._fit(node, factors, place):
+            return False
+        if not factors.is_partial(place.factor):
+            return True
+        # A partial sum must be linear in everything it adds up: an operand without the factor would be added P times.
+        present = [any(place.factor in dim for dim in dims) for dims in factors.operands if dims is not None]
+        return place.factor in factors.sums and (all(present) or rule_for(node).local is not None)  # type: ignore[union-attr]
+
+    def _fit(self, node: fx.Node, factors: Factors, place: Place) -> bool:
+        for path, dims in zip(tensor_operands(node), factors.operands, strict=True):
+            mark = place_in(dims, factors.sizes, place) if dims is not None else None
+            if mark is not None and not fits(operand_at(node, path).meta["val"].shape, mark):  # type: ignore[union-attr]
+                return False
+        return True
+
+    def _run_whole(self, node: fx.Node, reason: str) -> None:
+        gathered = {n: self.values[n].mark for n in node.all_input_nodes if self.values[n].mark is not None}
+        if gathered:
+            sent = sum(self._gather_bytes(n, mark) for n, mark in gathered.items())  # type: ignore[arg-type]
+            self.fallbacks.append(Fallback(_op_name(node), source_line(node), node.meta.get("left_whole", reason), sent))
+        made = self.graph.node_copy(node, self.whole)
+        made.meta = dict(node.meta)
+        self._set(node, made, None)
+
+    def _gather_bytes(self, node: fx.Node, mark: Mark) -> int:
+        val = node.meta["val"]
+        rows_per_rank = local_length(mark.base, self.P, self.layout)
+        elements = product([*val.shape[: mark.dim], mark.outer * rows_per_rank * mark.inner, *val.shape[mark.dim + 1:]])
+        hint = elements if isinstance(elements, int) else elements.node.hint
+        return (self.P - 1) * hint * val.element_size()
+
+    def _attention(self, node: fx.Node) -> None:
+        """q, k and v by rows; what the mask looks up is whole."""
+        marks = [node.args[i].meta[MARK] for i in range(3)]  # type: ignore[union-attr]
+        ours = [Mark(2, 1, 1, mark.base) for mark in marks]
+        q, k, v = (self.sharded(x, mark) for x, mark in zip(node.args[:3], ours, strict=True))  # type: ignore[arg-type]
+        captures = [self.whole(c) for c in node.args[3]]  # type: ignore[union-attr]
+        bias = self.whole(node.args[4]) if isinstance(node.args[4], fx.Node) else None
+        made = self.graph.call_function(
+            node.target, (q, k, v, captures, bias),  # type: ignore[arg-type]
+            {**{key: fx.map_arg(value, self._plain) for key, value in node.kwargs.items()}, "layout": self.layout, "group": self.group},
+        )
+        self._set(node, made, ours[0])
+
+    def _output(self, node: fx.Node) -> None:
+        results, sizes = [], []
+        count = len(node.args[0])  # type: ignore[arg-type]
+
+        def at_run_time(size: Size) -> RunTimeSize:
+            argument = self.sizes.argument(size)
+            if isinstance(argument, int):
+                return argument
+            sizes.append(argument)
+            return SizeOutput(count + len(sizes) - 1)
+
+        for index, result in enumerate(node.args[0]):  # type: ignore[arg-type]
+            if not isinstance(result, fx.Node):
+                results.append(result)
+                continue
+            value = self.values[result]
+            if value.mark is None or self.gather_outputs:
+                results.append(self.whole(result))
+                continue
+            results.append(value.node)
+            val, mark = result.meta["val"], value.mark
+            self.outputs.append(ShardedOutput(
+                index, result.name, source_line(result), tuple(at_run_time(size) for size in val.shape), mark.dim,
+                at_run_time(mark.outer), at_run_time(self._length(val, mark)),
+                at_run_time(local_length(mark.base, self.P, self.layout))))
+        self.graph.output((*results, *sizes))
+
+
+class _LocalNode:
+    """One node on local rows: a `LocalEmitter` for its rule."""
+
+    def __init__(self, sharder: _Sharder, node: fx.Node, factors: Factors, rule: Rule, place: Place) -> None:
+        self.sharder, self.node, self.factors, self.rule, self.place = sharder, node, factors, rule, place
+        self.paths = tensor_operands(node)
+        self.args, self.kwargs = self._local_arguments()
+
+    def run(self) -> None:
+        marks = tuple(place_in(dims, self.factors.sizes, self.place) for dims in self.factors.results)
+        if self.rule.local is not None:
+            made = self.rule.local(self.node, self)
+        elif self.factors.is_partial(self.place.factor):
+            made = self._partial()
+        else:
+            made = self.emit(self.node.target, self._resized(marks[0]), self.kwargs)  # type: ignore[arg-type]
+        single = not isinstance(self.node.meta["val"], (list, tuple))
+        self.sharder._set(self.node, made, marks[0] if single else marks)
+
+    def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        made = self.sharder.graph.call_function(target, args, kwargs)
+        made.meta.update({k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta", MARK)})
+        return made
+
+    def operand_mark(self, index: int) -> Mark | None:
+        dims = self.factors.operands[index]
+        return None if dims is None else place_in(dims, self.factors.sizes, self.place)
+
+    def sharding(self, index: int) -> dict[str, Any]:
+        operand, mark = operand_at(self.node, self.paths[index]), self.operand_mark(index)
+        assert operand is not None and mark is not None
+        return self.sharder.sharding(operand.meta["val"], mark)
+
+    def size(self, value: Size) -> Any:
+        return self.sharder.sizes.argument(value)
+
+    def _local_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Operands that hold the factor, by rows; the others whole and varied; sizes as they are."""
+        held = {}
+        for index, path in enumerate(self.paths):
+            operand = operand_at(self.node, path)
+            if operand is not None:
+                mark = self.operand_mark(index)
+                held[operand] = self.sharder.varied(operand) if mark is None else self.sharder.sharded(operand, mark)
+
+        def local(node: fx.Node) -> Any:
+            return held[node] if node in held else self.sharder._plain(node)
+
+        return fx.map_arg(self.node.args, local), fx.map_arg(self.node.kwargs, local)
+
+    def _resized(self, mark: Mark | None) -> tuple[Any, ...]:
+        """The arguments, with the result's size along the sequence being that of the local rows."""
+        if self.rule.sizes_arg is None or mark is None:
+            return self.args
+        sizes = list(self.args[self.rule.sizes_arg])
+        rows_per_rank = local_length(mark.base, self.sharder.P, self.sharder.layout)
+        sizes[mark.dim] = self.size(mark.outer * rows_per_rank * mark.inner)
+        return (*self.args[: self.rule.sizes_arg], sizes, *self.args[self.rule.sizes_arg + 1:])
+
+    def _partial(self) -> fx.Node:
+        """A contraction over local rows: padding counts nothing, and the ranks' partial sums are added."""
+        first = next(i for i, dims in enumerate(self.factors.operands) if dims is not None)
+        operand = operand_at(self.node, self.paths[first])
+        assert operand is not None
+        mine = self.args[first] if not isinstance(self.args[first], (list, tuple)) else None
+        assert isinstance(mine, fx.Node), f"partial sum of {self.node.format_node()}"
+        valid = self.emit(rows.zero_padding, (mine,), self.sharding(first))
+        args = (*self.args[:first], valid, *self.args[first + 1:])
+        partial = self.emit(self.node.target, args, self.kwargs)  # type: ignore[arg-type]
+        self.sharder.num_collectives += 1
+        return self.emit(collectives.all_reduce, (partial,), {"group": self.sharder.group})
+
+
+_SIZE_READS = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default)
+
+
+def _touches_tensor(node: fx.Node) -> bool:
+    vals = [node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)]
+    return any(isinstance(v, (torch.Tensor, list, tuple)) for v in vals)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node writes to an operand (the write-back of a mutated input): that takes the whole value."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _op_name(node: fx.Node) -> str:
+    return str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,49 @@
+"""Sizes as graph arguments: an int stays an int, a symbolic size becomes the nodes that compute it from the inputs."""
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+
+class Sizes:
+    """Computes symbolic sizes once each, at the top of the graph (before `anchor`)."""
+
+    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
+        self._graph, self._anchor = graph, anchor
+        self._symbols: dict[sympy.Symbol, fx.Node] = {}
+        self._made: dict[sympy.Expr, Any] = {}
+
+    def bind(self, placeholder: fx.Node) -> None:
+        """Learn which symbols an input gives: its own, if it is a size, or those of its dims."""
+        val = placeholder.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            if isinstance(val.node.expr, sympy.Symbol):
+                self._symbols[val.node.expr] = placeholder
+        elif isinstance(val, torch.Tensor):
+            for dim, size in enumerate(val.shape):
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol) and size.node.expr not in self._symbols:
+                    with self._graph.inserting_before(self._anchor):
+                        node = self._graph.call_function(torch.ops.aten.sym_size.int, (placeholder, dim))
+                    node.meta["val"] = size
+                    self._symbols[size.node.expr] = node
+
+    def argument(self, size: int | torch.SymInt) -> Any:
+        """`size` as an argument of a node of this graph."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression.is_Integer:
+            return int(expression)
+        if expression not in self._made:
+            proxies = {symbol: fx.Proxy(node) for symbol, node in self._symbols.items()}
+            with self._graph.inserting_before(self._anchor):
+                made = sympy_interp(PythonReferenceAnalysis, proxies, expression)
+            node = made.node if isinstance(made, fx.Proxy) else made
+            if isinstance(node, fx.Node):
+                node.meta["val"] = size
+            self._made[expression] = node
+        return self._made[expression]

@@ -1,0 +1,29 @@
+"""Where a node comes from in the user's model: the words every message and report uses."""
+
+import re
+
+from torch import fx
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>.+)\n\s*(?P<code>.*)')
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:12 in forward: code` of the innermost frame, or the node's name if tracing kept no frame."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return f"(no source line) {node.name}"
+    innermost = frames[-1]
+    short = "/".join(innermost["file"].split("/")[-2:])
+    return f"{short}:{innermost['line']} in {innermost['name'].strip()}: {innermost['code'].strip()}"
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module that ran `node`, such as `model.layers.0.self_attn`; the node's name without one."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = next(reversed(stack.values()))[0]
+    path = re.sub(r"^L\['(self|fn|model|mod)'\]\.?", "", path)
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), path)
+    return path.strip(".") or node.name

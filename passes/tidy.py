@@ -1,0 +1,101 @@
+"""Tidy: fewer, larger gradient reductions, and none where no gradient flows."""
+
+import operator
+
+import torch
+from torch import fx
+
+from autoseq.runtime import collectives
+
+
+def drop_idle_varies(gm: fx.GraphModule, *, grad_sync: bool) -> int:
+    """Remove `vary` in front of inputs that get no gradient, and of parameters when their sync is someone else's job.
+
+        vary(buffer)     →     buffer
+
+    Legal because `vary` computes the identity; its gradient, the sum over ranks, is needed only where a gradient is.
+    """
+    dropped = 0
+    for node in _input_varies(gm):
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if source.meta.get("requires_grad") and (grad_sync or not source.meta.get("is_parameter")):
+            continue
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
+        dropped += 1
+    return dropped
+
+
+def bucket_varies(gm: fx.GraphModule, *, bucket_bytes: int) -> int:
+    """Join the `vary`s of inputs into buckets whose gradients are reduced in one message; returns the number of buckets.
+
+        a2 = vary(a); b2 = vary(b)     →     both = vary_many([a, b]); a2 = both[0]; b2 = both[1]
+
+    Legal because a sum over ranks of several tensors laid end to end is the tensors' sums.
+    """
+    buckets: list[list[fx.Node]] = []
+    filled = bucket_bytes
+    for node in _input_varies(gm):
+        size = _num_bytes(node.args[0])  # type: ignore[arg-type]
+        if filled + size > bucket_bytes or not buckets:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(node)
+        filled += size
+    for bucket in buckets:
+        _join(gm, bucket)
+    return len(buckets)
+
+
+def _input_varies(gm: fx.GraphModule) -> list[fx.Node]:
+    found = gm.graph.find_nodes(op="call_function", target=collectives.vary)
+    return [node for node in found if node.args[0].op == "placeholder"]
+
+
+def _num_bytes(node: fx.Node) -> int:
+    val = node.meta["val"]
+    return int(val.numel() if isinstance(val.numel(), int) else val.numel().node.hint) * val.element_size()
+
+
+def _join(gm: fx.GraphModule, bucket: list[fx.Node]) -> None:
+    last = bucket[-1]
+    with gm.graph.inserting_after(last):
+        joined = gm.graph.call_function(collectives.vary_many, ([node.args[0] for node in bucket],), dict(last.kwargs))
+    joined.meta["val"] = [node.args[0].meta["val"] for node in bucket]  # type: ignore[union-attr]
+    anchor = joined
+    for index, node in enumerate(bucket):
+        with gm.graph.inserting_after(anchor):
+            item = gm.graph.call_function(operator.getitem, (joined, index))
+        anchor = item
+        item.meta["val"] = node.args[0].meta["val"]  # type: ignore[union-attr]
+        node.replace_all_uses_with(item)
+        gm.graph.erase_node(node)
+
+
+def refresh_values(gm: fx.GraphModule) -> int:
+    """Recompute every node's fake value (`meta["val"]`) from the inputs'; returns the number of nodes.
+
+    Not a rewrite: it checks that the local graph fits together, and gives reports and later passes its true shapes.
+    """
+    interpreter = _Refresh(gm)
+    placeholders = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    fake_mode = torch._guards.detect_fake_mode(placeholders)
+    assert fake_mode is not None
+    interpreter.fake_mode = fake_mode
+    with fake_mode, torch.no_grad():
+        interpreter.run(*placeholders)
+    return len(gm.graph.nodes)
+
+
+class _Refresh(fx.Interpreter):
+    fake_mode: torch._subclasses.FakeTensorMode
+
+    def get_attr(self, target, args, kwargs):  # type: ignore[no-untyped-def]
+        value = super().get_attr(target, args, kwargs)
+        return self.fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = result
+        return result

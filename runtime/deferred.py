@@ -1,0 +1,243 @@
+"""Outputs that stay sharded until their values are needed.
+
+A compiled program's sharded output comes back as a `DeferredTensor`: the global shape and dtype, holding only this rank's
+rows. The first operation that needs values gathers them, once; a program that computes its loss outside the model, prints,
+indexes or saves the output sees what it would see on one device. `repr`, shapes and the like never communicate.
+
+The wrapper is made by an autograd function of the shard, so it is an ordinary tensor to autograd; below autograd,
+`__torch_dispatch__` puts the gathered value in its place. The gradient that comes back is replicated, and each rank takes its
+rows of it: the backward pass moves nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
+from autoseq.runtime.errors import OptionError, RankMismatchError, RendezvousError, UnsupportedError
+from autoseq.runtime.groups import process_group
+from autoseq.runtime.layout import Layout, chunk_ranges
+from autoseq.runtime.rendezvous import exchange
+
+TIMEOUT_VARIABLE = "AUTOSEQ_GATHER_TIMEOUT_S"
+DEFAULT_TIMEOUT_S = 60.0
+
+
+# These give an alias of the whole output, so they need no values yet.
+_STILL_DEFERRED = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+# Methods that read memory without going through the dispatcher.
+_READ_MEMORY = ("numpy", "tolist", "cpu", "data_ptr", "storage", "__array__", "__dlpack__")
+
+
+def defer(
+    local: Tensor,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    dim: int,
+    outer: int,
+    length: int,
+    local_length: int,
+    layout: Layout,
+    group: str,
+) -> DeferredTensor:
+    """The output called `name`, of global `shape`, of which `local` is this rank's padded shard.
+
+    The other keywords describe the sharded dim as in `runtime.collectives`. Sends nothing.
+    """
+    rows = sharded_rows(local, dim, outer, length, local_length, layout, group)
+    shard = _Shard(name, tuple(shape), local, rows)
+    return _Defer.apply(local, shard)
+
+
+class DeferredTensor(Tensor):
+    """A tensor of global shape that holds this rank's rows, and gathers the rest when an operation needs values."""
+
+    _shard: _Shard
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def wrap(shard: _Shard) -> DeferredTensor:
+        """A new wrapper of `shard`, without history."""
+        wrapper = Tensor._make_wrapper_subclass(
+            DeferredTensor, shard.shape, dtype=shard.dtype, device=shard.device, requires_grad=False
+        )
+        wrapper._shard = shard
+        return wrapper
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's valid rows, in its local order, without padding. Differentiable; sends nothing."""
+        # Once something was written into the whole value, the shard it came from is out of date.
+        written = self._shard.is_gathered and (self.is_inference() or self._version > 0)
+        rows = self._shard.rows
+        return rows.trim(own_rows(self.full(), rows) if written else self._shard.padded)
+
+    def full(self) -> Tensor:
+        """The whole value as a plain tensor: gathered if it has not been yet. Differentiable."""
+        return self.view(self.shape)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
+        return f"DeferredTensor({self._shard}{grad})"
+
+    def __str__(self) -> str:
+        return str(self.full())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.full().detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        plain = self.full() if self.grad_fn else self.full().detach().requires_grad_(self.requires_grad)
+        return memo.setdefault(id(self), copy.deepcopy(plain, memo))
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        # For torch.compile: a compiled function takes the full value in. No context, so that no guard tells outputs apart.
+        return ["_full"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> DeferredTensor:
+        return DeferredTensor.wrap(_Shard.gathered(inner["_full"]))
+
+    @property
+    def _full(self) -> Tensor:
+        return self._shard.full()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _STILL_DEFERRED:
+            return cls.wrap(args[0]._shard)
+        if torch.Tag.inplace_view in func.tags:
+            raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
+        wrappers: dict[int, DeferredTensor] = {}
+
+        def fill(wrapper: DeferredTensor) -> Tensor:
+            wrappers[id(wrapper._full)] = wrapper
+            return wrapper._full
+
+        args, kwargs = tree_map_only(DeferredTensor, fill, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if not func._schema.is_mutable:
+            return result
+        # An in-place operation returns the tensor it was given, and autograd insists on the very same object.
+        return tree_map_only(Tensor, lambda out: wrappers.get(id(out), out), result)
+
+
+def _on_full(name: str) -> Any:
+    def call(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.full(), name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+for _name in _READ_MEMORY:
+    setattr(DeferredTensor, _name, _on_full(_name))
+
+
+class _Shard:
+    """What a deferred tensor and its aliases share: this rank's rows and, once it is needed, the whole value."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], local: Tensor, rows: ShardedRows | None) -> None:
+        self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
+        self.padded, self._rows = local, rows
+        self._value: Tensor | None = None
+        self._serial = _next_serial(rows.group.name) if rows else 0
+
+    @classmethod
+    def gathered(cls, value: Tensor) -> _Shard:
+        """A whole value, as a compiled function gets it."""
+        shard = cls("compiled input", tuple(value.shape), value, None)
+        shard._value = value
+        return shard
+
+    def full(self) -> Tensor:
+        """The whole value, without gradient. Gathered by the first call."""
+        if self._value is None:
+            self._value = self._gather()
+        return self._value
+
+    @property
+    def is_gathered(self) -> bool:
+        return self._value is not None
+
+    @property
+    def rows(self) -> ShardedRows:
+        """The sharded dim. Raises UnsupportedError for a value that came whole into a compiled function."""
+        if self._rows is None:
+            raise UnsupportedError(f".local of a {self.name} is not known inside torch.compile: take it outside.")
+        return self._rows
+
+    def _gather(self) -> Tensor:
+        # Whoever watches operations (a FLOP counter, a fake mode) is not meant to see how the value gets here.
+        with torch.no_grad(), _disable_current_modes():
+            self._meet()
+            return self.rows.gather(self.padded.detach()).contiguous()
+
+    def _meet(self) -> None:
+        """All ranks come for the same output, or each gets an error."""
+        group = self.rows.group
+        mine = f"{self.name!r} (number {self._serial} of this group's outputs, {_describe(self.shape, self.dtype)})"
+        try:
+            theirs = exchange(group, "gather of a deferred output", mine.encode(), timeout_s=_timeout_s())
+        except RendezvousError as error:
+            raise RendezvousError(f"The output {mine} could not be gathered. {error}") from error
+        for rank, other in enumerate(theirs):
+            if other.decode() != mine:
+                raise RankMismatchError(
+                    f"Rank {group.rank} needs the values of the output {mine} while rank {rank} needs those of {other.decode()}. "
+                    "Every rank must use the model's outputs in the same order."
+                )
+
+    def __str__(self) -> str:
+        state = "gathered" if self.is_gathered else "not gathered"
+        local = tuple(self._rows.trim(self.padded).shape) if self._rows else self.shape
+        return f"{self.name!r}, {_describe(self.shape, self.dtype)}, local shape {local}, {state}"
+
+
+class _Defer(Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, shard: _Shard) -> DeferredTensor:
+        ctx.rows = shard.rows
+        return DeferredTensor.wrap(shard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return own_rows(grad, ctx.rows), None
+
+
+# How many outputs each living group has had: the n-th output on one rank belongs to the n-th on another. Kept by the group
+# object, so a group that is made again under an old name counts from the start on every rank.
+_counts: weakref.WeakKeyDictionary[dist.ProcessGroup, count[int]] = weakref.WeakKeyDictionary()
+
+
+def _next_serial(group: str) -> int:
+    return next(_counts.setdefault(process_group(group), count(1))) if group else 0
+
+
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"shape {shape}, {dtype}"
+
+
+def _timeout_s() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_S))
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = 0.0
+    if timeout_s <= 0:
+        raise OptionError(f"{TIMEOUT_VARIABLE} must be a number of seconds above 0, got {text!r}.")
+    return timeout_s

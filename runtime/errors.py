@@ -1,0 +1,50 @@
+"""The errors a user can cause, all under one base class.
+
+Everything raised by `autoseq` on purpose is an `AutoSeqError`; anything else is a defect of ours. A message says what went
+wrong, where (the model's own source line, when there is one) and how to fix it. The compile entry point adds the context
+once, at the boundary, so code that raises these does not repeat it.
+"""
+
+
+class AutoSeqError(Exception):
+    """Base of every error that autoseq raises on purpose."""
+
+
+class OptionError(AutoSeqError):
+    """An option has an unknown name, a wrong type or a value out of range."""
+
+
+class MeshError(AutoSeqError):
+    """The device mesh or process group cannot carry a sequence group."""
+
+
+class NoAttentionError(AutoSeqError):
+    """The compiled program holds no attention, so there is nothing to split."""
+
+
+class NoSequenceError(AutoSeqError):
+    """No tensor dimension of the program could be shown to be the sequence."""
+
+
+class StrategyError(AutoSeqError):
+    """The chosen strategy cannot serve an attention site."""
+
+
+class FallbackError(AutoSeqError):
+    """A step would have to be gathered and run whole, and `strict` forbids it."""
+
+
+class RankMismatchError(AutoSeqError):
+    """Ranks of one group compiled different programs, plans or inputs."""
+
+
+class RendezvousError(AutoSeqError):
+    """Some ranks of a group did not come to a meeting point in time."""
+
+
+class TargetError(AutoSeqError):
+    """The model, function or script named on the command line cannot be used."""
+
+
+class UnsupportedError(AutoSeqError):
+    """The program uses a feature that autoseq cannot yet keep exact."""

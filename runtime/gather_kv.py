@@ -1,0 +1,97 @@
+"""Gather KV: every rank gets all keys and values in one all-gather, queries stay (as in Llama 3's context parallelism,
+Grattafiori et al., arXiv:2407.21783, section 3.3.2).
+
+K and V travel packed. The gathered copy is dropped after the forward; the backward gathers again, and the gradients of all
+keys go home by one reduce-scatter, in float32. Each rank's keys stay where the gather put them: the blocks say what global
+positions they have, so no layout is ever undone by a copy.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import Tensor
+
+from autoseq.runtime import strategy
+from autoseq.runtime.attention_op import Call, attention_op, check_inputs
+from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators, new_gradients
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.messages import gather_shards, sum_shards
+from autoseq.runtime.packed import pack, unpack
+from autoseq.runtime.strategy import Strategy
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    captures: list[Tensor],
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    max_ahead: int | None,
+    max_behind: int | None,
+    predicate: str,
+    q_len: int,
+    k_len: int,
+    layout: Layout,
+    group: str,
+) -> Tensor:
+    """Attention of this rank's q [B,H,s,D] to all ranks' k [B,K,t,D], v [B,K,t,Dv]: out [B,H,s,Dv].
+
+    Sends (P-1)·B·K·t·(D+Dv) elements forward; backward the same and as many float32 gradients.
+    Raises UnsupportedError for a bias that needs a gradient, MessageError when a peer is lost.
+    """
+    check_inputs(q, k, bias)
+    ratio = q.shape[1] // k.shape[1]
+    settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, 0, ratio, layout, group)
+    return gather_kv_attention(q, k, v, captures, bias, *settings)[0]
+
+
+class GatherKV(Strategy):
+    """All keys and values to every rank."""
+
+    name = "gather_kv"
+    attention = staticmethod(attention)
+
+    def formulas(self) -> dict[str, sympy.Expr]:
+        elements = (strategy.P - 1) * strategy.B * strategy.K * strategy.t * (strategy.D + strategy.V)
+        return {
+            "forward_bytes": elements * strategy.e,
+            "backward_bytes": elements * (strategy.e + strategy.a),
+            "forward_messages": sympy.Integer(1),
+            "backward_messages": sympy.Integer(2),
+        }
+
+
+def _forward(call: Call) -> tuple[Tensor, Tensor]:
+    out, lse = new_accumulators(call.q, call.v.shape[3])
+    for rank, shard in enumerate(_gather("gather_kv_attention", call)):
+        k, v = unpack(shard, call.k, call.v)
+        forward_chunks(out, lse, call.q, k, v, call.padded_queries, call.keys_of(rank), call.problem)
+    return out, lse
+
+
+def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    op = "gather_kv_attention_backward"
+    (dq,) = new_gradients(call.q)
+    gathered = _gather(op, call)
+    grads = torch.zeros_like(gathered, dtype=dq.dtype)
+    for rank, (shard, grad) in enumerate(zip(gathered, grads, strict=True)):
+        k, v = unpack(shard, call.k, call.v)
+        dk, dv = unpack(grad, call.k, call.v)
+        k_chunks = call.keys_of(rank)
+        backward_chunks((dq, dk, dv), grad_out, call.q, k, v, out, lse, call.queries, k_chunks, call.problem)
+    own = grads[0] if call.group.size == 1 else sum_shards(op, call.group, grads)
+    dk, dv = unpack(own, call.k, call.v)
+    # An op's results must not share memory.
+    return dq, dk.clone(), dv.clone()
+
+
+def _gather(op: str, call: Call) -> Tensor:
+    """Packed K and V of all ranks, [P, n]."""
+    shard = pack(call.k, call.v)
+    return shard[None] if call.group.size == 1 else gather_shards(op, call.group, shard)
+
+
+gather_kv_attention = attention_op("gather_kv_attention", _forward, _backward)

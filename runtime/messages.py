@@ -1,0 +1,88 @@
+"""Messages between ranks inside an attention op, with errors that say which op, hop and peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autoseq.runtime.errors import AutoSeqError
+from autoseq.runtime.groups import SequenceGroup, process_group
+
+# The functional forms of the collectives keep their names from one torch release to the next.
+_ops = torch.ops._c10d_functional
+
+
+class MessageError(AutoSeqError):
+    """A message between ranks did not get through: a peer failed, or it runs another program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Messages that were posted; `wait` before reading what arrives or writing to what leaves."""
+
+    works: list[dist.Work]
+    what: str
+
+    def wait(self) -> None:
+        """Block for at most the group's timeout (on CUDA: make the current stream wait). Raises MessageError."""
+        for work in self.works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise MessageError(f"{self.what}: {error}. {_ADVICE}") from error
+
+
+_ADVICE = (
+    "A rank of the group has failed, or runs a different program: look for the first error among all ranks. "
+    "If a rank is only slow, raise the timeout of init_process_group."
+)
+
+
+def post_to_next(op: str, group: SequenceGroup, hop: int, messages: list[tuple[Tensor, Tensor] | None]) -> Pending:
+    """Send to the next rank of the ring and receive from the one before, all messages in one batch.
+
+    Each message is (what leaves, where to receive), contiguous and equally large; None is left out. Sends sum of all leaving.
+    """
+    to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    what = f"{op} on group {group.name!r}, hop {hop} of {group.size}, rank {group.rank}, to rank {to} and from rank {source}"
+    process = process_group(group.name)
+    batch = []
+    for tag, message in enumerate(messages):
+        if message is not None and message[0].numel() > 0:
+            leaving, arriving = message
+            batch.append(dist.P2POp(dist.isend, leaving, group=process, group_peer=to, tag=tag))
+            batch.append(dist.P2POp(dist.irecv, arriving, group=process, group_peer=source, tag=tag))
+    try:
+        return Pending(dist.batch_isend_irecv(batch) if batch else [], what)
+    except RuntimeError as error:
+        raise MessageError(f"{what}: {error}. {_ADVICE}") from error
+
+
+def gather_shards(op: str, group: SequenceGroup, shard: Tensor) -> Tensor:
+    """Every rank's flat shard, as [P, n]. Sends (P-1) shards."""
+    with _Described(op, group):
+        gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(shard, group.size, group.name))
+    return gathered.view(group.size, -1)
+
+
+def sum_shards(op: str, group: SequenceGroup, shards: Tensor) -> Tensor:
+    """The sum over ranks of row `rank` of [P, n]. Sends (P-1) rows."""
+    with _Described(op, group):
+        return _ops.wait_tensor(_ops.reduce_scatter_tensor(shards.view(-1), "sum", group.size, group.name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    op: str
+    group: SequenceGroup
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            where = f"{self.op} on group {self.group.name!r}, rank {self.group.rank} of {self.group.size}"
+            raise MessageError(f"{where}: {error}. {_ADVICE}") from error

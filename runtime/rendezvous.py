@@ -1,0 +1,126 @@
+"""Ranks meet and exchange small messages through the c10d store, and never hang.
+
+A collective that one rank does not enter hangs the others. So wherever ranks might not all come (a gather the user's
+program triggers, the comparison of plans at compile time), they first meet here: all come in time, or every rank that came
+gets an error naming those that did not, and a rank that comes late gets one too.
+
+The store keeps all state, so nothing is left in the process when a group ends. A round is one meeting of one group on one
+topic; each rank's next round is numbered by the store. The round ends by one atomic decision, "all came" or "given up": a
+rank cannot arrive just as another stops waiting for it and then go on alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from autoseq.runtime.errors import RendezvousError
+from autoseq.runtime.groups import SequenceGroup, process_group
+
+_ALL_CAME = "all"
+_GIVEN_UP = "given up"
+
+
+def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: float) -> list[bytes]:
+    """Each rank's payload, in rank order, once all ranks of the group came to this topic.
+
+    Raises RendezvousError, within `timeout_s` and on every rank that comes, when some rank does not. Costs about six store
+    requests per rank.
+    """
+    if group.size == 1:
+        return [payload]
+    try:
+        meeting = _Round.next(group, topic)
+        return meeting.attend(payload, timeout_s)
+    except dist.DistNetworkError as error:
+        raise RendezvousError(
+            f"Rank {group.rank} lost the store while meeting its group {group.name!r} for {topic!r}: {error}. "
+            "The process that serves it (usually rank 0) has probably ended; look at its log first."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One meeting: its keys live under one prefix of the store."""
+
+    store: dist.Store
+    prefix: str
+    group: SequenceGroup
+    topic: str
+
+    @classmethod
+    def next(cls, group: SequenceGroup, topic: str) -> _Round:
+        store = _store()
+        # Groups of different ranks may share a c10d name, so the name alone would not tell them apart.
+        ranks = dist.get_process_group_ranks(process_group(group.name))
+        identity = hashlib.sha256(repr((group.name, ranks, topic)).encode()).hexdigest()[:24]
+        number = store.add(f"autoseq/{identity}/rounds/{group.rank}", 1)
+        return cls(store, f"autoseq/{identity}/{number}", group, topic)
+
+    def attend(self, payload: bytes, timeout_s: float) -> list[bytes]:
+        self.store.set(self._payload_key(self.group.rank), payload)
+        came = self.store.add(f"{self.prefix}/came", 1)
+        decision = self._decide(_ALL_CAME) if came == self.group.size else self._await_decision(timeout_s)
+        if decision != _ALL_CAME:
+            missing = self._missing()
+            self._leave()
+            raise RendezvousError(self._explain(decision, missing, timeout_s))
+        keys = [self._payload_key(rank) for rank in range(self.group.size)]
+        payloads = self.store.multi_get(keys) if self.store.has_extended_api() else [self.store.get(key) for key in keys]
+        self._leave()
+        return payloads
+
+    def _await_decision(self, timeout_s: float) -> str:
+        try:
+            self.store.wait([f"{self.prefix}/decision"], timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            return self._decide(f"{_GIVEN_UP} by rank {self.group.rank} after {timeout_s:g} s")
+        return self.store.get(f"{self.prefix}/decision").decode()
+
+    def _decide(self, decision: str) -> str:
+        """The round's decision: this one, unless another rank decided before."""
+        return self.store.compare_set(f"{self.prefix}/decision", "", decision).decode()
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self.group.size) if not self.store.check([self._payload_key(rank)])]
+
+    def _leave(self) -> None:
+        """The last rank out deletes the round; if not all come, the few keys stay, since a late rank must find them."""
+        if self.store.add(f"{self.prefix}/left", 1) < self.group.size:
+            return
+        for rank in range(self.group.size):
+            self.store.delete_key(self._payload_key(rank))
+        for key in ("came", "decision", "left"):
+            self.store.delete_key(f"{self.prefix}/{key}")
+
+    def _payload_key(self, rank: int) -> str:
+        return f"{self.prefix}/payload/{rank}"
+
+    def _explain(self, decision: str, missing: list[int], timeout_s: float) -> str:
+        where = f"the group {self.group.name!r} of {self.group.size} ranks met for {self.topic!r}"
+        if not missing:
+            return f"Rank {self.group.rank} came too late when {where}: the meeting was {decision}. {_ADVICE}"
+        return (
+            f"Ranks {missing} did not come within {timeout_s:g} s when {where}; the meeting was {decision}. "
+            f"This is rank {self.group.rank}. {_ADVICE}"
+        )
+
+
+_ADVICE = (
+    "Every rank must run the same program: look for an earlier error on a rank that is missing, or for a step that only "
+    "some ranks take, such as `if rank == 0: print(output)`."
+)
+
+
+def _store() -> dist.Store:
+    try:
+        return _get_default_store()
+    except ValueError as error:
+        raise RendezvousError(
+            "torch.distributed was shut down before this rank could meet its group. Use the model's outputs before "
+            "destroy_process_group()."
+        ) from error

@@ -1,0 +1,89 @@
+"""Operators on sharded rows that are not the same operator on fewer rows: losses, dropout, sums beside padding.
+
+The rows past a sequence's end are padding: they hold finite values that must not count. Each function here masks them.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoseq.runtime.collectives import all_reduce
+from autoseq.runtime.groups import group_of
+from autoseq.runtime.layout import Layout, rank_positions
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def valid_rows(x: Tensor, *, dim: int, outer: int, length: int, local: int, layout: Layout, group: str) -> Tensor:
+    """Which rows of x's dim `dim`, (outer, rows, inner), are no padding: bool, broadcastable to x."""
+    member = group_of(group)
+    positions = rank_positions(member.rank, member.size, local, layout, x.device)
+    inner = x.shape[dim] // (outer * local)
+    along = (positions < length)[None, :, None].expand(outer, local, inner).reshape(-1)
+    return along.reshape([-1] + [1] * (x.dim() - 1 - dim % x.dim()))
+
+
+def zero_padding(x: Tensor, *, dim: int, outer: int, length: int, local: int, layout: Layout, group: str) -> Tensor:
+    """x with zeros in its padding rows, so that a sum over rows counts the valid ones."""
+    valid = valid_rows(x, dim=dim, outer=outer, length=length, local=local, layout=layout, group=group)
+    return torch.where(valid, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    reduction: Reduction,
+    ignore_index: int,
+    label_smoothing: float,
+    dim: int,
+    outer: int,
+    length: int,
+    local: int,
+    layout: Layout,
+    group: str,
+) -> Tensor:
+    """`F.cross_entropy` over rows of which this rank holds a part: logits [N, C] or [B, C, d…], target [N] or [B, d…].
+
+    The keywords from `dim` on say how `target`'s rows are sharded. "mean" is the sum over all ranks' valid targets over
+    their total weight (the count, without class weights), as one device divides it: a rank with no valid target adds
+    nothing, and only a batch without any gives NaN. Sends a pair of scalars ("mean"), one ("sum") or nothing ("none").
+    """
+    valid = valid_rows(target, dim=dim, outer=outer, length=length, local=local, layout=layout, group=group)
+    target = torch.where(valid, target, ignore_index)
+    if reduction == "none":
+        return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    total = F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+    wide = total.float() if total.dtype in (torch.float16, torch.bfloat16) else total
+    if reduction == "sum":
+        return all_reduce(wide, group=group).to(total.dtype)
+    counted = target != ignore_index
+    weights = counted if weight is None else weight.detach()[torch.where(counted, target, 0)] * counted
+    sums = all_reduce(torch.stack([wide, weights.sum().to(wide.dtype)]), group=group)
+    return (sums[0] / sums[1]).to(total.dtype)
+
+
+def dropout(x: Tensor, p: float, *, group: str) -> Tensor:
+    """Dropout on a shard: each rank draws its own mask, and every rank's generator moves on by the same amount.
+
+    One seed is drawn from the global generator, the same on all ranks as long as they were seeded alike; the mask is a
+    hash of (seed, rank, element), so that it needs no second generator and is the same when it is recomputed.
+    """
+    seed = torch.randint(0, 2**31 - 1, (), device=x.device)
+    element = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+    bits = _mix(_mix(element + group_of(group).rank * 0x632BE5A7) + seed)
+    keep = bits >= int(p * 2**32)
+    return torch.where(keep, x / (1 - p) if p < 1 else torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (the finalizer of MurmurHash3), in int64 arithmetic that never overflows."""
+    x = x & 0xFFFFFFFF
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = x ^ (x >> shift)
+        low, high = x & 0xFFFF, x >> 16
+        x = (low * multiplier + (((high * multiplier) & 0xFFFF) << 16)) & 0xFFFFFFFF
+    return x ^ (x >> 16)

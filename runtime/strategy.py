@@ -1,0 +1,91 @@
+"""What the planner and the compiler know of a strategy: whether it can serve an attention, what it sends, what to call.
+
+Costs are SymPy formulas, so that a planner can compare and print them; `cost` evaluates them with the real, padded rows of a
+rank, and tests hold the result to counted messages. Conventions of counting: `runtime/traffic.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import sympy
+from torch import Tensor
+
+from autoseq.runtime.layout import Layout, local_length
+
+# B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
+# e bytes of an element, a bytes of an accumulator (4, or 8 for float64).
+B, s, t, H, K, D, V, P, e, a = sympy.symbols("B s t H K D V P e a", positive=True, integer=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention of the program, in global sizes."""
+
+    batch: int
+    q_len: int
+    k_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    element_bytes: int
+    max_ahead: int | None = None
+    max_behind: int | None = None
+    predicate: str = ""
+    has_bias: bool = False
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one rank sends for one attention. A collective is one message, and so is one point-to-point send."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_messages: int
+    backward_messages: int
+
+
+class Strategy(ABC):
+    """A way to compute attention over a sharded sequence. One instance each, in `runtime/strategies.py`."""
+
+    name: ClassVar[str]
+    attention: Callable[..., Tensor]
+
+    @abstractmethod
+    def formulas(self) -> dict[str, sympy.Expr]:
+        """Cost's fields as formulas in this module's symbols, for P > 1."""
+
+    def cannot_serve(self, site: Site, group_size: int) -> str | None:
+        """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""
+        if site.dropout_p > 0:
+            return f"{self.name} has no dropout inside attention yet (dropout_p={site.dropout_p:g})"
+        if site.heads % site.kv_heads != 0:
+            return f"{site.heads} query heads are not a multiple of {site.kv_heads} key/value heads"
+        return None
+
+    def cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:
+        """What `rank` sends: the formulas at the padded sizes, to the byte."""
+        if group_size == 1:
+            return Cost(0, 0, 0, 0)
+        values = self.sizes(site, group_size, layout, rank)
+        return Cost(**{name: int(formula.subs(values)) for name, formula in self.formulas().items()})
+
+    def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
+        """The value of each symbol of the formulas."""
+        return {
+            B: site.batch,
+            s: local_length(site.q_len, group_size, layout),
+            t: local_length(site.k_len, group_size, layout),
+            H: site.heads,
+            K: site.kv_heads,
+            D: site.head_dim,
+            V: site.value_dim,
+            P: group_size,
+            e: site.element_bytes,
+            a: max(4, site.element_bytes),
+        }

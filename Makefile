@@ -20,6 +20,18 @@ DEMO_STAMP := $(VENV)/.installed-demo
 TEST_STAMP := $(VENV)/.installed-test
 TYPES := build/types
 
+# A type checker cannot follow an editable install that maps folders to package names, so it is shown the package as it is
+# installed: a tree under build/ whose files are links to ours (links to folders it would pass over).
+define LINT
+echo "ruff:"; $(RUN) ruff check . || status=$$?; \
+rm -rf $(TYPES); \
+for file in $$(find autoseq passes runtime -name '*.py'); do \
+  link=$(TYPES)/autoseq/$${file#autoseq/}; \
+  mkdir -p "$${link%/*}" && ln -s "$(CURDIR)/$$file" "$$link" || exit 1; \
+done; \
+echo "pyright:"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(BIN)/python || status=$$?
+endef
+
 .PHONY: demo test lint fix gpu-test clean help
 .DEFAULT_GOAL := help
 
@@ -28,24 +40,13 @@ demo: $(DEMO_STAMP)  ## Train a small Llama on 2 ranks beside the same training 
 
 # Both parts always run, so that one push shows every failure; pytest comes last, so its closing line is the last word on the tests.
 test: $(TEST_STAMP)  ## Lint, check types, run the test suite
-	@status=0; \
-	$(MAKE) --no-print-directory lint || status=$$?; \
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -q $(PYTEST_ARGS) || status=$$?; \
+	@status=0; $(LINT); \
+	echo "pytest:"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -q $(PYTEST_ARGS) || status=$$?; \
 	if [ $$status -ne 0 ]; then echo "make test: FAILED (lint or tests, see above)" >&2; fi; \
 	exit $$status
 
-# A type checker cannot follow an editable install that maps folders to package names, so it is shown the package as it is
-# installed: a tree under build/ whose files are links to ours (links to folders it would pass over).
 lint: $(TEST_STAMP)  ## Lint and check types, nothing else
-	@status=0; \
-	echo "ruff:"; $(RUN) ruff check . || status=$$?; \
-	rm -rf $(TYPES); \
-	for file in $$(find autoseq passes runtime -name '*.py'); do \
-	  link=$(TYPES)/autoseq/$${file#autoseq/}; \
-	  mkdir -p "$${link%/*}" && ln -s "$(CURDIR)/$$file" "$$link" || exit 1; \
-	done; \
-	echo "pyright:"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(BIN)/python || status=$$?; \
-	exit $$status
+	@status=0; $(LINT); exit $$status
 
 fix: $(TEST_STAMP)  ## Apply the repairs that ruff is sure of
 	$(RUN) ruff check --fix .
@@ -67,7 +68,7 @@ $(TORCH_STAMP):
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "autoseq needs Python 3.11 or later, and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1 || echo 'not there')." >&2; \
+	  echo "autoseq needs Python 3.11 or later, and '$(PYTHON)' is $$("$(PYTHON)" --version 2>/dev/null || echo 'not there')." >&2; \
 	  echo "Install a later Python, or name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
 	  exit 1; \
 	fi; \

@@ -22,7 +22,7 @@ from autoseq.passes.open_regions import open_regions
 from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, PassRecord, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
-from autoseq.passes.tidy import bucket_varies, drop_idle_varies, refresh_values
+from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
 from autoseq.planner import NamedSite, Plan, find_sites, make_plan
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import AutoSeqError, FallbackError, NoAttentionError, NoSequenceError
@@ -108,7 +108,8 @@ def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple
         Pass("find_sequence", find_sequence),
         Pass("shard", partial(shard, group=group.name, group_size=group.size, layout=plan.layout, gather_outputs=gather)),
         lowering,
-        Pass("drop_idle_varies", partial(drop_idle_varies, grad_sync=options.grad_sync == "sequence")),
+        Pass("drop_idle_varies", drop_idle_varies),
+        *([Pass("leave_gradients_unsummed", partial(leave_gradients_unsummed, group=group.name))] if options.grad_sync == "none" else []),
         Pass("bucket_varies", partial(bucket_varies, bucket_bytes=GRADIENT_BUCKET_BYTES)),
         Pass("refresh_values", refresh_values),
     )

@@ -91,11 +91,13 @@ def drop_noops(gm: fx.GraphModule) -> int:
     """
     dropped = 0
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or not _is_noop(node):
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+        elif (same := _unchanged_operand(node)) is not None:
+            node.replace_all_uses_with(same)
+            gm.graph.erase_node(node)
+        else:
             continue
-        if node.target is not aten._assert_tensor_metadata.default:
-            node.replace_all_uses_with(node.args[0])
-        gm.graph.erase_node(node)
         dropped += 1
     return dropped
 
@@ -105,14 +107,24 @@ _SAME_IF_SAME_SHAPE = {
 }
 
 
-def _is_noop(node: fx.Node) -> bool:
-    if node.target in (aten._assert_tensor_metadata.default, aten.alias.default, aten.lift_fresh.default):
-        return True
-    if node.target in _SAME_IF_SAME_SHAPE:
-        if node.target is aten.slice.Tensor and len(node.args) > 4 and node.args[4] != 1:
-            return False
-        return same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)  # type: ignore[union-attr]
-    return False
+def _unchanged_operand(node: fx.Node) -> fx.Node | None:
+    """The operand that `node` returns as it is, if it does."""
+    if node.target in (aten.alias.default, aten.lift_fresh.default):
+        return node.args[0]  # type: ignore[return-value]
+    if node.target is aten.cat.default:
+        return _only_part(node)
+    if node.target in _SAME_IF_SAME_SHAPE and (len(node.args) < 5 or node.args[4] == 1):  # args[4]: a slice's step
+        operand: fx.Node = node.args[0]  # type: ignore[assignment]
+        return operand if same_shape(node.meta["val"].shape, operand.meta["val"].shape) else None
+    return None
+
+
+def _only_part(node: fx.Node) -> fx.Node | None:
+    """The one part of a `cat` whose others are empty (a cache before its first token)."""
+    parts = [part for part in node.args[0] if not same_size(part.meta["val"].numel(), 0)]  # type: ignore[union-attr]
+    if len(parts) == 1 and parts[0].meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
+        return parts[0]  # type: ignore[return-value]
+    return None
 
 
 def same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:

@@ -95,7 +95,8 @@ def _number(lookup: Any) -> int:
 
 def _inline(formula: Any, captures: list[fx.Node], reader: Reader) -> Any:
     """`c0(b, 0, q, k)` becomes the value of capture 0 at that index; a bool capture stands as `Ne(c0(...), 0)`."""
-    values = {lookup: reader.at(captures[_number(lookup)], lookup.args) for lookup in _lookups(formula)}
+    ordered = sorted(_lookups(formula), key=str)  # captures are numbered in the order they are met, alike on every rank
+    values = {lookup: reader.at(captures[_number(lookup)], lookup.args) for lookup in ordered}
     formula = formula.subs({sympy.Ne(lookup, 0): value for lookup, value in values.items() if is_bool(value)})
     return formula.subs({lookup: value for lookup, value in values.items() if not is_bool(value)})
 
@@ -105,7 +106,7 @@ def split(formula: Any) -> tuple[int | None, int | None, Any]:
     ahead: int | None = None
     behind: int | None = None
     rest = []
-    for atom in sympy.And.make_args(formula):
+    for atom in conjuncts(formula):
         bound = _bound(atom)
         if bound is None:
             rest.append(atom)
@@ -114,6 +115,11 @@ def split(formula: Any) -> tuple[int | None, int | None, Any]:
         else:
             behind = _tighter(behind, bound[1])
     return ahead, behind, sympy.And(*rest)
+
+
+def conjuncts(formula: Any) -> list[Any]:
+    """The parts of a conjunction, in an order that every process has alike."""
+    return sorted(sympy.And.make_args(formula), key=str)
 
 
 def _tighter(a: Any, b: int | None) -> Any:
@@ -152,7 +158,7 @@ def mask_text(node: fx.Node) -> str:
     if node.kwargs["predicate"]:
         captures: list[fx.Node] = node.args[3]  # type: ignore[assignment]
         formula = parse(str(node.kwargs["predicate"]), len(captures))
-        parts.extend(_named(atom, captures) for atom in sympy.And.make_args(formula))
+        parts.extend(_named(atom, captures) for atom in conjuncts(formula))
     if bias is not None:
         parts.append(f"bias {capture_name(bias)}")  # type: ignore[arg-type]
     text = " & ".join(parts) or "all"

@@ -8,22 +8,44 @@ from torch import fx
 from autoseq.runtime import collectives
 
 
-def drop_idle_varies(gm: fx.GraphModule, *, grad_sync: bool) -> int:
-    """Remove `vary` in front of inputs that get no gradient, and of parameters when their sync is someone else's job.
+def drop_idle_varies(gm: fx.GraphModule) -> int:
+    """Remove `vary` in front of inputs that get no gradient; returns how many were removed.
 
         vary(buffer)     →     buffer
 
     Legal because `vary` computes the identity; its gradient, the sum over ranks, is needed only where a gradient is.
     """
-    dropped = 0
-    for node in _input_varies(gm):
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
-        if source.meta.get("requires_grad") and (grad_sync or not source.meta.get("is_parameter")):
-            continue
-        node.replace_all_uses_with(source)
+    idle = [node for node in _input_varies(gm) if not node.args[0].meta.get("requires_grad")]  # type: ignore[union-attr]
+    for node in idle:
+        node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
-        dropped += 1
-    return dropped
+    return len(idle)
+
+
+def leave_gradients_unsummed(gm: fx.GraphModule, *, group: str) -> int:
+    """Parameters' gradients become this rank's part of the sum, for a caller who adds them up; returns their number.
+
+        linear(x, vary(w)); take_shard(w)     →     linear(x, w); take_shard(share_gradient(w))
+
+    Legal for a caller who sums over the group: beside sharded values each rank has its own part already, and where a
+    replicated use would give every rank the full gradient, each now gets a P-th of it.
+    """
+    changed = 0
+    for parameter in gm.graph.find_nodes(op="placeholder"):
+        if not (parameter.meta.get("is_parameter") and parameter.meta.get("requires_grad")):
+            continue
+        varied = [user for user in parameter.users if user.target is collectives.vary]
+        replicated = [user for user in parameter.users if user not in varied and user.op != "output"]
+        if replicated:
+            with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+                shared = gm.graph.call_function(collectives.share_gradient, (parameter,), {"group": group})
+            for user in replicated:
+                user.replace_input_with(parameter, shared)
+        for user in varied:
+            user.replace_all_uses_with(parameter)
+            gm.graph.erase_node(user)
+        changed += 1
+    return changed
 
 
 def bucket_varies(gm: fx.GraphModule, *, bucket_bytes: int) -> int:

@@ -98,9 +98,10 @@ def new_accumulators(q: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     return out, q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
 
 
-def new_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Zeros in the accumulating dtype, contiguous."""
-    return tuple(tensor.new_zeros(tensor.shape, dtype=accumulate_dtype(tensor.dtype)) for tensor in tensors)
+def new_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for dq, dk, dv in the accumulating dtype, contiguous."""
+    dtype = accumulate_dtype(q.dtype)
+    return q.new_zeros(q.shape, dtype=dtype), k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

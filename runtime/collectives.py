@@ -29,8 +29,7 @@ from torch.autograd import Function
 
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.layout import Layout, chunk_ranges, rank_positions, to_global, to_ranked
-from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic
-from autoseq.runtime.traffic import reduce_scatter_traffic
+from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
 
 _ops = torch.ops._c10d_functional
 
@@ -72,6 +71,11 @@ def vary(x: Tensor, *, group: str) -> Tensor:
 def vary_many(xs: list[Tensor], *, group: str) -> list[Tensor]:
     """`vary` for a bucket: one all_reduce per dtype in the backward, with zeros for values that got no gradient."""
     return list(xs) if group_of(group).size == 1 or not xs else list(_Vary.apply(group, *xs))
+
+
+def share_gradient(x: Tensor, *, group: str) -> Tensor:
+    """x itself, used alike on every rank: each gets a P-th of its gradient, so that the ranks' gradients add up to it."""
+    return x if group_of(group).size == 1 else _ShareGradient.apply(x, group_of(group).size)
 
 
 def all_reduce(x: Tensor, *, group: str) -> Tensor:
@@ -262,6 +266,17 @@ class _Vary(Function):
             for i, total in zip(indices, _sum_bucket([grads[i] for i in indices], ctx.group), strict=True):
                 sums[i] = total
         return None, *sums
+
+
+class _ShareGradient(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, P: int) -> Tensor:
+        ctx.P = P
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.P, None
 
 
 class _AllReduce(Function):

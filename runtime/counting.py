@@ -99,7 +99,7 @@ class CountedGroup(dist.ProcessGroup):
     """Counts, then does what the plain group over the same backends does."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue] (torch's stub lists another constructor)
         self._plain = dist.ProcessGroup(store, rank, size)
         kinds = dist.ProcessGroup.BackendType
         self._add("cpu", kinds.GLOO, dist.ProcessGroupGloo(store, rank, size, timeout))

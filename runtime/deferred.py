@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
 from autoseq.runtime.errors import OptionError, RankMismatchError, RendezvousError, UnsupportedError
 from autoseq.runtime.groups import process_group
-from autoseq.runtime.layout import Layout, chunk_ranges
+from autoseq.runtime.layout import Layout
 from autoseq.runtime.rendezvous import exchange
 
 TIMEOUT_VARIABLE = "AUTOSEQ_GATHER_TIMEOUT_S"
@@ -67,7 +67,7 @@ class DeferredTensor(Tensor):
 
     _shard: _Shard
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def wrap(shard: _Shard) -> DeferredTensor:
@@ -128,8 +128,8 @@ class DeferredTensor(Tensor):
             wrappers[id(wrapper._full)] = wrapper
             return wrapper._full
 
-        args, kwargs = tree_map_only(DeferredTensor, fill, (args, kwargs or {}))
-        result = func(*args, **kwargs)
+        plain_args, plain_kwargs = tree_map_only(DeferredTensor, fill, args), tree_map_only(DeferredTensor, fill, kwargs or {})
+        result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return result
         # An in-place operation returns the tensor it was given, and autograd insists on the very same object.
@@ -185,7 +185,9 @@ class _Shard:
         # Whoever watches operations (a FLOP counter, a fake mode) is not meant to see how the value gets here.
         with torch.no_grad(), _disable_current_modes():
             self._meet()
-            return self.rows.gather(self.padded.detach()).contiguous()
+            whole = self.rows.gather(self.padded.detach())
+            # The value may be written to; the shard may be saved for the backward pass of whatever computed it.
+            return whole.contiguous() if self.rows.group.size > 1 else whole.clone(memory_format=torch.contiguous_format)
 
     def _meet(self) -> None:
         """All ranks come for the same output, or each gets an error."""
@@ -194,7 +196,10 @@ class _Shard:
         try:
             theirs = exchange(group, "gather of a deferred output", mine.encode(), timeout_s=_timeout_s())
         except RendezvousError as error:
-            raise RendezvousError(f"The output {mine} could not be gathered. {error}") from error
+            raise RendezvousError(
+                f"The output {mine} could not be gathered. {error} "
+                f"{TIMEOUT_VARIABLE} sets how many seconds a gather waits."
+            ) from error
         for rank, other in enumerate(theirs):
             if other.decode() != mine:
                 raise RankMismatchError(

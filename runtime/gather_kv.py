@@ -14,7 +14,8 @@ from torch import Tensor
 
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_op import Call, attention_op, check_inputs
-from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators, new_gradients
+from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators
+from autoseq.runtime.kernels import accumulate_dtype
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import gather_shards, sum_shards
 from autoseq.runtime.packed import pack, unpack
@@ -74,7 +75,7 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     op = "gather_kv_attention_backward"
-    (dq,) = new_gradients(call.q)
+    dq = call.q.new_zeros(call.q.shape, dtype=accumulate_dtype(call.q.dtype))
     gathered = _gather(op, call)
     grads = torch.zeros_like(gathered, dtype=dq.dtype)
     for rank, (shard, grad) in enumerate(zip(gathered, grads, strict=True)):

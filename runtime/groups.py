@@ -31,7 +31,7 @@ ALONE = SequenceGroup(name="", size=1, rank=0)
 def process_group(name: str) -> dist.ProcessGroup:
     """The c10d process group called `name`. Raises MeshError when there is none."""
     try:
-        return _resolve_process_group(name)
+        return _resolve_process_group(name)  # pyright: ignore[reportArgumentType] (a NewType of str)
     except (RuntimeError, LookupError, ValueError) as error:
         raise MeshError(
             f"No process group is called {name!r} in this process. It was destroyed, or the program was compiled in another "

@@ -12,14 +12,18 @@ rank cannot arrive just as another stops waiting for it and then go on alone.
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from autoseq.runtime.errors import RendezvousError
 from autoseq.runtime.groups import SequenceGroup, process_group
+
+SHORTEST_NAP_S = 0.0005
+LONGEST_NAP_S = 0.05
 
 _ALL_CAME = "all"
 _GIVEN_UP = "given up"
@@ -28,8 +32,8 @@ _GIVEN_UP = "given up"
 def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: float) -> list[bytes]:
     """Each rank's payload, in rank order, once all ranks of the group came to this topic.
 
-    Raises RendezvousError, within `timeout_s` and on every rank that comes, when some rank does not. Costs about six store
-    requests per rank.
+    Raises RendezvousError, within `timeout_s` and on every rank that comes, when some rank does not. Costs about seven
+    store requests per rank, and a poll now and then while waiting.
     """
     if group.size == 1:
         return [payload]
@@ -47,7 +51,7 @@ def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: flo
 class _Round:
     """One meeting: its keys live under one prefix of the store."""
 
-    store: dist.Store
+    store: Any  # a dist.Store; torch's stub lacks has_extended_api and takes no bytes
     prefix: str
     group: SequenceGroup
     topic: str
@@ -75,10 +79,13 @@ class _Round:
         return payloads
 
     def _await_decision(self, timeout_s: float) -> str:
-        try:
-            self.store.wait([f"{self.prefix}/decision"], timedelta(seconds=timeout_s))
-        except dist.DistStoreError:
-            return self._decide(f"{_GIVEN_UP} by rank {self.group.rank} after {timeout_s:g} s")
+        # Store.wait would hold the store's connection, which other threads of the process need, for the whole time.
+        start = time.monotonic()
+        while not self.store.check([f"{self.prefix}/decision"]):
+            waited_s = time.monotonic() - start
+            if waited_s > timeout_s:
+                return self._decide(f"{_GIVEN_UP} by rank {self.group.rank} after {timeout_s:g} s")
+            time.sleep(min(LONGEST_NAP_S, SHORTEST_NAP_S + waited_s / 10))
         return self.store.get(f"{self.prefix}/decision").decode()
 
     def _decide(self, decision: str) -> str:

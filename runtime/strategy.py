@@ -72,7 +72,7 @@ class Strategy(ABC):
         """What `rank` sends: the formulas at the padded sizes, to the byte."""
         if group_size == 1:
             return Cost(0, 0, 0, 0)
-        values = self.sizes(site, group_size, layout, rank)
+        values = list(self.sizes(site, group_size, layout, rank).items())
         return Cost(**{name: int(formula.subs(values)) for name, formula in self.formulas().items()})
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import faulthandler
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -97,7 +98,7 @@ class RankPool:
             self._workers.append(_Worker(context, self._store.port))
 
     def _collect(self, name: str, P: int, timeout_s: float) -> list[Any]:
-        ranks: dict[Connection, int] = {worker.pipe: rank for rank, worker in enumerate(self._workers[:P])}
+        ranks: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(self._workers[:P])}
         results: dict[int, Any] = {}
         failures: list[str] = []
         deadline = time.monotonic() + timeout_s
@@ -152,6 +153,8 @@ def _serve(pipe: Connection, port: int, stacks_path: str) -> None:
         try:
             rank, job, path, module, qualname, P, args, backend, timeout_s = pickle.loads(pipe.recv_bytes())
         except EOFError:
+            # The last collection of an interpreter that imported torch takes seconds; nothing here needs it.
+            gc.freeze()
             return
         sys.path[:] = path
         try:

@@ -1,18 +1,19 @@
 """Each collective moves the right rows, bit for bit, and its gradient is the transpose, on real gloo ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import aot_function, make_boxed_func
-from ranks import run_ranks
 from torch import Tensor
 
 from autoseq.runtime import collectives as c
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.groups import group_from_mesh
-from autoseq.runtime.layout import local_length, rank_positions
+from autoseq.runtime.layout import Layout, local_length, rank_positions
+from ranks import run_ranks
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Case:
     """P ranks share the rows of the middle dim (outer, n, inner) of a tensor."""
 
     P: int
-    layout: str
+    layout: Layout
     n: int
     outer: int = 1
     inner: int = 1
@@ -143,12 +144,14 @@ def check_vary_many(rank: int, P: int) -> None:
     a, b, unused, frozen, ints = c.vary_many(xs, group=group)
     assert all(torch.equal(y, x) for y, x in zip((a, b, unused, frozen, ints), xs, strict=True))
     reset_counters()
-    ((a.t() * 10**rank).sum() + b.sum() * rank).backward()
+    loss = (a.t() * 10**rank).sum() + b.sum() * rank
+    grads = torch.autograd.grad(loss, xs[:3], allow_unused=True)
     total = float(sum(10**r for r in range(P)))
-    assert torch.equal(xs[0].grad, torch.full((2, 3), total))
-    assert torch.equal(xs[1].grad, torch.full((4,), float(sum(range(P))), dtype=torch.float64))
-    assert P == 1 or torch.equal(xs[2].grad, torch.zeros(5))
-    assert xs[3].grad is None
+    assert torch.equal(grads[0], torch.full((2, 3), total))
+    assert torch.equal(grads[1], torch.full((4,), float(sum(range(P))), dtype=torch.float64))
+    assert P == 1 or torch.equal(grads[2], torch.zeros(5))
+    assert not frozen.requires_grad
+    assert not ints.requires_grad
     # One message per dtype: six and five float32 together, four float64.
     cost = c.vary_cost([11 * 4, 4 * 8], P=P).backward
     assert counters().get("all_reduce", (0, 0)) == (cost.messages, cost.bytes)
@@ -181,7 +184,7 @@ def check_all_to_all(rank: int, P: int) -> None:
         pytest.param(check_all_to_all, id="all_to_all_single: uneven and empty pieces, gradient goes home"),
     ],
 )
-def test_unsharded_values(check, P: int) -> None:
+def test_unsharded_values(check: Callable[[int, int], None], P: int) -> None:
     run_ranks(check, P, backend="autoseq_counted")
 
 
@@ -207,12 +210,13 @@ def test_any_dtype_is_gathered_bit_for_bit(dtype: torch.dtype) -> None:
 
 def check_odd_gradients(rank: int, P: int, kind: str) -> None:
     case = Case(P, "zigzag", 7)
-    for collective in (c.all_gather, c.all_gather_varying):
+    # A copy used per rank collects P equal gradients, and there are two such copies in a row.
+    for collective, times in ((c.all_gather, 1), (c.all_gather_varying, P * P)):
         shard = case.rows_of(rank, case.full(), "edge").requires_grad_()
         full = collective(c.take_shard(collective(shard, **case.sharding), **case.sharding), **case.sharding)
-        loss = full.sum() if kind == "expanded" else (full.transpose(1, 2) * 2).sum()
-        loss.backward()
-        assert torch.isfinite(shard.grad).all()
+        weight = torch.ones_like(full) if kind == "expanded" else torch.arange(1.0, 1 + full.numel()).reshape(2, 3, 7).transpose(1, 2)
+        loss = full.sum() if kind == "expanded" else (full.transpose(1, 2) * weight.transpose(1, 2)).sum()
+        assert torch.equal(torch.autograd.grad(loss, shard)[0], case.rows_of(rank, times * weight, "zero"))
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
@@ -256,9 +260,11 @@ def whole(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def check_program(rank: int, P: int, case: Case, kind: str, trace: str) -> None:
     graphs: list[Any] = []
 
-    def keep(graph: Any, _: Any) -> Any:
+    def compiler(graph: Any, _: Any) -> Any:
         graphs.append(graph)
         return make_boxed_func(graph)
+
+    keep: Any = compiler
 
     def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return layer(case, x, w, b, kind=kind)
@@ -282,7 +288,6 @@ def check_program(rank: int, P: int, case: Case, kind: str, trace: str) -> None:
     "case",
     [
         pytest.param(Case(2, "contiguous", 6), id="two ranks"),
-        pytest.param(Case(2, "zigzag", 7), id="two ranks, zigzag, odd"),
         pytest.param(Case(3, "zigzag", 8, outer=2), id="three ranks, zigzag, composite dim"),
     ],
 )
@@ -326,8 +331,8 @@ def check_all_to_all_cost(rank: int, P: int) -> None:
     y.sum().backward()
     check_counted(cost.backward)
     reset_counters()
-    c.all_reduce(x, group=group_from_mesh(None).name)
-    check_counted(c.all_reduce_cost(x.nbytes, P=P).forward)
+    total = c.all_reduce(torch.ones(6), group=group_from_mesh(None).name)
+    check_counted(c.all_reduce_cost(total.nbytes, P=P).forward)
 
 
 @pytest.mark.parametrize("P", [1, 2, 3])
@@ -337,7 +342,7 @@ def test_costs_of_all_to_all_and_all_reduce(P: int) -> None:
 
 def test_without_a_process_group_a_single_rank_keeps_everything() -> None:
     x = torch.randn(2, 5, 3)
-    sharding = dict(dim=1, outer=1, length=5, local=5, layout="contiguous", group="")
+    sharding: dict[str, Any] = dict(dim=1, outer=1, length=5, local=5, layout="contiguous", group="")
     for collective in (c.take_shard, c.all_gather, c.all_gather_varying, c.reduce_scatter):
         assert collective(x, **sharding) is x
     assert c.vary(x, group="") is x

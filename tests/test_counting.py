@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.groups import group_from_mesh
@@ -19,6 +18,7 @@ from autoseq.runtime.traffic import (
     reduce_scatter_traffic,
     send_traffic,
 )
+from ranks import run_ranks
 
 _ops = torch.ops._c10d_functional
 

@@ -1,11 +1,14 @@
 """Which rank holds which rows, as tables, and the reorderings as properties."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autoseq.runtime.layout import (
+    Layout,
     chunk_ranges,
     grain,
     local_length,
@@ -32,7 +35,7 @@ LAYOUTS = ["contiguous", "zigzag"]
         pytest.param(5, 1, "zigzag", 6, id="one zigzag rank still has two equal chunks"),
     ],
 )
-def test_local_length(n: int, P: int, layout: str, expected: int) -> None:
+def test_local_length(n: int, P: int, layout: Layout, expected: int) -> None:
     assert local_length(n, P, layout) == expected
 
 
@@ -44,7 +47,7 @@ def test_local_length(n: int, P: int, layout: str, expected: int) -> None:
         pytest.param("zigzag", 1, [[0, 1]], id="zigzag on one rank is the plain order"),
     ],
 )
-def test_rank_chunks(layout: str, P: int, expected: list[list[int]]) -> None:
+def test_rank_chunks(layout: Layout, P: int, expected: list[list[int]]) -> None:
     assert [rank_chunks(rank, P, layout) for rank in range(P)] == expected
 
 
@@ -59,7 +62,7 @@ def test_rank_chunks(layout: str, P: int, expected: list[list[int]]) -> None:
         pytest.param(0, 2, 1, "zigzag", [(0, 0, 1), (1, 3, 0)], id="zigzag: one row in all"),
     ],
 )
-def test_chunk_ranges(rank: int, P: int, n: int, layout: str, expected: list[tuple[int, int, int]]) -> None:
+def test_chunk_ranges(rank: int, P: int, n: int, layout: Layout, expected: list[tuple[int, int, int]]) -> None:
     assert chunk_ranges(rank, P, local_length(n, P, layout), n, layout) == expected
 
 
@@ -67,7 +70,7 @@ sizes = {"n": st.integers(0, 40), "P": st.integers(1, 6), "layout": st.sampled_f
 
 
 @given(**sizes)
-def test_every_row_is_held_exactly_once(n: int, P: int, layout: str) -> None:
+def test_every_row_is_held_exactly_once(n: int, P: int, layout: Layout) -> None:
     s = local_length(n, P, layout)
     held = [
         row
@@ -79,14 +82,14 @@ def test_every_row_is_held_exactly_once(n: int, P: int, layout: str) -> None:
 
 
 @given(**sizes)
-def test_padding_stands_at_the_end_of_each_rank(n: int, P: int, layout: str) -> None:
+def test_padding_stands_at_the_end_of_each_rank(n: int, P: int, layout: Layout) -> None:
     for rank in range(P):
         valid = [p < n for p in rank_positions(rank, P, local_length(n, P, layout), layout, "cpu").tolist()]
         assert valid == sorted(valid, reverse=True)
 
 
 @given(**sizes)
-def test_positions_agree_with_chunk_ranges(n: int, P: int, layout: str) -> None:
+def test_positions_agree_with_chunk_ranges(n: int, P: int, layout: Layout) -> None:
     s = local_length(n, P, layout)
     for rank in range(P):
         positions = rank_positions(rank, P, s, layout, "cpu").tolist()
@@ -97,7 +100,7 @@ def test_positions_agree_with_chunk_ranges(n: int, P: int, layout: str) -> None:
 
 
 @given(chunk=st.integers(0, 5), P=st.integers(1, 6), layout=st.sampled_from(LAYOUTS), dim=st.sampled_from([0, 1, -1, -2]))
-def test_reorderings_undo_each_other(chunk: int, P: int, layout: str, dim: int) -> None:
+def test_reorderings_undo_each_other(chunk: int, P: int, layout: Layout, dim: int) -> None:
     rows = chunk * grain(P, layout)
     x = torch.arange(3 * rows).reshape((3, rows) if dim in (1, -1) else (rows, 3))
     assert torch.equal(to_global(to_ranked(x, dim, P, layout), dim, P, layout), x)
@@ -105,7 +108,7 @@ def test_reorderings_undo_each_other(chunk: int, P: int, layout: str, dim: int) 
 
 
 @given(chunk=st.integers(1, 5), P=st.integers(1, 6), layout=st.sampled_from(LAYOUTS))
-def test_ranked_order_is_each_ranks_rows_in_turn(chunk: int, P: int, layout: str) -> None:
+def test_ranked_order_is_each_ranks_rows_in_turn(chunk: int, P: int, layout: Layout) -> None:
     s = chunk * num_chunks(layout)
     by_rank = torch.cat([rank_positions(rank, P, s, layout, "cpu") for rank in range(P)])
     assert torch.equal(to_ranked(torch.arange(P * s), 0, P, layout), by_rank)
@@ -113,6 +116,6 @@ def test_ranked_order_is_each_ranks_rows_in_turn(chunk: int, P: int, layout: str
 
 
 @pytest.mark.parametrize("reorder", [to_global, to_ranked])
-def test_reorderings_are_differentiable(reorder) -> None:
+def test_reorderings_are_differentiable(reorder: Callable[..., torch.Tensor]) -> None:
     x = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: reorder(x, 1, 3, "zigzag"), x)

@@ -4,13 +4,13 @@ import time
 
 import pytest
 import torch.distributed as dist
-from ranks import RankError, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from autoseq.runtime.errors import MeshError, RendezvousError
 from autoseq.runtime.groups import ALONE, SequenceGroup, group_from_mesh, group_of
 from autoseq.runtime.rendezvous import exchange
+from ranks import RankError, run_ranks
 
 SOON_S = 0.5
 
@@ -115,7 +115,7 @@ def come_after_the_end(rank: int, P: int) -> None:
 
 
 def test_a_group_that_ended_is_an_error() -> None:
-    with pytest.raises(RankError, match="RendezvousError: torch.distributed was shut down"):
+    with pytest.raises(RankError, match=r"RendezvousError: torch\.distributed was shut down"):
         run_ranks(come_after_the_end, 2)
 
 

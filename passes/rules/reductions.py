@@ -71,10 +71,11 @@ def _along(position: int, *, default: int | None = None) -> Callable[[fx.Node], 
     """An operator along one dim (softmax, cumsum, sort, topk): that dim is whole, the others pass."""
 
     def factors(node: fx.Node) -> Factors | None:
-        shapes = [s for s in operand_shapes(node) if s is not None]
+        shapes = operand_shapes(node)
+        assert shapes[0] is not None
         rank = len(shapes[0])
         where: Any = argument(node, position, "dim", default)
-        if where is None or any(len(s) != rank for s in shapes):
+        if where is None or any(s is not None and len(s) != rank for s in shapes):
             return None
         dim = as_dim(where, rank)
         sizes: dict[str, Size] = {}
@@ -82,7 +83,7 @@ def _along(position: int, *, default: int | None = None) -> Callable[[fx.Node], 
         for i, shape in enumerate(shapes):
             names = plain_dims(rank)
             names[dim] = (f"along{i}",)
-            operands.append(dims_of(shape, names, sizes))
+            operands.append(None if shape is None else dims_of(shape, names, sizes))
         results = []
         for i, shape in enumerate(result_shapes(node)):
             names = plain_dims(rank)

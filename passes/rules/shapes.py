@@ -50,7 +50,8 @@ def _slice(node: fx.Node) -> Factors | None:
     """Cutting a dim needs it whole; cutting only its end keeps rows where they are."""
     shape, result = first_val(node).shape, result_shapes(node)[0]
     dim = as_dim(argument(node, 1, "dim", 0), len(shape))
-    keeps_rows = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+    from_start = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+    keeps_rows = from_start and not same_size(result[dim], 1)
     names = plain_dims(len(shape))
     sizes: dict[str, Size] = {}
     old = dims_of(shape, names, sizes)

@@ -1,0 +1,217 @@
+"""Starts ranks on this machine and brings back what they return: for `verify` and `demo`, which are their own torchrun.
+
+One process a rank, gloo on CPUs and NCCL where there is a GPU for each rank. A rank that raises ends the job with its error;
+one that dies, or never returns, ends it too: the parent watches all of them and stops the rest. Ranks can tell the parent of
+their progress while they run.
+"""
+
+import contextlib
+import datetime
+import importlib
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from autoseq.runtime import errors
+from autoseq.runtime.errors import AutoSeqError
+
+Backend = Literal["plain", "counted"]
+Listener = Callable[[int, Any], None]
+"""Called in the parent with (rank, message) for each message."""
+
+_GRACE_S = 5.0  # after one rank failed, the others have this long to say why they did
+
+
+class LaunchError(AutoSeqError):
+    """A rank raised something unforeseen, died or hung; `details` holds its traceback."""
+
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What a rank function knows of itself."""
+
+    index: int
+    world_size: int
+    device: torch.device
+    _pipe: Connection
+
+    def tell(self, message: Any) -> None:
+        """Send a picklable message to the parent."""
+        self._pipe.send(("told", message))
+
+
+def device_kind(world_size: int) -> Literal["cuda", "cpu"]:
+    """Where `world_size` ranks run: on GPUs if each can have its own."""
+    return "cuda" if torch.cuda.device_count() >= world_size and dist.is_nccl_available() else "cpu"
+
+
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, backend: Backend = "plain", timeout_s: float = 1800.0, listen: Listener | None = None
+) -> list[Any]:
+    """`fn(rank, *args)` on `world_size` new processes inside one process group; what each returned, by rank.
+
+    `fn` is a module-level function; arguments and results are pickled. `backend="counted"` counts messages and bytes
+    (`runtime.counting`). Raises the ranks' own AutoSeqError, or LaunchError if a rank raised another error, died, or was
+    not done after `timeout_s`. No process outlives the call.
+    """
+    with tempfile.TemporaryDirectory(prefix="autoseq-") as folder:
+        context = mp.get_context("spawn")
+        job = _Job(fn.__module__, fn.__qualname__, args, world_size, backend, device_kind(world_size), str(Path(folder) / "store"), timeout_s)
+        with _processes(context, job) as ranks:
+            return _Watch(ranks, timeout_s, listen).collect()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    module: str
+    qualname: str
+    args: tuple[Any, ...]
+    world_size: int
+    backend: Backend
+    device: Literal["cuda", "cpu"]
+    store: str
+    timeout_s: float
+
+
+@contextlib.contextmanager
+def _processes(context: Any, job: _Job) -> Iterator[dict[Connection, Any]]:
+    """The rank processes by the parent's end of their pipes, in rank order; killed at the end if they still run."""
+    ranks: dict[Connection, Any] = {}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.world_size)))
+    try:
+        for index in range(job.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, index, job, sys.path), daemon=True)
+            process.start()
+            theirs.close()
+            ranks[ours] = process
+        yield ranks
+    finally:
+        for pipe, process in ranks.items():
+            pipe.close()
+            process.kill()
+            process.join()
+
+
+class _Watch:
+    """Collects the ranks' results and failures."""
+
+    def __init__(self, ranks: dict[Connection, Any], timeout_s: float, listen: Listener | None) -> None:
+        self._processes = list(ranks.values())
+        self._open = {pipe: index for index, pipe in enumerate(ranks)}
+        self._timeout_s, self._listen = timeout_s, listen
+        self._deadline = time.monotonic() + timeout_s
+        self._results: dict[int, Any] = {}
+        self._failures: list[AutoSeqError] = []
+
+    def collect(self) -> list[Any]:
+        while self._open and (ready := wait(list(self._open), max(0.0, self._deadline - time.monotonic()))):
+            for pipe in ready:
+                self._receive(pipe)  # type: ignore[arg-type]
+        if self._open and not self._failures:
+            raise LaunchError(f"ranks {sorted(self._open.values())} were not done after {self._timeout_s:g} s and were stopped")
+        if self._failures:
+            raise min(self._failures, key=_severity)
+        return [self._results[index] for index in range(len(self._processes))]
+
+    def _receive(self, pipe: Connection) -> None:
+        index = self._open[pipe]
+        try:
+            kind, value = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            kind, value = "failed", self._death(index)
+        if kind == "told":
+            if self._listen:
+                self._listen(index, value)
+            return
+        del self._open[pipe]
+        if kind == "returned":
+            self._results[index] = value
+        else:
+            self._failures.append(value)
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
+
+    def _death(self, index: int) -> AutoSeqError:
+        self._processes[index].join(1)
+        code = self._processes[index].exitcode
+        how = f"was killed by signal {-code} (out of memory?)" if code is not None and code < 0 else f"ended with exit code {code}"
+        return LaunchError(f"rank {index} {how} before it returned")
+
+
+_CONSEQUENCES = ("MessageError", "RendezvousError", "RankMismatchError")
+
+
+def _severity(error: AutoSeqError) -> int:
+    """A user's mistake says most; then what went wrong by itself; last what only followed from another rank's failure."""
+    if type(error).__name__ in _CONSEQUENCES:
+        return 2
+    return 1 if isinstance(error, LaunchError) and "gloo" in str(error).lower() else 0
+
+
+def _serve(pipe: Connection, index: int, job: _Job, path: list[str]) -> None:
+    sys.path[:] = path
+    os.dup2(2, 1)  # gloo prints to stdout, which belongs to the parent's results
+    if job.device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        reply = "returned", _run(pipe, index, job)
+    except AutoSeqError as error:
+        reply = "failed", _sendable(index, error)
+    except BaseException as error:  # noqa: BLE001 (whatever ends a rank belongs to the parent)
+        failure = LaunchError(f"rank {index} failed: {type(error).__name__}: {error}")
+        failure.details = traceback.format_exc()
+        reply = "failed", failure
+    with contextlib.suppress(BrokenPipeError):  # the parent has given up
+        pipe.send(reply)
+    pipe.close()
+    # Not the interpreter's own way out: a backend's threads may wait for peers that are gone.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _sendable(index: int, error: AutoSeqError) -> AutoSeqError:
+    """An error that unpickles in the parent: of its own class where that is one of autoseq's."""
+    known = getattr(errors, type(error).__name__, None)
+    if known is type(error):
+        return known(str(error))
+    failure = LaunchError(f"rank {index}: {error}")
+    failure.details = traceback.format_exc()
+    return failure
+
+
+def _run(pipe: Connection, index: int, job: _Job) -> Any:
+    fn: Any = importlib.import_module(job.module)
+    for part in job.qualname.split("."):
+        fn = getattr(fn, part)
+    device = torch.device("cuda", index) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        _backend(job), store=dist.FileStore(job.store, job.world_size), rank=index, world_size=job.world_size,
+        timeout=datetime.timedelta(seconds=job.timeout_s),
+    )  # fmt: skip
+    result = fn(Rank(index, job.world_size, device, pipe), *job.args)
+    dist.barrier()  # no rank leaves while another still needs it
+    dist.destroy_process_group()
+    return result
+
+
+def _backend(job: _Job) -> str:
+    if job.backend == "counted":
+        from autoseq.runtime.counting import BACKEND
+
+        return BACKEND
+    return "nccl" if job.device == "cuda" else "gloo"

@@ -1,0 +1,71 @@
+"""What a rank does in the attention tests: shard a case by hand, call a strategy, return its shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dense_attention import Case
+from torch import Tensor
+
+from autoseq.runtime.groups import group_from_mesh
+from autoseq.runtime.layout import local_length, rank_positions
+from autoseq.runtime.strategies import STRATEGIES
+
+
+def attend_on_rank(rank: int, P: int, strategy: str, layout: str, case: Case) -> tuple[Tensor, ...]:
+    """This rank's padded shards of out, dq, dk, dv."""
+    q, k, v, grad = case.tensors()
+    q, grad = (shard(x, rank, P, layout, padding="edge") for x in (q, grad))
+    grad = _without_padding(grad, rank, P, layout, case.q_len)
+    # Nothing may ever read a padding key: NaN would show in every row that does.
+    k, v = (shard(x, rank, P, layout, padding="nan") for x in (k, v))
+    leaves = tuple(x.requires_grad_() for x in (q, k, v))
+    out = STRATEGIES[strategy].attention(*leaves, *call_arguments(case), **call_keywords(case, layout))
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def call_arguments(case: Case) -> tuple[list[Tensor], Tensor | None]:
+    """captures and bias."""
+    mask = case.mask_case()
+    return mask.captures, mask.bias
+
+
+def call_keywords(case: Case, layout: str) -> dict[str, Any]:
+    """The keywords of a strategy's call."""
+    return dict(
+        scale=case.scale,
+        q_len=case.q_len,
+        k_len=case.k_len,
+        layout=layout,
+        group=group_from_mesh(None).name,
+        **case.mask_case().settings(),
+    )
+
+
+def shard(x: Tensor, rank: int, P: int, layout: str, *, padding: str) -> Tensor:
+    """Rows (dim 2) of a rank; padding repeats the last row, or is NaN."""
+    n = x.shape[2]
+    positions = rank_positions(rank, P, local_length(n, P, layout), layout, x.device)
+    rows = x[:, :, positions.clamp(max=n - 1)]
+    return rows if padding == "edge" else rows.masked_fill((positions >= n)[:, None], torch.nan)
+
+
+def _without_padding(grad: Tensor, rank: int, P: int, layout: str, n: int) -> Tensor:
+    positions = rank_positions(rank, P, grad.shape[2], layout, grad.device)
+    return grad.masked_fill((positions >= n)[:, None], 0)
+
+
+def assemble(shards: list[Tensor], n: int, layout: str) -> Tensor:
+    """Full length from the ranks' padded shards."""
+    P, s = len(shards), shards[0].shape[2]
+    positions = torch.cat([rank_positions(rank, P, s, layout, "cpu") for rank in range(P)])
+    full = torch.empty_like(torch.cat(shards, 2))
+    full[:, :, positions] = torch.cat(shards, 2)
+    return full[:, :, :n]
+
+
+def padding_rows(shards: list[Tensor], n: int, layout: str) -> Tensor:
+    """All padding rows of all shards, flat."""
+    P, s = len(shards), shards[0].shape[2]
+    return torch.cat([x[:, :, rank_positions(r, P, s, layout, "cpu") >= n].reshape(-1) for r, x in enumerate(shards)])

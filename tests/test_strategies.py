@@ -1,0 +1,256 @@
+"""Every strategy gives one device's attention, forward and backward, on real gloo ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention_job import assemble, attend_on_rank, call_arguments, call_keywords, padding_rows, shard
+from dense_attention import MASKS, Case, check_close, dense_attention, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+
+from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.layout import chunk_ranges, local_length
+from autoseq.runtime.messages import MessageError
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Site
+
+SPLIT = ["ulysses", "ring", "gather_kv"]
+LAYOUTS = ["contiguous", "zigzag"]
+
+# float64 differs from the oracle only in the order of summation; float32 by its rounding, 6e-8 for each of a few dozen sums.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+SHAPES = {
+    "multi-head attention": Case(16, 16, batch=2),
+    "grouped heads": Case(16, 16, heads=8, kv_heads=4),
+    "multi-query: more ranks than KV heads": Case(16, 16, heads=8, kv_heads=1),
+    "value dim larger than key dim": Case(16, 16, head_dim=6, value_dim=10),
+    "value dim smaller than key dim": Case(16, 16, kv_heads=2, head_dim=10, value_dim=6),
+    "heads not divisible by P": Case(16, 16, heads=5, kv_heads=5),
+    "a KV head's group shared by two ranks": Case(16, 16, heads=9, kv_heads=3),
+    "grouped heads and no even split": Case(16, 16, batch=2, heads=6, kv_heads=2),
+    "more ranks than heads: a rank has none": Case(16, 16, heads=1, kv_heads=1),
+    "length not divisible by P": Case(13, 13, batch=2),
+    "length not divisible by 2P": Case(18, 18),
+    "a rank without valid rows": Case(5, 5),
+    "a single token": Case(1, 1),
+    "fewer queries than keys": Case(7, 21),
+    "more queries than keys": Case(21, 7, kv_heads=2),
+    "queries for some ranks, keys for fewer": Case(5, 2),
+    "several tiles": Case(1101, 1101, heads=1, kv_heads=1, head_dim=4, value_dim=4),
+}
+
+
+def run(strategy: str, P: int, layout: str, case: Case) -> tuple[torch.Tensor, ...]:
+    """Full-length out, dq, dk, dv; padding is checked on the way."""
+    per_rank = run_ranks(attend_on_rank, P, strategy, layout, case)
+    lengths = (case.q_len, case.q_len, case.k_len, case.k_len)
+    for name, shards, n in zip(("out", "dq", "dk", "dv"), zip(*per_rank, strict=True), lengths, strict=True):
+        padding = padding_rows(list(shards), n, layout)
+        assert padding.isfinite().all(), f"padding of {name}"
+        assert name == "out" or not padding.any(), f"a gradient reached the padding of {name}"
+    return tuple(assemble(list(x), n, layout) for x, n in zip(zip(*per_rank, strict=True), lengths, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", SPLIT)
+@pytest.mark.parametrize("P", [2, 4])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in SHAPES.items()])
+def test_any_shape(case: Case, P: int, strategy: str, layout: str) -> None:
+    check_close(run(strategy, P, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", SPLIT)
+@pytest.mark.parametrize("mask", MASKS)
+def test_any_mask(mask: str, strategy: str, layout: str) -> None:
+    """Three ranks, uneven heads and rows, so that each mask meets padding and offsets."""
+    case = Case(23, 23, mask=mask, batch=2, heads=4, kv_heads=2, seed=3)
+    check_close(run(strategy, 3, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("mask", ["none", "causal aligned at the end", "segments", "key padding", "window on both sides"])
+@pytest.mark.parametrize("strategy", SPLIT)
+def test_cross_attention_masks(mask: str, strategy: str) -> None:
+    """Queries and keys differ in length, so the same rank holds other positions of each."""
+    for (q_len, k_len), layout in product([(9, 22), (22, 9)], LAYOUTS):
+        case = Case(q_len, k_len, mask=mask, batch=2, heads=4, kv_heads=2, seed=4)
+        check_close(run(strategy, 3, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["local", *SPLIT])
+def test_one_rank(strategy: str, layout: str) -> None:
+    """P = 1 is every strategy's trivial case; zigzag pads an odd length even then."""
+    case = Case(13, 13, mask="key padding", batch=2, heads=4, kv_heads=2, value_dim=5)
+    check_close(run(strategy, 1, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", SPLIT)
+def test_float32(strategy: str, layout: str) -> None:
+    case = Case(150, 150, mask="segments", batch=2, heads=4, kv_heads=2, head_dim=32, value_dim=32, dtype=torch.float32)
+    check_close(run(strategy, 4, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("strategy", SPLIT)
+def test_bfloat16_error_does_not_grow_with_ranks(strategy: str) -> None:
+    """Accumulators are float32: splitting over more ranks rounds no more often than one device does."""
+    case = Case(256, 256, heads=8, kv_heads=1, head_dim=32, value_dim=32, dtype=torch.bfloat16)
+    expected = dense_attention(case)
+    errors = {P: [relative_error(x, y) for x, y in zip(run(strategy, P, "zigzag", case), expected, strict=True)] for P in (1, 2, 4, 8)}
+    for P in (2, 4, 8):
+        for name, one, many in zip(("out", "dq", "dk", "dv"), errors[1], errors[P], strict=True):
+            # One bfloat16 rounding, 2^-9 at most, is allowed on top: partial results are rounded once by the kernel.
+            assert many <= one + 2**-9, f"{name} on {P} ranks: {many:.1e}, on one {one:.1e}"
+    assert max(errors[8]) <= 1.5 * max(errors[2])
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn) -> tuple[str, int, str, Case]:
+    kv_heads = draw(st.integers(1, 4))
+    q_len = draw(st.integers(1, 40))
+    case = Case(
+        q_len,
+        draw(st.sampled_from([q_len, q_len, draw(st.integers(1, 40))])),
+        mask=draw(st.sampled_from(sorted(MASKS))),
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 9)),
+        value_dim=draw(st.integers(1, 9)),
+        seed=draw(st.integers(0, 99)),
+    )
+    return draw(st.sampled_from(SPLIT)), draw(st.integers(1, 4)), draw(st.sampled_from(LAYOUTS)), case
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(attention_cases())
+def test_random_configurations(drawn: tuple[str, int, str, Case]) -> None:
+    strategy, P, layout, case = drawn
+    check_close(run(strategy, P, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+def test_the_table_has_a_rank_without_valid_rows() -> None:
+    """Guards the table: a change of the layout must not take the case away silently."""
+    n = SHAPES["a rank without valid rows"].q_len
+    for layout in LAYOUTS:
+        s = local_length(n, 4, layout)
+        valid = [sum(rows for _, _, rows in chunk_ranges(rank, 4, s, n, layout)) for rank in range(4)]
+        assert 0 in valid or layout == "zigzag"
+
+
+def dynamic_lengths(rank: int, P: int, strategy: str, layout: str, cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
+    """The call as the compiler emits it: one opaque node in Dynamo's graph, traced in both directions by AOTAutograd."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    attention = torch.compiler.allow_in_graph(STRATEGIES[strategy].attention)
+    counter = CompileCounterWithBackend("aot_eager")
+    keywords = call_keywords(cases[0], layout)
+
+    @torch.compile(backend=counter, dynamic=True, fullgraph=True)
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: list[torch.Tensor], full: torch.Tensor) -> torch.Tensor:
+        lengths = dict(q_len=full.shape[0], k_len=full.shape[0])
+        return attention(q * 1.0, k * 1.0, v * 1.0, captures, None, **(keywords | lengths)) * 1.0
+
+    results = []
+    for case in cases:
+        *qkv, grad = case.tensors()
+        leaves = [shard(x, rank, P, layout, padding="edge").requires_grad_() for x in qkv]
+        grad = shard(grad, rank, P, layout, padding="nan").nan_to_num(0)
+        out = step(*leaves, call_arguments(case)[0], torch.empty(case.q_len))
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    assert counter.frame_count == 1, "a new length must not compile again"
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("strategy", "P"), [("local", 1), *((name, 2) for name in SPLIT)])
+def test_traced_with_symbolic_lengths(strategy: str, P: int, layout: str) -> None:
+    """One compilation serves lengths with and without padding."""
+    first = Case(22, 22, mask="segments", batch=2, heads=6, kv_heads=2, value_dim=5)
+    cases = [first, replace(first, q_len=33, k_len=33), replace(first, q_len=24, k_len=24)]
+    per_rank = run_ranks(dynamic_lengths, P, strategy, layout, cases)
+    for i, case in enumerate(cases):
+        results = tuple(assemble(list(shards), case.q_len, layout) for shards in zip(*(r[i] for r in per_rank), strict=True))
+        check_close(results, dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.slow
+def test_through_inductor() -> None:
+    """Every strategy's node survives Inductor, forward and backward."""
+    case = Case(13, 13, mask="segments", heads=4, kv_heads=2)
+    nodes = [torch.compiler.allow_in_graph(strategy.attention) for strategy in STRATEGIES.values()]
+    keywords = call_keywords(case, "contiguous") | dict(group="")
+    captures, bias = call_arguments(case)
+
+    @torch.compile(fullgraph=True)
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        outs = [node(q, k, v, captures, bias, **keywords) for node in nodes]
+        return torch.stack(outs).mean(0)
+
+    *qkv, grad = case.tensors()
+    leaves = [x.requires_grad_() for x in qkv]
+    out = step(*leaves)
+    check_close((out.detach(), *torch.autograd.grad(out, leaves, grad)), dense_attention(case), TOLERANCE[case.dtype])
+
+
+def ring_with_an_absent_peer(rank: int, P: int) -> str:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    if rank == 1:
+        return ""
+    case = Case(8, 8)
+    q, k, v, _ = case.tensors()
+    keywords = call_keywords(case, "contiguous") | dict(group=group.group_name)
+    with pytest.raises(MessageError) as caught:
+        STRATEGIES["ring"].attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], [], **keywords)
+    return str(caught.value)
+
+
+def test_an_absent_peer_is_an_error_not_a_hang() -> None:
+    message = run_ranks(ring_with_an_absent_peer, 2)[0]
+    assert "ring_attention on group" in message
+    assert "hop 0 of 2, rank 0, to rank 1 and from rank 1" in message
+    assert "raise the timeout of init_process_group" in message
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_bias_that_learns_is_refused(strategy: object) -> None:
+    x = torch.randn(1, 2, 4, 8)
+    bias = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    keywords = call_keywords(Case(4, 4), "contiguous") | dict(group="")
+    with pytest.raises(UnsupportedError, match=r"bias of shape \(1, 2, 4, 4\) needs a gradient.*Detach the bias"):
+        strategy.attention(x, x, x, [], bias, **keywords)
+
+
+SITE = Site(batch=1, q_len=64, k_len=64, heads=8, kv_heads=2, head_dim=16, value_dim=16, element_bytes=2)
+REASONS = {
+    "any strategy serves a plain site": (SITE, 4, SPLIT, None),
+    "few heads are no obstacle": (replace(SITE, heads=1, kv_heads=1), 4, SPLIT, None),
+    "local serves one rank": (SITE, 1, ["local"], None),
+    "local needs the whole sequence": (SITE, 4, ["local"], "whole sequence on one rank, but it is split over 4"),
+    "dropout is refused": (replace(SITE, dropout_p=0.1), 1, ["local", *SPLIT], r"no dropout inside attention yet \(dropout_p=0.1\)"),
+    "heads must be grouped evenly": (replace(SITE, kv_heads=3), 2, SPLIT, "8 query heads are not a multiple of 3 key/value heads"),
+}
+
+
+@pytest.mark.parametrize(("site", "P", "names", "reason"), REASONS.values(), ids=REASONS)
+def test_reasons(site: Site, P: int, names: list[str], reason: str | None) -> None:
+    for name in names:
+        refusal = STRATEGIES[name].cannot_serve(site, P)
+        assert refusal is None if reason is None else refusal is not None
+        if reason is not None:
+            with pytest.raises(ValueError, match=reason):
+                raise ValueError(refusal)
+
+
+def test_the_registry_is_ordered_and_named() -> None:
+    assert list(STRATEGIES) == ["local", "ulysses", "ring", "gather_kv"]
+    assert all(strategy.name == name for name, strategy in STRATEGIES.items())

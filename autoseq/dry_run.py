@@ -33,7 +33,7 @@ def step_traffic(program: Program, world_size: int) -> Counts:
     inputs = [place.convert(x) for x in program.inputs]
     with place.mode, torch.enable_grad(), counted:
         _backward(_Step(program.gm, place).run(*inputs), inputs)
-    return _add(counted.counts, _opaque(program.plan))
+    return add_counts(counted.counts, _opaque(program.plan))
 
 
 class _Meta:
@@ -60,7 +60,8 @@ class _Fake:
         return self.mode.from_tensor(x, static_shapes=True) if plain else x
 
 
-def _add(a: Counts, b: Counts) -> Counts:
+def add_counts(a: Counts, b: Counts) -> Counts:
+    """The sum of two counts, op by op."""
     return {op: a.get(op, SILENT) + b.get(op, SILENT) for op in sorted(a.keys() | b.keys())}
 
 
@@ -126,5 +127,5 @@ def _opaque(plan: Plan) -> Counts:
             sent = {"all_gather": Traffic(2 * cost.forward_messages, 2 * cost.forward_bytes), "reduce_scatter": home}
         else:
             sent = {}
-        counts = _add(counts, sent)
+        counts = add_counts(counts, sent)
     return counts

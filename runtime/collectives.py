@@ -70,7 +70,12 @@ def vary(x: Tensor, *, group: str) -> Tensor:
 
 def vary_many(xs: list[Tensor], *, group: str) -> list[Tensor]:
     """`vary` for a bucket: one all_reduce per dtype in the backward, with zeros for values that got no gradient."""
-    return list(xs) if group_of(group).size == 1 or not xs else list(_Vary.apply(group, *xs))
+    # A frozen value must stay out: one function's outputs all require grad, and its gradient would be computed for nothing.
+    wanted = [i for i, x in enumerate(xs) if x.requires_grad]
+    if group_of(group).size == 1 or not wanted:
+        return list(xs)
+    varied = dict(zip(wanted, _Vary.apply(group, *(xs[i] for i in wanted)), strict=True))
+    return [varied.get(i, x) for i, x in enumerate(xs)]
 
 
 def share_gradient(x: Tensor, *, group: str) -> Tensor:

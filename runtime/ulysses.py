@@ -4,31 +4,21 @@ One packed all-to-all gives each rank all rows of its share of the heads, whole 
 the rows home. Any number of heads works: query heads are split as evenly as they go, some ranks may get none, and a rank
 receives just the KV heads its query heads use, so grouped heads travel once unless several ranks need them (P > K).
 
-The exchange is ATen and functional collectives, which AOTAutograd differentiates and Inductor sees; only the attention in the
-middle is an opaque op, the same one as `local`'s.
+The attention in the middle is the same op as `local`'s; a KV head that several ranks used gets its gradient summed in float32.
 """
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any
-
 import sympy
-import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_op import check_inputs
-from autoseq.runtime.collectives import all_to_all_single
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.kernels import accumulate_dtype
-from autoseq.runtime.layout import Layout, to_global, to_ranked
+from autoseq.runtime.head_exchange import Exchange, HeadRange
+from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.strategy import Site, Strategy
-
-HeadRange = tuple[int, int]
-"""Global head indices [start, end)."""
 
 
 def attention(
@@ -54,22 +44,16 @@ def attention(
     """
     check_inputs(q, k, bias)
     seq = group_of(group)
-    P, heads = seq.size, [query_heads(rank, seq.size, q.shape[1]) for rank in range(seq.size)]
     ratio = q.shape[1] // k.shape[1]
+    heads = [query_heads(rank, seq.size, q.shape[1]) for rank in range(seq.size)]
     kv_heads = [covering_kv_heads(each, ratio) for each in heads]
-    mine, mine_kv = heads[seq.rank], kv_heads[seq.rank]
 
-    received = all_to_all_single(
-        _PackHeads.apply(q, k, v, heads, kv_heads),
-        send_sizes=[_packed_size(q, k, v, *each) for each in zip(heads, kv_heads, strict=True)],
-        recv_sizes=[_packed_size(q, k, v, mine, mine_kv)] * P,
-        group=group,
-    )
-    whole = [to_global(rows, 2, P, layout) for rows in _unpack_rows(received, P, q, k, v, _count(mine), _count(mine_kv))]
+    rows = Exchange([heads, kv_heads, kv_heads], layout, seq).to_rows(q, k, v)
     # The rows are in global order now, so the op sees them as one contiguous chunk with padding at the end.
-    settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, mine[0], ratio, "contiguous", "")
-    out = whole_attention(*whole, captures, bias, *settings)[0]
-    return _return_rows(to_ranked(out, 2, P, layout), heads, mine, group)
+    first_head = heads[seq.rank][0]
+    settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, first_head, ratio, "contiguous", "")
+    out = whole_attention(*rows, captures, bias, *settings)[0]
+    return Exchange([heads], layout, seq).to_heads(out)[0]
 
 
 class Ulysses(Strategy):
@@ -117,59 +101,5 @@ def covering_kv_heads(heads: HeadRange, ratio: int) -> HeadRange:
     return (start // ratio, (end - 1) // ratio + 1) if start < end else (0, 0)
 
 
-class _PackHeads(Function):
-    """One flat buffer with, for each rank in turn, its heads of q, k and v.
-
-    A KV head may go to several ranks. Its gradients are summed here in float32: autograd would add them in q's dtype, and the
-    error of bfloat16 would grow with P / K.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, heads: list[HeadRange], kv_heads: list[HeadRange]
-    ) -> Tensor:
-        ctx.shapes, ctx.ranges = (q.shape, k.shape, v.shape), (heads, kv_heads, kv_heads)
-        per_rank = zip(heads, kv_heads, strict=True)
-        parts = [x[:, a:b].reshape(-1) for own, own_kv in per_rank for x, (a, b) in ((q, own), (k, own_kv), (v, own_kv))]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        totals = [grad.new_zeros(shape, dtype=accumulate_dtype(grad.dtype)) for shape in ctx.shapes]
-        targets = [
-            total[:, a:b] for each in zip(*ctx.ranges, strict=True) for total, (a, b) in zip(totals, each, strict=True)
-        ]
-        pieces = grad.split([target.numel() for target in targets])
-        for target, piece in zip(targets, pieces, strict=True):
-            target.add_(piece.view(target.shape))
-        return *(total.to(grad.dtype) for total in totals), None, None
-
-
 def _count(heads: HeadRange) -> int:
     return heads[1] - heads[0]
-
-
-def _packed_size(q: Tensor, k: Tensor, v: Tensor, heads: HeadRange, kv_heads: HeadRange) -> int:
-    per_head, per_kv_head = q.shape[2] * q.shape[3], k.shape[2] * (k.shape[3] + v.shape[3])
-    return q.shape[0] * (_count(heads) * per_head + _count(kv_heads) * per_kv_head)
-
-
-def _unpack_rows(received: Tensor, P: int, q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int) -> list[Tensor]:
-    """q, k, v as [B, heads, P*rows, dim] with rank-major rows, from what the ranks sent."""
-    shapes = [(x.shape[0], count, *x.shape[2:]) for x, count in ((q, heads), (k, kv_heads), (v, kv_heads))]
-    parts = received.view(P, -1 if heads else 0).split([prod(shape) for shape in shapes], 1)
-    opened = [part.unflatten(1, shape).permute(1, 2, 0, 3, 4) for part, shape in zip(parts, shapes, strict=True)]
-    # An explicit copy: whether a reshape copies must not depend on symbolic sizes.
-    return [x.clone(memory_format=torch.contiguous_format).flatten(2, 3) for x in opened]
-
-
-def _return_rows(out: Tensor, heads: list[HeadRange], mine: HeadRange, group: str) -> Tensor:
-    """All heads of this rank's rows, from all rows (rank-major, [B,h,P*s,Dv]) of its heads."""
-    P, batch, value_dim = len(heads), out.shape[0], out.shape[3]
-    local = out.shape[2] // P
-    rows = out.unflatten(2, (P, local)).permute(2, 0, 1, 3, 4).clone(memory_format=torch.contiguous_format)
-    recv_sizes = [batch * _count(each) * local * value_dim for each in heads]
-    send_sizes = [batch * _count(mine) * local * value_dim] * P
-    flat = all_to_all_single(rows.view(-1), send_sizes=send_sizes, recv_sizes=recv_sizes, group=group)
-    pieces = zip(flat.split(recv_sizes), heads, strict=True)
-    return torch.cat([piece.view(batch, _count(each), local, value_dim) for piece, each in pieces], 1)

@@ -120,7 +120,7 @@ class RankPool:
             raise RankError(f"{name} failed\n" + "\n".join(failures))
         return [results[rank] for rank in range(P)]
 
-    def _receive(self, rank: int, pipe: Connection) -> tuple[bool, Any]:
+    def _receive(self, rank: int, pipe: Any) -> tuple[bool, Any]:
         try:
             return pickle.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):

@@ -1,0 +1,125 @@
+"""The `autoseq` command: inspect, verify, demo.
+
+Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 misuse. A user's mistake never shows a traceback.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import typer
+
+from autoseq.runtime.errors import AutoSeqError, TargetError
+
+app = typer.Typer(
+    name="autoseq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Split a transformer's sequence over ranks with torch.compile, and see what that does.",
+    epilog="Start with: autoseq demo",
+)  # fmt: skip
+
+_TARGET_HELP = (
+    "The model: path/file.py:factory or package.module:factory, a function that takes batch and seq_len and returns (model, kwargs); "
+    "or hf:PATH to a transformers config.json."
+)
+TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET_HELP, show_default=False)]
+SeqLen = Annotated[int, typer.Option("--seq-len", min=1, help="Global length of the sequence, in tokens.", show_default=False)]
+WorldSize = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks that share the sequence.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a batch.")]
+StrategyName = Annotated[str, typer.Option("--strategy", help="auto, local, ulysses, ring or gather_kv.")]
+LayoutName = Annotated[str, typer.Option("--layout", help="Which rows a rank holds: auto, contiguous or zigzag.")]
+Inner = Annotated[Literal["aot_eager", "inductor"], typer.Option("--inner", help="What compiles the rewritten graph.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the passes do, and full tracebacks, to stderr.")]
+
+
+@app.command(epilog="Example: autoseq inspect examples/plain_gpt.py:tiny --seq-len 4096 --world-size 4 --graph after")
+def inspect(
+    target: TargetText,
+    seq_len: SeqLen,
+    world_size: WorldSize,
+    batch: Batch = 1,
+    strategy: StrategyName = "auto",
+    layout: LayoutName = "auto",
+    graph: Annotated[Literal["before", "after", "both"], typer.Option("--graph", help="Which graph to print.")] = "after",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead, without graphs.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what autoseq would do to a model: its attention, its communication, its graph. Needs no peers, GPU or weights."""
+    with _exit_codes(verbose):
+        from autoseq.inspection import inspect_model
+        from autoseq.report import inspection_json, print_inspection, results
+        from autoseq.target import load_target
+
+        found_target = load_target(target)
+        found = inspect_model(
+            lambda: found_target.make(batch=batch, seq_len=seq_len), seq_len=seq_len, world_size=world_size, strategy=strategy, layout=layout
+        )
+        if as_json:
+            print(inspection_json(found))
+        else:
+            print_inspection(results(), found, graph)
+
+
+@app.command(epilog="Example: autoseq verify examples/plain_gpt.py:tiny --seq-len 37 --world-size 3 --strategy ring")
+def verify(
+    target: TargetText,
+    seq_len: SeqLen,
+    world_size: WorldSize,
+    batch: Batch = 1,
+    strategy: StrategyName = "auto",
+    layout: LayoutName = "auto",
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest relative L2 error that counts as equal.")] = 1e-5,
+    inner: Inner = "aot_eager",
+    show_all: Annotated[bool, typer.Option("--all", help="Print every parameter, not only the worst few.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a model on local ranks and on one device, and compare every output and every parameter's gradient."""
+    with _exit_codes(verbose):
+        from autoseq.report import print_verification, results
+        from autoseq.target import load_target
+        from autoseq.verify import Case, verify_target
+
+        load_target(target)  # a mistake in it is found before any process starts
+        case = Case(target, batch, seq_len, {"strategy": strategy, "layout": layout, "inner": inner})
+        errors = verify_target(case, world_size)
+        ok = print_verification(results(), errors, world_size=world_size, tolerance=tolerance, show_all=show_all)
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command(epilog="Example: autoseq demo --world-size 4 --strategy ring")
+def demo(
+    world_size: WorldSize = 2,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 20,
+    strategy: StrategyName = "auto",
+    layout: LayoutName = "auto",
+    inner: Inner = "aot_eager",
+    verbose: Verbose = False,
+) -> None:
+    """Train a small, unmodified Llama on split sequences and beside it on one device, and compare the two."""
+    with _exit_codes(verbose):
+        from autoseq.demo import run_demo
+        from autoseq.report import results
+
+        ok = run_demo(results(), world_size=world_size, steps=steps, options={"strategy": strategy, "layout": layout, "inner": inner})
+    raise typer.Exit(0 if ok else 1)
+
+
+@contextlib.contextmanager
+def _exit_codes(verbose: bool) -> Iterator[None]:
+    """The boundary: autoseq's errors become a message on stderr and an exit status."""
+    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("autoseq").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    try:
+        yield
+    except AutoSeqError as error:
+        if verbose:
+            logging.getLogger("autoseq").debug("%s", getattr(error, "details", ""), exc_info=error)
+        misuse = isinstance(error, TargetError)
+        print(f"autoseq: error: {error}", file=sys.stderr)
+        raise typer.Exit(2 if misuse else 1) from None
+
+
+def main() -> None:
+    """The console script."""
+    app()

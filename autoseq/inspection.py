@@ -1,0 +1,170 @@
+"""What autoseq would do to a model, found out on one machine without peers, weights or data: for `autoseq inspect`.
+
+The model is made on the meta device, the other ranks are a fake process group, and compilation stops where the rewritten graph
+would be compiled, so neither memory nor time grows with the model's sizes, only with its number of operators.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from autoseq.dry_run import Counts, add_counts, step_traffic
+from autoseq.graph_text import remember_global
+from autoseq.options import Options
+from autoseq.passes.read_masks import DenseMask
+from autoseq.passes.shard import Fallback
+from autoseq.planner import SitePlan
+from autoseq.program import Program, build_program
+from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
+from autoseq.runtime.groups import SequenceGroup, group_from_mesh
+from autoseq.target import brief
+
+log = logging.getLogger("autoseq")
+
+Made = tuple[nn.Module, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Intermediate:
+    """A tensor of the local graph: its shape, and its size in bytes."""
+
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The rewritten programs (one, unless Dynamo traced the model in several parts) and what a step of them sends."""
+
+    world_size: int
+    sequence_length: int
+    programs: tuple[Program, ...]
+    collectives: Counts
+
+    @property
+    def sites(self) -> list[SitePlan]:
+        return [site for program in self.programs for site in program.plan.sites]
+
+    @property
+    def fallbacks(self) -> list[Fallback]:
+        return [fallback for program in self.programs for fallback in program.fallbacks]
+
+    @property
+    def dense_masks(self) -> list[DenseMask]:
+        return [mask for program in self.programs for mask in program.dense_masks]
+
+    @property
+    def largest_intermediate(self) -> Intermediate:
+        found = [item for program in self.programs for item in intermediates(program.gm.graph)]
+        return max(found, key=lambda item: item.num_bytes, default=Intermediate((), 0))
+
+
+def inspect_model(
+    make: Callable[[], Made], *, seq_len: int, world_size: int, strategy: str = "auto", layout: str = "auto"
+) -> Inspection:
+    """Rewrite the model that `make` returns, with the keyword arguments of one call, for rank 0 of `world_size`.
+
+    `make` runs on the meta device; a model that cannot be made or traced there is made with real weights. Raises
+    AutoSeqError as compiling the model would, TargetError if the model itself fails.
+    """
+    options = Options(strategy=strategy, layout=layout)
+    with _fake_group(world_size) as group:
+        try:
+            with torch.device("meta"):
+                model, kwargs = make()
+            programs = _capture(model, kwargs, options, group)
+        except TargetError as error:
+            log.warning("made again with real weights, because without data it did not work: %s", error)
+            model, kwargs = make()
+            programs = _capture(model, kwargs, options, group)
+        collectives: Counts = {}
+        for program in programs:
+            collectives = add_counts(collectives, step_traffic(program, world_size))
+        return Inspection(world_size, seq_len, tuple(programs), collectives)
+
+
+@contextlib.contextmanager
+def _fake_group(world_size: int) -> Iterator[SequenceGroup]:
+    if dist.is_initialized():
+        raise MeshError("inspecting pretends to be one of many ranks, so it cannot run where torch.distributed is initialized")
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield group_from_mesh(None)
+    finally:
+        dist.destroy_process_group()
+
+
+class _Captured(Exception):
+    """Ends the call of a compiled model: there is no more to see."""
+
+
+def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, group: SequenceGroup) -> list[Program]:
+    """The rewritten programs of one call of the model."""
+    backend = _CapturingBackend(options, group)
+    torch._dynamo.reset()
+    try:
+        torch.compile(model, backend=backend)(**kwargs)
+    except _Captured:
+        pass
+    except Exception as error:
+        if not backend.programs:
+            raise TargetError(f"the model failed when it was traced: {brief(error)}") from error
+        log.warning("only the parts of the model up to this error were seen: %s", brief(error))
+    finally:
+        torch._dynamo.reset()
+    if backend.failure is not None:
+        raise backend.failure
+    if not backend.programs:
+        raise NoAttentionError(f"no attention was found in the {backend.num_graphs} graphs that torch.compile made of {type(model).__name__}")
+    return backend.programs
+
+
+class _CapturingBackend:
+    """A torch.compile backend that rewrites graphs and keeps them."""
+
+    def __init__(self, options: Options, group: SequenceGroup) -> None:
+        self._options, self._group = options, group
+        self.programs: list[Program] = []
+        self.failure: AutoSeqError | None = None
+        self.num_graphs = 0
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        is_fragment = bool(reason is not None and reason.graph_break) or self.num_graphs > 0
+        self.num_graphs += 1
+        try:
+            program = build_program(
+                gm, inputs, options=self._options, group=self._group, is_fragment=is_fragment, observe=remember_global
+            )
+        except AutoSeqError as error:
+            self.failure = error
+            return _stop
+        if program is not None:
+            self.programs.append(program)
+        return gm if is_fragment else _stop  # a part of a model runs, on the meta device, to get to the next one
+
+
+def _stop(*_: object) -> Any:
+    raise _Captured
+
+
+def intermediates(graph: fx.Graph) -> list[Intermediate]:
+    """Every tensor that a graph makes: not its inputs, parameters and what it holds, nor names for them."""
+    given = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    for node in graph.nodes:
+        if getattr(node.target, "__name__", "") in ("vary", "vary_many", "getitem") and set(node.all_input_nodes) <= given:
+            given.add(node)
+    made = [node.meta.get("val") for node in graph.nodes if node not in given]
+    return [_intermediate(val) for val in made if isinstance(val, torch.Tensor)]
+
+
+def _intermediate(val: torch.Tensor) -> Intermediate:
+    shape = tuple(size if isinstance(size, int) else int(size.node.hint) for size in val.shape)
+    return Intermediate(shape, torch.Size(shape).numel() * val.element_size())

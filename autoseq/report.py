@@ -1,0 +1,140 @@
+"""What the command line prints: tables for people, JSON for scripts."""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from autoseq.graph_text import graph_lines, short_source
+from autoseq.inspection import Inspection
+from autoseq.planner import SitePlan
+
+Graphs = Literal["before", "after", "both"]
+_PIPE_WIDTH = 160
+
+
+def results() -> Console:
+    """Where results go: stdout, as wide as the terminal; a pipe is given room for whole rows."""
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=False)
+
+
+def readable_bytes(count: float) -> str:
+    """`1.5 MB`; powers of 1000, as network and memory vendors count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB" if count < 1000 else f"{count:,.0f} TB"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table whose numeric columns (those with `:` in front of their names) are right-aligned."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        made.add_column(column.removeprefix(":"), justify="right" if column.startswith(":") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(str(cell)) for cell in row))
+    return made
+
+
+# Inspect --------------------------------------------------------------------------------------------------------------
+
+
+def inspection_json(found: Inspection) -> str:
+    """One object, as documented: scripts may rely on these names."""
+    largest = found.largest_intermediate
+    return json.dumps({
+        "world_size": found.world_size,
+        "sequence_length": found.sequence_length,
+        "attention": [_site_json(site) for site in found.sites],
+        "collectives": [{"op": op, "count": c.messages, "bytes_per_rank": c.bytes} for op, c in found.collectives.items()],
+        "fallbacks": [{"op": f.op, "source": f.source, "reason": f.reason, "bytes_per_rank": f.bytes_per_rank} for f in found.fallbacks],
+        "largest_intermediate": {"shape": list(largest.shape), "bytes": largest.num_bytes},
+    }, indent=2)  # fmt: skip
+
+
+def _site_json(planned: SitePlan) -> dict[str, Any]:
+    named = planned.site
+    return {
+        "name": named.name, "source": named.source, "heads": named.site.heads, "kv_heads": named.site.kv_heads, "mask": named.mask,
+        "strategy": planned.strategy, "bytes_per_rank": site_bytes(planned), "messages_per_rank": site_messages(planned),
+    }  # fmt: skip
+
+
+def site_bytes(planned: SitePlan) -> int:
+    """Bytes a rank sends for one attention, forward and backward."""
+    return planned.cost.forward_bytes + planned.cost.backward_bytes
+
+
+def site_messages(planned: SitePlan) -> int:
+    """Messages a rank sends for one attention, forward and backward."""
+    return planned.cost.forward_messages + planned.cost.backward_messages
+
+
+def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> None:
+    """Everything that `inspect` found, then the graphs."""
+    layout = found.programs[0].plan.layout
+    console.print(f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {layout}. Bytes and messages are those rank 0 sends.")
+    console.print(plan_table(found.sites))
+    console.print(table(
+        "Collectives of a training step (forward and backward; gathers of deferred outputs come on top, if they are used)",
+        ["op", ":count", ":bytes", ""],
+        [(op, c.messages, f"{c.bytes:,}", readable_bytes(c.bytes)) for op, c in found.collectives.items()] or [("(none)", 0, 0, "")],
+    ))  # fmt: skip
+    _print_fallbacks(console, found)
+    largest = found.largest_intermediate
+    shape = " × ".join(map(str, largest.shape))
+    console.print(f"Largest intermediate of a rank: {shape}, {largest.num_bytes:,} bytes ({readable_bytes(largest.num_bytes)})")
+    for program in found.programs:
+        if graphs in ("before", "both"):
+            _print_graph(console, "before", program.before)
+        if graphs in ("after", "both"):
+            _print_graph(console, "after, as rank 0 runs it", program.gm.graph)
+
+
+def plan_table(sites: Sequence[SitePlan]) -> Table:
+    """The attention sites; those that differ in nothing but a number in their name share a row."""
+    groups = [list(same) for _, same in groupby(sites, key=_alike)]
+    return table(
+        f"Attention: {len(sites)} sites",
+        ["module", "source", ":heads", ":KV heads", "mask", "strategy", ":bytes each", ":messages each"],
+        [
+            (_names(group), short_source(one.site.source), one.site.site.heads, one.site.site.kv_heads, one.site.mask, one.strategy,
+             f"{site_bytes(one):,}", site_messages(one))
+            for group in groups for one in group[:1]
+        ],
+    )  # fmt: skip
+
+
+def _alike(planned: SitePlan) -> tuple[object, ...]:
+    named = planned.site
+    return re.sub(r"\d+", "#", named.name), named.source, named.site, named.mask, planned.strategy, planned.cost
+
+
+def _names(group: Sequence[SitePlan]) -> str:
+    first, last = group[0].site.name, group[-1].site.name
+    return first if len(group) == 1 else f"{first} … {last} ({len(group)} ×)"
+
+
+def _print_fallbacks(console: Console, found: Inspection) -> None:
+    rows = [(f.op, f.source, f.reason, f"{f.bytes_per_rank:,}") for f in found.fallbacks]
+    if rows:
+        console.print(table("Fallbacks: steps that run on gathered values", ["op", "source", "reason", ":bytes"], rows))
+    else:
+        console.print("Fallbacks: none")
+    dense = [(short_source(m.source), m.reason, f"{m.num_bytes:,}", readable_bytes(m.num_bytes)) for m in found.dense_masks]
+    if dense:
+        console.print(table("Masks that are held dense", ["source", "reason", ":bytes", ""], dense))
+
+
+def _print_graph(console: Console, title: str, graph: Any) -> None:
+    console.print(f"\nGraph {title}:")
+    for line in graph_lines(graph):
+        console.print(line, soft_wrap=True)

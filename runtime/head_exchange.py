@@ -1,0 +1,174 @@
+"""Trades heads for rows between the ranks: the two all-to-alls of Ulysses, each the other's transpose.
+
+    to_rows    [B, all heads, my rows, D]  ->  [B, my heads, all rows, D]    gradient: to_heads, shared heads summed
+    to_heads   [B, my heads, all rows, D]  ->  [B, all heads, my rows, D]    gradient: to_rows
+
+Several tensors travel packed in one message. The collective is a functional one, which AOTAutograd and Inductor see; packing and
+unpacking are opaque ops, because with symbolic lengths their many small views cost seconds of compile time per attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from autoseq.runtime.collectives import all_to_all_single
+from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.kernels import accumulate_dtype
+from autoseq.runtime.layout import Layout, to_global, to_ranked
+
+HeadRange = tuple[int, int]
+"""Global head indices [start, end)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Which heads of each tensor go to which rank: `ranges[i][p]` of tensor i to rank p. They may overlap between ranks."""
+
+    ranges: list[list[HeadRange]]
+    layout: Layout
+    group: SequenceGroup
+
+    def to_rows(self, *xs: Tensor) -> list[Tensor]:
+        """All rows in global order (padding last) of this rank's heads, from all heads of this rank's rows. One message."""
+        return list(_ToRows.apply(self, *xs))
+
+    def to_heads(self, *ys: Tensor) -> list[Tensor]:
+        """The inverse of `to_rows`; a head that several ranks hold comes back as their sum. One message."""
+        return list(_ToHeads.apply(self, *ys))
+
+    def trade_rows(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """`to_rows` without a gradient."""
+        mine = [(x.shape[0], self._held(i), *x.shape[2:]) for i, x in enumerate(xs)]
+        flat = all_to_all_single(
+            split_heads(list(xs), *self._bounds()),
+            send_sizes=[sum(self._sent(i, p, prod(x.shape) // x.shape[1]) for i, x in enumerate(xs)) for p in range(self.group.size)],
+            recv_sizes=[sum(prod(shape) for shape in mine)] * self.group.size,
+            group=self.group.name,
+        )
+        return join_rows(flat, [size for shape in mine for size in shape], self.group.size, self.layout)
+
+    def trade_heads(self, ys: Sequence[Tensor]) -> list[Tensor]:
+        """`to_heads` without a gradient."""
+        P = self.group.size
+        shapes = [(y.shape[0], self.ranges[i][-1][1], y.shape[2] // P, y.shape[3]) for i, y in enumerate(ys)]
+        flat = all_to_all_single(
+            split_rows(list(ys), P, self.layout),
+            send_sizes=[sum(prod(y.shape) // P for y in ys)] * P,
+            recv_sizes=[sum(self._sent(i, p, b * s * d) for i, (b, _, s, d) in enumerate(shapes)) for p in range(P)],
+            group=self.group.name,
+        )
+        return join_heads(flat, [size for shape in shapes for size in shape], *self._bounds())
+
+    def _held(self, i: int) -> int:
+        start, end = self.ranges[i][self.group.rank]
+        return end - start
+
+    def _sent(self, i: int, rank: int, head_size: int) -> int:
+        start, end = self.ranges[i][rank]
+        return (end - start) * head_size
+
+    def _bounds(self) -> tuple[list[int], list[int]]:
+        """Starts and ends, tensor by tensor for rank 0, then for rank 1, ..."""
+        flat = [bounds for per_rank in zip(*self.ranges, strict=True) for bounds in per_rank]
+        return [start for start, _ in flat], [end for _, end in flat]
+
+
+class _ToRows(Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return tuple(exchange.trade_rows(xs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.exchange.trade_heads(grads)
+
+
+class _ToHeads(Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *ys: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return tuple(exchange.trade_heads(ys))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.exchange.trade_rows(grads)
+
+
+@torch.library.custom_op("autoseq::split_heads", mutates_args=(), schema="(Tensor[] xs, int[] starts, int[] ends) -> Tensor")
+def split_heads(xs: list[Tensor], starts: list[int], ends: list[int]) -> Tensor:
+    """One flat buffer: for each rank in turn, its heads [start, end) of each [B,H,s,D]."""
+    bounds = list(zip(starts, ends, strict=True))
+    return torch.cat([xs[i % len(xs)][:, a:b].reshape(-1) for i, (a, b) in enumerate(bounds)])
+
+
+@split_heads.register_fake
+def _(xs: list[Tensor], starts: list[int], ends: list[int]) -> Tensor:
+    sizes = [x.shape[0] * x.shape[2] * x.shape[3] for x in xs]
+    return xs[0].new_empty(sum((b - a) * sizes[i % len(xs)] for i, (a, b) in enumerate(zip(starts, ends, strict=True))))
+
+
+@torch.library.custom_op(
+    "autoseq::join_heads", mutates_args=(), schema="(Tensor flat, SymInt[] sizes, int[] starts, int[] ends) -> Tensor[]"
+)
+def join_heads(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    """The transpose of split_heads: tensors of the given sizes [B,H,s,D]; heads that came from several ranks are summed.
+
+    The sum is float32: in bfloat16 the error would grow with the number of ranks that share a KV head.
+    """
+    dtype = accumulate_dtype(flat.dtype) if _overlap(starts, ends, len(sizes) // 4) else flat.dtype
+    totals = [flat.new_zeros(shape, dtype=dtype) for shape in _shapes(sizes)]
+    targets = [totals[i % len(totals)][:, a:b] for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
+    pieces = flat.split([target.numel() for target in targets])
+    for target, piece in zip(targets, pieces, strict=True):
+        target.add_(piece.view(target.shape))
+    return [total.to(flat.dtype) for total in totals]
+
+
+@join_heads.register_fake
+def _(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    return [flat.new_empty(shape) for shape in _shapes(sizes)]
+
+
+@torch.library.custom_op(
+    "autoseq::join_rows", mutates_args=(), schema="(Tensor flat, SymInt[] sizes, int P, str layout) -> Tensor[]"
+)
+def join_rows(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
+    """Tensors [B,h,P*s,D] in global order, from the flat buffers of all ranks; sizes are each tensor's [B,h,s,D]."""
+    shapes = _shapes(sizes)
+    parts = flat.view(P, flat.numel() // P).split([prod(shape) for shape in shapes], 1)
+    ranked = [part.unflatten(1, shape).permute(1, 2, 0, 3, 4) for part, shape in zip(parts, shapes, strict=True)]
+    return [to_global(x.clone(memory_format=torch.contiguous_format).flatten(2, 3), 2, P, layout) for x in ranked]
+
+
+@join_rows.register_fake
+def _(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
+    return [flat.new_empty((B, h, P * s, D)) for B, h, s, D in _shapes(sizes)]
+
+
+@torch.library.custom_op("autoseq::split_rows", mutates_args=(), schema="(Tensor[] ys, int P, str layout) -> Tensor")
+def split_rows(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
+    """The inverse of join_rows: for each rank in turn, its rows of each [B,h,P*s,D]."""
+    ranked = [to_ranked(y, 2, P, layout).unflatten(2, (P, y.shape[2] // P)).permute(2, 0, 1, 3, 4) for y in ys]
+    return torch.cat([y.flatten(1) for y in ranked], 1).view(-1)
+
+
+@split_rows.register_fake
+def _(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
+    return ys[0].new_empty(sum(y.numel() for y in ys))
+
+
+def _shapes(sizes: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
+
+
+def _overlap(starts: list[int], ends: list[int], num_tensors: int) -> bool:
+    later = zip(starts[num_tensors:], ends[: len(ends) - num_tensors], strict=True)
+    return any(start < end for start, end in later)

@@ -17,7 +17,7 @@ from autoseq.options import Options, parse_options
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.program import Program, build_program, fake_inputs
 from autoseq.runtime.deferred import DeferredTensor, defer
-from autoseq.runtime.errors import AutoSeqError
+from autoseq.runtime.errors import AutoSeqError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 
@@ -65,9 +65,9 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
     if program is None:
         if group.size > 1:
             log.warning("a part of the program has no attention (the model was traced in several parts); it runs whole on every rank")
-        return _Runner(_inner(gm, fake_inputs(gm, inputs), options), [], names, group, options, draws=False)
+        return _Runner(_inner(gm, fake_inputs(gm, inputs), options), None, names, group, options)
     compiled = _inner(program.gm, program.inputs, options)
-    return _Runner(compiled, program.sharding.outputs, names, group, options, draws=_draws(program), layout=program.plan.layout)
+    return _Runner(compiled, program, names, group, options)
 
 
 def _comparable(options: Options) -> Mapping[str, object]:
@@ -125,10 +125,14 @@ def _draws(program: Program) -> bool:
 class _Runner:
     """The compiled program as Dynamo calls it: checks the first inputs, gathers deferred ones, wraps sharded outputs."""
 
-    def __init__(self, compiled: Callable[..., Any], outputs: Sequence[ShardedOutput], names: Sequence[str], group: SequenceGroup,
-                 options: Options, *, draws: bool, layout: Layout = "contiguous") -> None:  # fmt: skip
-        self._compiled, self._outputs, self._names = compiled, outputs, names
-        self._group, self._options, self._draws, self._layout = group, options, draws, layout
+    def __init__(
+        self, compiled: Callable[..., Any], program: Program | None, names: Sequence[str], group: SequenceGroup, options: Options
+    ) -> None:
+        self._compiled, self._names, self._group, self._options = compiled, names, group, options
+        self._outputs = program.sharding.outputs if program else []
+        self._layout: Layout = program.plan.layout if program else "contiguous"
+        self._floats = program.floats if program else {}
+        self._draws = program is not None and _draws(program)
         self._agreed = False
 
     def __call__(self, *args: Any) -> Any:
@@ -136,12 +140,21 @@ class _Runner:
         if not self._agreed:
             agree_on_inputs(self._group, self._names, args, draws=self._draws)
             self._agreed = True
+        self._check_floats(args)
         results = list(self._compiled(*args))
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:
             results[index] = value
         extra = {size.index for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local) if isinstance(size, SizeOutput)}
         return [r for i, r in enumerate(results) if i not in extra]
+
+    def _check_floats(self, args: Sequence[Any]) -> None:
+        for index, assumed in self._floats.items():
+            if args[index].item() != assumed:
+                raise UnsupportedError(
+                    f"the program was compiled for {self._names[index]} = {assumed:g} and is called with {args[index].item():g}. With "
+                    "dynamic=True Dynamo makes Python floats inputs; leave dynamic unset, or torch._dynamo.reset() and compile again."
+                )
 
     def _wrap(self, out: ShardedOutput, results: Sequence[Any]) -> torch.Tensor:
         def size(of: RunTimeSize) -> int:

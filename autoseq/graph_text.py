@@ -3,7 +3,9 @@
     linear_3: f32[1, 16384, 4096] Shard(1) = aten.linear(mul_2, vary_7)        # modeling_llama.py:243
 """
 
-from collections.abc import Iterator
+import operator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from autoseq.passes.source import source_line
 
 _GLOBAL = "global_shape"
 _SHOWN_ITEMS = 6
+_SOURCE_COLUMN = 120
+# Of autoseq's own calls: what differs from one to the next. The rest (sizes, layout, group) is the same all over the graph.
+_SHOWN_KEYWORDS = ("dim", "outer", "scale", "max_ahead", "max_behind", "predicate", "reduction")
 
 
 def remember_global(name: str, gm: fx.GraphModule) -> None:
@@ -26,14 +31,39 @@ def remember_global(name: str, gm: fx.GraphModule) -> None:
 
 
 def graph_lines(graph: fx.Graph) -> Iterator[str]:
-    """The graph, line by line."""
+    """The graph, line by line; a varied parameter stands inside the line that uses it, as `vary(head.weight)`."""
+    names = _names(graph)
     for node in graph.nodes:
         if node.op == "output":
-            yield f"return {_argument(node.args[0])}"
-            continue
-        made = " ".join(part for part in (f"{node.name}:", _type(node.meta.get("val")), placement(node), "=", _call(node)) if part)
-        where = "" if node.op == "placeholder" else source_line(node)
-        yield f"{made:<110}  # {short_source(where)}" if where and not where.startswith("(no") else made
+            yield f"return {_argument(node.args[0], names)}"
+        elif names[node] == node.name or node.op in ("placeholder", "get_attr"):
+            yield _line(node, names)
+
+
+def _line(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    made = " ".join(part for part in (f"{names[node]}:", _type(node.meta.get("val")), placement(node), *_call(node, names)) if part)
+    where = "" if node.op == "placeholder" else source_line(node)
+    return made if not where or where.startswith("(no") else f"{made:<{_SOURCE_COLUMN}}  # {short_source(where)}"
+
+
+def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """What each node is called: parameters and inputs as in the model."""
+    names: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        source = node.args[0] if node.target is operator.getitem else None
+        if node.op == "placeholder":
+            names[node] = parameter_name(str(node.meta.get("source_name", node.target)))
+        elif isinstance(source, fx.Node) and getattr(source.target, "__name__", "") == "vary_many":
+            names[node] = f"vary({names[source.args[0][node.args[1]]]})"  # type: ignore[index]
+        else:
+            names[node] = node.name
+    return names
+
+
+def parameter_name(dynamo_name: str) -> str:
+    """`L_self_modules_head_parameters_weight_` as the model calls it: `head.weight`."""
+    dotted = re.sub(r"_(?:modules|parameters|buffers)_", ".", dynamo_name.removeprefix("L_self"))
+    return re.sub(r"^L_(kwargs_|args_)?", "", dotted).strip("._") or dynamo_name
 
 
 def short_source(source: str) -> str:
@@ -61,26 +91,33 @@ def _type(val: Any) -> str:
     return f"({len(val)} tensors)" if isinstance(val, (list, tuple)) else ""
 
 
-def _call(node: fx.Node) -> str:
+def _call(node: fx.Node, names: Mapping[fx.Node, str]) -> tuple[str, ...]:
     if node.op == "placeholder":
-        return f"input {node.meta.get('source_name', node.target)}"
+        return ("= input",)
     if node.op == "get_attr":
-        return f"held {node.target}"
-    arguments = [*map(_argument, node.args), *(f"{key}={_argument(value)}" for key, value in node.kwargs.items())]
-    return f"{_operator(node.target)}({', '.join(arguments)})"
+        return ("=", f"held {node.target}")
+    keywords = node.kwargs if _is_operator(node.target) else {k: v for k, v in node.kwargs.items() if k in _SHOWN_KEYWORDS and v not in (None, "")}
+    arguments = [*(_argument(a, names) for a in node.args), *(f"{key}={_argument(value, names)}" for key, value in keywords.items())]
+    return "=", f"{_operator(node.target)}({', '.join(arguments)})"
+
+
+def _is_operator(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload)
 
 
 def _operator(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if _is_operator(target):
         return str(target).removesuffix(".default")
     module = getattr(target, "__module__", "").removeprefix("autoseq.runtime.")
     name = getattr(target, "__name__", str(target))
     return name if module in ("_operator", "builtins", "") else f"{module}.{name}"
 
 
-def _argument(value: Any) -> str:
+def _argument(value: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(value, (list, tuple)):
-        items = [_argument(item) for item in value[:_SHOWN_ITEMS]]
+        items = [_argument(item, names) for item in value[:_SHOWN_ITEMS]]
         left = len(value) - len(items)
         return f"[{', '.join(items)}{f', … {left} more' if left else ''}]"
+    if isinstance(value, fx.Node):
+        return names[value]
     return repr(value) if isinstance(value, str) else str(value)

@@ -99,6 +99,8 @@ def _processes(context: Any, job: _Job) -> Iterator[dict[Connection, Any]]:
             theirs.close()
             ranks[ours] = process
         yield ranks
+        for process in ranks.values():
+            process.join(_GRACE_S)
     finally:
         for pipe, process in ranks.items():
             pipe.close()
@@ -177,9 +179,6 @@ def _serve(pipe: Connection, index: int, job: _Job, path: list[str]) -> None:
     with contextlib.suppress(BrokenPipeError):  # the parent has given up
         pipe.send(reply)
     pipe.close()
-    # Not the interpreter's own way out: a backend's threads may wait for peers that are gone.
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _sendable(index: int, error: AutoSeqError) -> AutoSeqError:

@@ -22,6 +22,7 @@ from autoseq.passes.open_regions import open_regions
 from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, PassRecord, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
+from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
 from autoseq.planner import NamedSite, Plan, find_sites, make_plan
 from autoseq.runtime.deferred import DeferredTensor
@@ -41,6 +42,7 @@ class Program:
     gm: fx.GraphModule
     before: fx.Graph
     inputs: list[object]
+    floats: dict[int, float]
     plan: Plan
     sharding: Sharding
     dense_masks: tuple[DenseMask, ...]
@@ -67,6 +69,7 @@ def build_program(
 ) -> Program | None:
     """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole."""
     open_regions(gm)
+    floats = specialize_floats(gm, inputs)
     fake = fake_inputs(gm, inputs)
     normal = normalize(gm, fake)
     for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
@@ -87,7 +90,7 @@ def build_program(
     if records["lower"].result != found:
         raise AutoSeqError(f"internal error: {found} attention sites were found, {records['lower'].result} rewritten")
     sharding: Sharding = records["shard"].result
-    program = Program(normal, before, fake, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole), records)
+    program = Program(normal, before, fake, floats, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole), records)
     _tell(program, options, group)
     return program
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from autoseq.graph_text import graph_lines, short_source
 from autoseq.inspection import Inspection
 from autoseq.planner import SitePlan
+from autoseq.verify import Difference
 
 Graphs = Literal["before", "after", "both"]
 _PIPE_WIDTH = 160
@@ -34,14 +35,14 @@ def readable_bytes(count: float) -> str:
     return f"{count:,.1f} TB" if count < 1000 else f"{count:,.0f} TB"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table whose numeric columns (those with `:` in front of their names) are right-aligned."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Group:
+    """A titled table whose numeric columns (those with `:` in front of their names) are right-aligned."""
+    made = Table(header_style="bold")
     for column in columns:
         made.add_column(column.removeprefix(":"), justify="right" if column.startswith(":") else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
-    return made
+    return Group(Text(f"\n{title}", style="bold"), made)
 
 
 # Inspect --------------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> Non
             _print_graph(console, "after, as rank 0 runs it", program.gm.graph)
 
 
-def plan_table(sites: Sequence[SitePlan]) -> Table:
+def plan_table(sites: Sequence[SitePlan]) -> Group:
     """The attention sites; those that differ in nothing but a number in their name share a row."""
     groups = [list(same) for _, same in groupby(sites, key=_alike)]
     return table(
@@ -138,3 +139,30 @@ def _print_graph(console: Console, title: str, graph: Any) -> None:
     console.print(f"\nGraph {title}:")
     for line in graph_lines(graph):
         console.print(line, soft_wrap=True)
+
+
+# Verify ---------------------------------------------------------------------------------------------------------------
+
+_WORST_SHOWN = 5
+
+
+def print_verification(console: Console, differences: Sequence[Difference], *, world_size: int, tolerance: float, show_all: bool) -> bool:
+    """The errors, largest first, and a verdict; returns whether all are within the tolerance."""
+    for kind in ("output", "gradient"):
+        found = [d for d in differences if d.kind == kind]
+        wrong = sum(not d.error <= tolerance for d in found)
+        shown = found if show_all or kind == "output" else found[: max(_WORST_SHOWN, wrong)]
+        left = f", the worst {len(shown)}" if len(shown) < len(found) else ""
+        rows = [(d.name, f"{d.error:.2e}", "" if d.error <= tolerance else "above the tolerance") for d in shown]
+        console.print(table(f"Relative L2 error of {len(found)} {kind}s{left}", [kind, ":error", ""], rows))
+    wrong = [d for d in differences if not d.error <= tolerance]
+    if wrong:
+        worst = wrong[0]
+        console.print(
+            f"autoseq verify: FAILED, {len(wrong)} of {len(differences)} differ by more than {tolerance:g}; "
+            f"the worst is the {worst.kind} {worst.name}, by {worst.error:.2e}"
+        )
+    else:
+        largest = max((d.error for d in differences), default=0.0)
+        console.print(f"autoseq verify: OK, {len(differences)} values on {world_size} ranks, largest error {largest:.2e} of {tolerance:g} allowed")
+    return not wrong

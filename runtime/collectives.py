@@ -6,6 +6,7 @@ traces them in both directions. The pairs are those of JAX's `shard_map` (Replic
     take_shard          Replicate -> Shard                          gradient: all_gather
     all_gather          Shard -> Replicate                          gradient: take_shard, zeros in the padding
     vary, vary_many     Replicate -> used beside sharded values     gradient: all_reduce
+    share_gradient      Replicate -> Replicate                      gradient: a P-th of it, to be summed later
     all_reduce          Partial -> Replicate                        gradient: identity
     all_gather_varying  Shard -> full copy used per rank            gradient: reduce_scatter, zeros in the padding
     reduce_scatter      Partial -> Shard                            gradient: all_gather_varying

@@ -122,18 +122,21 @@ class DeferredTensor(Tensor):
             return cls.wrap(args[0]._shard)
         if torch.Tag.inplace_view in func.tags:
             raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
-        wrappers: dict[int, DeferredTensor] = {}
-
-        def fill(wrapper: DeferredTensor) -> Tensor:
-            wrappers[id(wrapper._full)] = wrapper
-            return wrapper._full
-
-        plain_args, plain_kwargs = tree_map_only(DeferredTensor, fill, args), tree_map_only(DeferredTensor, fill, kwargs or {})
+        kwargs = kwargs or {}
+        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda each: each._full, given) for given in (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return result
         # An in-place operation returns the tensor it was given, and autograd insists on the very same object.
-        return tree_map_only(Tensor, lambda out: wrappers.get(id(out), out), result)
+        written = _written(func, args, kwargs)
+        return tree_map_only(Tensor, lambda out: written.get(id(out), out), result)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, DeferredTensor]:
+    """The deferred tensors that an operation writes into, by the identity of their values."""
+    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    targets = [named.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
+    return {id(target._full): target for target in targets if isinstance(target, DeferredTensor)}
 
 
 def _on_full(name: str) -> Any:

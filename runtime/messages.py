@@ -48,15 +48,16 @@ def post_to_next(op: str, group: SequenceGroup, hop: int, messages: list[tuple[T
     """
     to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     what = f"{op} on group {group.name!r}, hop {hop} of {group.size}, rank {group.rank}, to rank {to} and from rank {source}"
+    present = [(tag, message) for tag, message in enumerate(messages) if message is not None and message[0].numel() > 0]
+    if not present:
+        return Pending([], what)
     process = process_group(group.name)
     batch = []
-    for tag, message in enumerate(messages):
-        if message is not None and message[0].numel() > 0:
-            leaving, arriving = message
-            batch.append(dist.P2POp(dist.isend, leaving, group=process, group_peer=to, tag=tag))
-            batch.append(dist.P2POp(dist.irecv, arriving, group=process, group_peer=source, tag=tag))
+    for tag, (leaving, arriving) in present:
+        batch.append(dist.P2POp(dist.isend, leaving, group=process, group_peer=to, tag=tag))
+        batch.append(dist.P2POp(dist.irecv, arriving, group=process, group_peer=source, tag=tag))
     try:
-        return Pending(dist.batch_isend_irecv(batch) if batch else [], what)
+        return Pending(dist.batch_isend_irecv(batch), what)
     except RuntimeError as error:
         raise MessageError(f"{what}: {error}. {_ADVICE}") from error
 

@@ -157,6 +157,15 @@ def check_vary_many(rank: int, P: int) -> None:
     assert counters().get("all_reduce", (0, 0)) == (cost.messages, cost.bytes)
 
 
+def check_share_gradient(rank: int, P: int) -> None:
+    group = group_from_mesh(None).name
+    x = torch.arange(1.0, 5.0).requires_grad_()
+    y = c.share_gradient(c.vary(x, group=group), group=group)
+    assert torch.equal(y, x)
+    # Shares of a gradient that every rank has add up to it; a third of it, three times, is rounded.
+    torch.testing.assert_close(gradient(y, x, 3 * x.detach()), 3 * x.detach(), rtol=1e-6, atol=0)
+
+
 def check_all_reduce(rank: int, P: int) -> None:
     x = torch.full((2, 3), 10.0**rank).t().requires_grad_()
     y = c.all_reduce(x, group=group_from_mesh(None).name)
@@ -180,6 +189,7 @@ def check_all_to_all(rank: int, P: int) -> None:
     [
         pytest.param(check_vary, id="vary sums the ranks' gradients"),
         pytest.param(check_vary_many, id="vary_many: one message per dtype, zeros for unused, nothing for frozen"),
+        pytest.param(check_share_gradient, id="share_gradient: the ranks' shares add up to the gradient"),
         pytest.param(check_all_reduce, id="all_reduce sums; its gradient is the identity"),
         pytest.param(check_all_to_all, id="all_to_all_single: uneven and empty pieces, gradient goes home"),
     ],

@@ -203,6 +203,9 @@ def check_kinds(rank: int, P: int) -> None:
     assert kept.grad is not None
     assert torch.equal(kept.grad, 2 * x)
     assert torch.equal(torch.autograd.grad(torch.autograd.grad((deferred(x) ** 3).sum(), x, create_graph=True)[0].sum(), x)[0], 6 * x)
+    doubled = deferred(x.detach())
+    assert doubled.add_(doubled.detach()) is doubled
+    assert torch.equal(doubled.detach() * 1, 2 * x)
     out = deferred(x.detach())
     assert torch.add(x.detach(), 1, out=out) is out
     assert torch.equal(out.detach(), x + 1)

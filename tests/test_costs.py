@@ -1,0 +1,123 @@
+"""What each strategy really sends equals its formula, byte for byte and message for message, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import sympy
+import torch
+from attention_job import call_arguments, call_keywords, shard
+from dense_attention import Case
+from ranks import run_ranks
+
+from autoseq.runtime import strategy as symbols
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Cost, Site
+from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS
+
+SPLIT = ["ulysses", "ring", "gather_kv"]
+
+CASES = {
+    "even": Case(16, 16, batch=2),
+    "float32": Case(16, 16, heads=8, kv_heads=4, dtype=torch.float32),
+    "bfloat16: gradients of keys travel in float32": Case(16, 16, heads=8, kv_heads=4, dtype=torch.bfloat16),
+    "more ranks than KV heads": Case(16, 16, heads=8, kv_heads=1, dtype=torch.float32),
+    "uneven heads": Case(16, 16, heads=9, kv_heads=3),
+    "some ranks without heads": Case(16, 16, heads=2, kv_heads=1),
+    "padded rows": Case(13, 13, batch=2, kv_heads=2),
+    "cross attention, other value dim": Case(7, 21, value_dim=5),
+    "empty blocks are sent all the same": Case(32, 32, mask="window"),
+}
+
+
+def count_on_rank(rank: int, P: int, strategy: str, layout: str, case: Case) -> Cost:
+    """Counted traffic of one attention: forward, then backward."""
+    from autoseq.runtime.counting import counters, reset_counters
+
+    *qkv, grad = (shard(x, rank, P, layout, padding="edge") for x in case.tensors())
+    leaves = [x.requires_grad_() for x in qkv]
+    arguments, keywords = call_arguments(case), call_keywords(case, layout)
+    reset_counters()
+    out = STRATEGIES[strategy].attention(*leaves, *arguments, **keywords)
+    forward = list(counters().values())
+    reset_counters()
+    torch.autograd.grad(out, leaves, grad)
+    backward = list(counters().values())
+    totals = [sum(part) for counts in (forward, backward) for part in zip(*(counts or [(0, 0)]), strict=True)]
+    return Cost(forward_messages=totals[0], forward_bytes=totals[1], backward_messages=totals[2], backward_bytes=totals[3])
+
+
+def site_of(case: Case) -> Site:
+    return Site(
+        batch=case.batch,
+        q_len=case.q_len,
+        k_len=case.k_len,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        value_dim=case.value_dim,
+        element_bytes=case.dtype.itemsize,
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("strategy", SPLIT)
+@pytest.mark.parametrize("P", [1, 2, 4])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+def test_counted_equals_formula(case: Case, P: int, strategy: str, layout: str) -> None:
+    counted = run_ranks(count_on_rank, P, strategy, layout, case, backend="autoseq_counted")
+    assert counted == [STRATEGIES[strategy].cost(site_of(case), P, layout, rank) for rank in range(P)]
+
+
+B, s, t, H, K, D, V, P, e, a = (getattr(symbols, name) for name in "B s t H K D V P e a".split())
+q, kappa = B * s * H * D * e, B * t * K * D * e  # bytes of a local Q, and of a local K or V
+EVEN = {V: D, t: s, OWN_HEADS: H / P}
+SELF = {V: D}
+
+FORMULAS = {
+    "ulysses, K >= P": (
+        "ulysses",
+        EVEN | {OWN_KV_HEADS: K / P, SENT_KV_HEADS: (P - 1) * K / P},
+        dict(forward_bytes=(2 * q + 2 * kappa) * (P - 1) / P, backward_bytes=(2 * q + 2 * kappa) * (P - 1) / P),
+    ),
+    "ulysses, K < P: one KV head a rank": (
+        "ulysses",
+        EVEN | {OWN_KV_HEADS: 1, SENT_KV_HEADS: P - 1},
+        dict(forward_bytes=(2 * q + 2 * kappa * P / K) * (P - 1) / P, backward_bytes=(2 * q + 2 * kappa * P / K) * (P - 1) / P),
+    ),
+    "ring": (
+        "ring",
+        SELF,
+        dict(forward_bytes=2 * kappa * (P - 1), backward_bytes=2 * kappa * (P - 1) * (1 + a / e), forward_messages=P - 1),
+    ),
+    "gather_kv": (
+        "gather_kv",
+        SELF,
+        dict(forward_bytes=2 * kappa * (P - 1), backward_bytes=2 * kappa * (P - 1) * (1 + a / e), backward_messages=2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "even", "published"), FORMULAS.values(), ids=FORMULAS)
+def test_formulas_are_the_published_ones(name: str, even: dict[sympy.Symbol, sympy.Expr], published: dict[str, sympy.Expr]) -> None:
+    """With even heads and equal lengths they reduce to what the papers state; q and kappa are bytes of a local Q and K."""
+    formulas = STRATEGIES[name].formulas()
+    for field, expected in published.items():
+        difference = formulas[field].subs(list(even.items())) - expected.subs(list(even.items()))
+        assert sympy.simplify(difference) == 0, field
+
+
+GQA = Site(batch=1, q_len=4096, k_len=4096, heads=32, kv_heads=8, head_dim=128, value_dim=128, element_bytes=2)
+CHEAPER = {
+    "ring sends less forward while P < H/K + 1": (GQA, 4, "ring"),
+    "ulysses sends less forward beyond": (GQA, 8, "ulysses"),
+    "multi-query attention favours the ring": (replace(GQA, kv_heads=1), 32, "ring"),
+    "plain multi-head attention favours ulysses": (replace(GQA, kv_heads=32), 4, "ulysses"),
+}
+
+
+@pytest.mark.parametrize(("site", "P", "winner"), CHEAPER.values(), ids=CHEAPER)
+def test_which_sends_fewer_bytes_forward(site: Site, P: int, winner: str) -> None:
+    sent = {name: STRATEGIES[name].cost(site, P, "contiguous").forward_bytes for name in ("ring", "ulysses")}
+    assert min(sent, key=lambda name: sent[name]) == winner

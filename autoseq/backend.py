@@ -15,6 +15,7 @@ from torch import fx
 from autoseq.agreement import agree_on_inputs, agree_on_program
 from autoseq.options import Options, parse_options
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
+from autoseq.passes.source import input_name
 from autoseq.program import Program, build_program, fake_inputs
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, UnsupportedError
@@ -61,7 +62,7 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
     agree_on_program(group, [*lines, repr(_comparable(options))], failure)
     if failure is not None:
         raise failure
-    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
+    names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
     if program is None:
         if group.size > 1:
             log.warning("a part of the program has no attention (the model was traced in several parts); it runs whole on every rank")

@@ -7,11 +7,12 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
-from autoseq.runtime.errors import AutoSeqError, TargetError
+from autoseq.runtime.errors import AutoSeqError, OptionError, TargetError
 
 app = typer.Typer(
     name="autoseq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -51,10 +52,8 @@ def inspect(
         from autoseq.report import inspection_json, print_inspection, results
         from autoseq.target import load_target
 
-        found_target = load_target(target)
-        found = inspect_model(
-            lambda: found_target.make(batch=batch, seq_len=seq_len), seq_len=seq_len, world_size=world_size, strategy=strategy, layout=layout
-        )
+        make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
+        found = inspect_model(make, seq_len=seq_len, world_size=world_size, strategy=strategy, layout=layout)
         if as_json:
             print(inspection_json(found))
         else:
@@ -108,14 +107,15 @@ def demo(
 @contextlib.contextmanager
 def _exit_codes(verbose: bool) -> Iterator[None]:
     """The boundary: autoseq's errors become a message on stderr and an exit status."""
-    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("autoseq").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    from autoseq.logs import log_to_stderr
+
+    log_to_stderr(verbose=verbose)
     try:
         yield
     except AutoSeqError as error:
         if verbose:
             logging.getLogger("autoseq").debug("%s", getattr(error, "details", ""), exc_info=error)
-        misuse = isinstance(error, TargetError)
+        misuse = isinstance(error, (TargetError, OptionError))
         print(f"autoseq: error: {error}", file=sys.stderr)
         raise typer.Exit(2 if misuse else 1) from None
 
@@ -123,3 +123,7 @@ def _exit_codes(verbose: bool) -> Iterator[None]:
 def main() -> None:
     """The console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ by rounding only.
 
 import hashlib
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ _LEARNING_RATE = 3e-3
 _TEXT_BYTES = 4 << 20
 
 # Both trainings compute in float32, in another order; their weights part a little with each step, and gradients with them.
-# Measured over 20 steps: losses within 2e-7, gradients within 2e-5; a wrong gradient is off by 1e-2 and more.
+# Measured over 20 steps on two CPU ranks: losses within 2e-7, gradients within 7e-7. What is wrong rather than rounded, such as
+# the gradient of one parameter left unreduced, is off by 1e-2 and more.
 LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-3
+GRADIENT_TOLERANCE = 1e-4
 _FIRST_GRADIENT_TOLERANCE = 1e-5  # at the first step the weights are still the same
 
 
@@ -62,7 +63,7 @@ def run_demo(console: Console, *, world_size: int, steps: int, options: Mapping[
     where = {"cpu": "CPUs over gloo", "cuda": "GPUs over NCCL"}[device_kind(world_size)]
     with torch.device("meta"):
         size = sum(p.numel() for p in make()[0].parameters())
-    console.print(f"A Llama of {size:,} parameters learns Python: {_BATCH} × {SEQ_LEN} bytes a step, split over {world_size} ranks ({where}).")
+    console.print(f"A Llama of {size:,} parameters learns Python: {_BATCH} × {SEQ_LEN} bytes a step, over {world_size} ranks ({where}).")
     console.print(plan_table(found.sites))
     console.print(f"layout {found.programs[0].plan.layout}\n")
     with _Live(console, steps) as live:
@@ -148,7 +149,8 @@ def _measure(model: _Trained, alone: _Trained | None, kwargs: Mapping[str, Any],
     if alone is None:
         return Memory(mine, None, None)
     compiled = torch.compile(alone.model, backend=inner)
-    return Memory(mine, saved_bytes(lambda: compiled(**kwargs).loss, alone.model), saved_bytes(lambda: alone.call(**kwargs).loss, alone.model))
+    alike, eager = (saved_bytes(lambda call=call: call(**kwargs).loss, alone.model) for call in (compiled, alone.call))
+    return Memory(mine, alike, eager)
 
 
 def read_text() -> Tensor:
@@ -218,7 +220,7 @@ def _print_memory(console: Console, memories: list[Memory]) -> None:
     assert compiled is not None and eager is not None
     worst = max(memory.rank for memory in memories)
     console.print(table(
-        "Activation memory: the distinct storages that autograd keeps from forward to backward, parameters and inputs not counted",
+        "Activation memory: the distinct storages that autograd keeps from forward to backward, parameters not counted",
         ["", ":bytes", "", ":of one device"],
         [
             ("a rank (the largest)", f"{worst:,}", readable_bytes(worst), f"{worst / compiled:.0%}"),
@@ -236,7 +238,8 @@ def _verdict(console: Console, steps: Mapping[int, list[Step]], found: Inspectio
     for complaint in wrong:
         console.print(f"autoseq demo: {complaint}")
     if not wrong:
-        console.print(f"autoseq demo: OK, {len(steps)} ranks trained as one device does: losses within {loss:.1e}, gradients within {gradient:.1e}")
+        within = f"losses within {loss:.1e}, gradients within {gradient:.1e}"
+        console.print(f"autoseq demo: OK, {len(steps)} ranks trained as one device does: {within}")
     return not wrong
 
 
@@ -247,19 +250,23 @@ def _loss_difference(step: Step) -> float:
 
 def complaints(steps: Mapping[int, list[Step]], found: Inspection) -> list[str]:
     """What is not as it should be, in a sentence each."""
-    wrong = []
-    for step in steps[0]:
-        assert step.gradient_difference is not None
-        allowed = _FIRST_GRADIENT_TOLERANCE if step.index == 0 else GRADIENT_TOLERANCE
-        if not _loss_difference(step) <= LOSS_TOLERANCE:
-            wrong.append(f"FAILED at step {step.index + 1}: the loss differs by {_loss_difference(step):.1e}, allowed is {LOSS_TOLERANCE:g}")
-        if not step.gradient_difference <= allowed:
-            wrong.append(f"FAILED at step {step.index + 1}: gradients differ by {step.gradient_difference:.1e}, allowed is {allowed:g}")
+    wrong = [text for step in steps[0] for text in _wrong_numbers(step)]
     for rank, mine in steps.items():
-        unequal = [ours.index + 1 for ours, theirs in zip(mine, steps[0], strict=True) if (ours.loss, ours.digest) != (theirs.loss, theirs.digest)]
+        pairs = zip(mine, steps[0], strict=True)
+        unequal = [ours.index + 1 for ours, theirs in pairs if (ours.loss, ours.digest) != (theirs.loss, theirs.digest)]
         if unequal:
             wrong.append(f"FAILED at step {unequal[0]}: ranks 0 and {rank} have different losses or gradients")
-    expected = {op: (count.messages, count.bytes) for op, count in found.collectives.items()}
-    if dict(steps[0][-1].sent) != expected:
-        wrong.append(f"FAILED: rank 0 sent {dict(steps[0][-1].sent)} in a step, but by the formulas it sends {expected}")
+    sent, expected = dict(steps[0][-1].sent), {op: (count.messages, count.bytes) for op, count in found.collectives.items()}
+    if sent != expected:
+        wrong.append(f"FAILED: rank 0 sent {sent} in a step, but by the formulas it sends {expected}")
     return wrong
+
+
+def _wrong_numbers(step: Step) -> Iterator[str]:
+    assert step.gradient_difference is not None
+    at = f"FAILED at step {step.index + 1}"
+    allowed = _FIRST_GRADIENT_TOLERANCE if step.index == 0 else GRADIENT_TOLERANCE
+    if not _loss_difference(step) <= LOSS_TOLERANCE:
+        yield f"{at}: the loss differs by {_loss_difference(step):.1e}, allowed is {LOSS_TOLERANCE:g}"
+    if not step.gradient_difference <= allowed:
+        yield f"{at}: gradients differ by {step.gradient_difference:.1e}, allowed is {allowed:g}"

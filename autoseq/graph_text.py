@@ -96,7 +96,9 @@ def _call(node: fx.Node, names: Mapping[fx.Node, str]) -> tuple[str, ...]:
         return ("= input",)
     if node.op == "get_attr":
         return ("=", f"held {node.target}")
-    keywords = node.kwargs if _is_operator(node.target) else {k: v for k, v in node.kwargs.items() if k in _SHOWN_KEYWORDS and v not in (None, "")}
+    keywords = node.kwargs
+    if not _is_operator(node.target):
+        keywords = {key: value for key, value in keywords.items() if key in _SHOWN_KEYWORDS and value not in (None, "")}
     arguments = [*(_argument(a, names) for a in node.args), *(f"{key}={_argument(value, names)}" for key, value in keywords.items())]
     return "=", f"{_operator(node.target)}({', '.join(arguments)})"
 

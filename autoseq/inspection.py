@@ -80,10 +80,12 @@ def inspect_model(
             with torch.device("meta"):
                 model, kwargs = make()
             programs = _capture(model, kwargs, options, group)
-        except TargetError as error:
-            log.warning("made again with real weights, because without data it did not work: %s", error)
+        except Exception as error:
+            if isinstance(error, AutoSeqError) and not isinstance(error, TargetError):
+                raise
             model, kwargs = make()
             programs = _capture(model, kwargs, options, group)
+            log.warning("the model was made with real weights, because without them: %s", brief(error))
         collectives: Counts = {}
         for program in programs:
             collectives = add_counts(collectives, step_traffic(program, world_size))
@@ -122,7 +124,7 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
     if backend.failure is not None:
         raise backend.failure
     if not backend.programs:
-        raise NoAttentionError(f"no attention was found in the {backend.num_graphs} graphs that torch.compile made of {type(model).__name__}")
+        raise NoAttentionError(f"no attention was found in the {backend.num_graphs} graphs torch.compile made of {type(model).__name__}")
     return backend.programs
 
 

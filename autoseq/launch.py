@@ -8,6 +8,7 @@ their progress while they run.
 import contextlib
 import datetime
 import importlib
+import logging
 import multiprocessing as mp
 import os
 import sys
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from autoseq.logs import log_to_stderr
 from autoseq.runtime import errors
 from autoseq.runtime.errors import AutoSeqError
 
@@ -31,6 +33,7 @@ Listener = Callable[[int, Any], None]
 """Called in the parent with (rank, message) for each message."""
 
 _GRACE_S = 5.0  # after one rank failed, the others have this long to say why they did
+_LEAVING_S = 2.0  # and ranks that are done have this long to leave by themselves
 
 
 class LaunchError(AutoSeqError):
@@ -59,7 +62,12 @@ def device_kind(world_size: int) -> Literal["cuda", "cpu"]:
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, backend: Backend = "plain", timeout_s: float = 1800.0, listen: Listener | None = None
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    backend: Backend = "plain",
+    timeout_s: float = 1800.0,
+    listen: Listener | None = None,
 ) -> list[Any]:
     """`fn(rank, *args)` on `world_size` new processes inside one process group; what each returned, by rank.
 
@@ -69,7 +77,9 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="autoseq-") as folder:
         context = mp.get_context("spawn")
-        job = _Job(fn.__module__, fn.__qualname__, args, world_size, backend, device_kind(world_size), str(Path(folder) / "store"), timeout_s)
+        device, store = device_kind(world_size), str(Path(folder) / "store")
+        verbose = logging.getLogger("autoseq").isEnabledFor(logging.DEBUG)
+        job = _Job(fn.__module__, fn.__qualname__, args, world_size, backend, device, store, timeout_s, verbose)
         with _processes(context, job) as ranks:
             return _Watch(ranks, timeout_s, listen).collect()
 
@@ -84,6 +94,7 @@ class _Job:
     device: Literal["cuda", "cpu"]
     store: str
     timeout_s: float
+    verbose: bool
 
 
 @contextlib.contextmanager
@@ -99,11 +110,11 @@ def _processes(context: Any, job: _Job) -> Iterator[dict[Connection, Any]]:
             theirs.close()
             ranks[ours] = process
         yield ranks
-        for process in ranks.values():
-            process.join(_GRACE_S)
     finally:
+        deadline = time.monotonic() + _LEAVING_S
         for pipe, process in ranks.items():
             pipe.close()
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
 
@@ -166,6 +177,9 @@ def _severity(error: AutoSeqError) -> int:
 def _serve(pipe: Connection, index: int, job: _Job, path: list[str]) -> None:
     sys.path[:] = path
     os.dup2(2, 1)  # gloo prints to stdout, which belongs to the parent's results
+    log_to_stderr(verbose=job.verbose)
+    if index > 0:
+        logging.getLogger("autoseq").setLevel(logging.ERROR)  # what rank 0 says holds for all
     if job.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:

@@ -142,10 +142,11 @@ def _no_attention(gm: fx.GraphModule, left_whole: Sequence[LeftWhole]) -> str:
     if left_whole:
         calls = "; ".join(f"{call.source}: {call.reason}" for call in left_whole)
         return f"no attention can be split: {calls}"
-    first = next((n for n in gm.graph.nodes if n.meta.get("stack_trace")), None)
-    where = first.meta["stack_trace"].strip().splitlines()[0].strip() if first is not None else "the compiled function"
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame else "the compiled function"
     return (
-        f"no attention was found in the program that starts at {where}. autoseq reads "
+        f"no attention was found in the program that ends at {where}. autoseq reads "
         "torch.nn.functional.scaled_dot_product_attention; for a transformers model pass attn_implementation='sdpa'."
     )
 

@@ -82,10 +82,11 @@ def site_messages(planned: SitePlan) -> int:
 def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> None:
     """Everything that `inspect` found, then the graphs."""
     layout = found.programs[0].plan.layout
-    console.print(f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {layout}. Bytes and messages are those rank 0 sends.")
+    head = f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {layout}."
+    console.print(f"{head} Bytes and messages are those that rank 0 sends in a training step.")
     console.print(plan_table(found.sites))
     console.print(table(
-        "Collectives of a training step (forward and backward; gathers of deferred outputs come on top, if they are used)",
+        "Collectives, forward and backward; the gather of a deferred output comes on top, if the output is used",
         ["op", ":count", ":bytes", ""],
         [(op, c.messages, f"{c.bytes:,}", readable_bytes(c.bytes)) for op, c in found.collectives.items()] or [("(none)", 0, 0, "")],
     ))  # fmt: skip
@@ -164,5 +165,6 @@ def print_verification(console: Console, differences: Sequence[Difference], *, w
         )
     else:
         largest = max((d.error for d in differences), default=0.0)
-        console.print(f"autoseq verify: OK, {len(differences)} values on {world_size} ranks, largest error {largest:.2e} of {tolerance:g} allowed")
+        values = f"{len(differences)} values on {world_size} ranks"
+        console.print(f"autoseq verify: OK, {values}, largest error {largest:.2e} of {tolerance:g} allowed")
     return not wrong

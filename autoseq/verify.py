@@ -4,6 +4,7 @@ The one-device run goes first, without torch.compile, and leaves its outputs and
 compares what it got with that file, so a result that is right on one rank only does not pass.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def _step(call: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> _Results:
 def _tensors(returned: Any) -> Iterator[tuple[str, Tensor]]:
     for path, leaf in tree_flatten_with_path(returned)[0]:
         if isinstance(leaf, Tensor):
-            yield keystr(path).strip(".") or "result", leaf
+            yield re.sub(r"^\['?(\w+)'?\]$", r"\1", keystr(path)).strip(".") or "result", leaf
 
 
 def _loss(returned: Any, outputs: Sequence[Tensor]) -> Tensor:

@@ -101,7 +101,9 @@ def place_in(dims: Dims, sizes: dict[str, Size], place: Place) -> Mark | None:
 
 def fits(shape: Sequence[Size], mark: Mark) -> bool:
     """A tensor may be shorter along the sequence than its space (a cut end), never longer (a table of positions)."""
-    length = shape[mark.dim] // (mark.outer * mark.inner)
+    length = _divide(shape[mark.dim], mark.outer * mark.inner)
+    if length is None:
+        return False
     if same_size(length, mark.base):
         return True
     return isinstance(length, int) and isinstance(mark.base, int) and length <= mark.base
@@ -169,6 +171,9 @@ def bind(pattern: Pattern, shapes: Sequence[Sequence[Size] | None], result_shape
     results = [_bind_tensor(terms, shape, sizes) for terms, shape in zip(pattern.results, result_shapes, strict=True)]
     if any(dims is None and shape is not None for dims, shape in zip(operands, shapes, strict=True)) or None in results:
         return None
+    for dims, shape in zip((*operands, *results), (*shapes, *result_shapes), strict=True):
+        if dims is not None and not _multiply_up(dims, shape, sizes):  # type: ignore[arg-type]
+            return None
     return Factors(tuple(operands), tuple(results), sizes, pattern.whole, pattern.sums)  # type: ignore[arg-type]
 
 
@@ -184,12 +189,17 @@ def _bind_tensor(terms: tuple[Dim | None, ...], shape: Sequence[Size], sizes: di
         if same_size(size, 1):
             bound.append(())
             continue
-        for name in dim:
-            known = sizes.setdefault(name, size if len(dim) == 1 else 0)
-            if len(dim) == 1 and not same_size(known, size):
-                return None
+        if len(dim) == 1 and not same_size(sizes.setdefault(dim[0], size), size):
+            return None
         bound.append(dim)
     return tuple(bound)
+
+
+def _multiply_up(dims: Dims, shape: Sequence[Size], sizes: dict[str, Size]) -> bool:
+    """Whether each dim's size is the product of its factors: a product's factors are sized by the tensors that hold them alone."""
+    return all(name in sizes for dim in dims for name in dim) and all(
+        same_size(product([sizes[name] for name in dim]), size) for dim, size in zip(dims, shape, strict=True)
+    )
 
 
 def reshape_dims(old: Sequence[Size], new: Sequence[Size]) -> tuple[Dims, Dims, dict[str, Size], frozenset[str]]:

@@ -185,6 +185,5 @@ def _call(lookup: Any, names: dict[int, str]) -> str:
 
 
 def capture_name(node: fx.Node) -> str:
-    """`attention_mask` for the placeholder `l_attention_mask_`, the node's name for a computed tensor."""
-    name = str(node.meta.get("source_name", node.name)) if node.op == "placeholder" else node.name
-    return name.removeprefix("l_").removeprefix("L_").strip("_") or node.name
+    """An input by the user's name for it, a computed tensor by the node's."""
+    return str(node.meta.get("source_name", node.name))

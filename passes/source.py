@@ -20,10 +20,21 @@ def source_line(node: fx.Node) -> str:
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module that ran `node`, such as `model.layers.0.self_attn`; the node's name without one."""
     stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return node.name
-    path = next(reversed(stack.values()))[0]
-    path = re.sub(r"^L\['(self|fn|model|mod)'\]\.?", "", path)
-    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
-    path = re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), path)
-    return path.strip(".") or node.name
+    return _dotted(next(reversed(stack.values()))[0]) or node.name if stack else node.name
+
+
+def input_name(placeholder: fx.Node) -> str:
+    """What the user calls an input of Dynamo's graph: `input_ids`, or `model.norm.weight` for a parameter."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return str(placeholder.target)
+    name = source.name if isinstance(source.name, str) else source.name()
+    return _dotted(name) or str(placeholder.target)
+
+
+def _dotted(path: str) -> str:
+    """`L['self']._modules['layers']._modules['0']` as `layers.0`."""
+    path = re.sub(r"^L\['(self|fn|model|mod|kwargs)'\]", "", path)
+    path = re.sub(r"\._(modules|parameters|buffers)\[", "[", path)
+    path = re.sub(r"L?\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), path)
+    return path.strip(".")

@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, is_causal:
     if kernel == "cuda":
         out, lse = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[:2]
         return out[..., :value_dim], lse
-    attn_bias = _four_dims(attn_bias)
+    attn_bias = _kernel_bias(attn_bias, q.dtype)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=attn_bias, scale=scale)
     if attn_bias is not None:
         # For a row without keys the kernel gives out 0, as we want, but lse 0, which would count as e^0 in a merge.
@@ -65,7 +65,7 @@ def attend_backward(
         dq, dk, dv = _cuda_backward(grad_out, q, k, v, out, lse, is_causal, scale)
     else:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=_four_dims(attn_bias), scale=scale
+            grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=_kernel_bias(attn_bias, q.dtype), scale=scale
         )
     return dq[..., :key_dim], dk[..., :key_dim], dv[..., :value_dim]
 
@@ -94,8 +94,13 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _four_dims(attn_bias: Tensor | None) -> Tensor | None:
-    return None if attn_bias is None else attn_bias[(None,) * (4 - attn_bias.ndim)]
+def _kernel_bias(attn_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # The CPU kernel takes a float32 mask beside float64 queries without complaint, and reads it as float64: garbage.
+    return None if attn_bias is None else _four_dims(attn_bias).to(accumulate_dtype(dtype))
+
+
+def _four_dims(attn_bias: Tensor) -> Tensor:
+    return attn_bias[(None,) * (4 - attn_bias.ndim)]
 
 
 def _cuda_backward(
@@ -168,5 +173,7 @@ def _scores(
 
 
 def _rows_of(attn_bias: Tensor | None, rows: slice) -> Tensor | None:
+    if attn_bias is None:
+        return None
     attn_bias = _four_dims(attn_bias)
-    return attn_bias if attn_bias is None or attn_bias.shape[2] == 1 else attn_bias[:, :, rows]
+    return attn_bias if attn_bias.shape[2] == 1 else attn_bias[:, :, rows]

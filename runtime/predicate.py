@@ -60,12 +60,13 @@ def parse(predicate: str) -> sympy.Basic:
     names["FloorDiv"] = lambda a, b: sympy.floor(sympy.sympify(a) / b)
     names["PythonMod"] = sympy.Mod
     for i in range(64):
-        names[f"c{i}"] = sympy.Function(f"c{i}", integer=True)
+        # Not `integer`: SymPy would fold a comparison of a float capture with 0.5 to false.
+        names[f"c{i}"] = sympy.Function(f"c{i}", real=True)
     try:
-        expression = sympy.parse_expr(predicate, local_dict=names)
+        expression = sympy.sympify(sympy.parse_expr(predicate, local_dict=names))
     except Exception as error:
         raise UnsupportedError(f"The mask predicate {predicate!r} does not parse: {error}.") from error
-    unknown = expression.free_symbols - set(_SYMBOLS.values()) if isinstance(expression, sympy.Basic) else set()
+    unknown = expression.free_symbols - set(_SYMBOLS.values())
     if not isinstance(expression, sympy.logic.boolalg.Boolean) or unknown:
         found = f"it mentions {sorted(map(str, unknown))}" if unknown else f"it is a {type(expression).__name__}"
         raise UnsupportedError(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dense_attention import Case
 from torch import Tensor
 
 from autoseq.runtime.groups import group_from_mesh
-from autoseq.runtime.layout import local_length, rank_positions
+from autoseq.runtime.layout import Layout, local_length, rank_positions
 from autoseq.runtime.strategies import STRATEGIES
+from dense_attention import Case
 
 
-def attend_on_rank(rank: int, P: int, strategy: str, layout: str, case: Case) -> tuple[Tensor, ...]:
+def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> tuple[Tensor, ...]:
     """This rank's padded shards of out, dq, dk, dv."""
     q, k, v, grad = case.tensors()
     q, grad = (shard(x, rank, P, layout, padding="edge") for x in (q, grad))
@@ -31,7 +31,7 @@ def call_arguments(case: Case) -> tuple[list[Tensor], Tensor | None]:
     return mask.captures, mask.bias
 
 
-def call_keywords(case: Case, layout: str) -> dict[str, Any]:
+def call_keywords(case: Case, layout: Layout) -> dict[str, Any]:
     """The keywords of a strategy's call."""
     return dict(
         scale=case.scale,
@@ -43,7 +43,7 @@ def call_keywords(case: Case, layout: str) -> dict[str, Any]:
     )
 
 
-def shard(x: Tensor, rank: int, P: int, layout: str, *, padding: str) -> Tensor:
+def shard(x: Tensor, rank: int, P: int, layout: Layout, *, padding: str) -> Tensor:
     """Rows (dim 2) of a rank; padding repeats the last row, or is NaN."""
     n = x.shape[2]
     positions = rank_positions(rank, P, local_length(n, P, layout), layout, x.device)
@@ -51,12 +51,12 @@ def shard(x: Tensor, rank: int, P: int, layout: str, *, padding: str) -> Tensor:
     return rows if padding == "edge" else rows.masked_fill((positions >= n)[:, None], torch.nan)
 
 
-def _without_padding(grad: Tensor, rank: int, P: int, layout: str, n: int) -> Tensor:
+def _without_padding(grad: Tensor, rank: int, P: int, layout: Layout, n: int) -> Tensor:
     positions = rank_positions(rank, P, grad.shape[2], layout, grad.device)
     return grad.masked_fill((positions >= n)[:, None], 0)
 
 
-def assemble(shards: list[Tensor], n: int, layout: str) -> Tensor:
+def assemble(shards: list[Tensor], n: int, layout: Layout) -> Tensor:
     """Full length from the ranks' padded shards."""
     P, s = len(shards), shards[0].shape[2]
     positions = torch.cat([rank_positions(rank, P, s, layout, "cpu") for rank in range(P)])
@@ -65,7 +65,7 @@ def assemble(shards: list[Tensor], n: int, layout: str) -> Tensor:
     return full[:, :, :n]
 
 
-def padding_rows(shards: list[Tensor], n: int, layout: str) -> Tensor:
+def padding_rows(shards: list[Tensor], n: int, layout: Layout) -> Tensor:
     """All padding rows of all shards, flat."""
     P, s = len(shards), shards[0].shape[2]
     return torch.cat([x[:, :, rank_positions(r, P, s, layout, "cpu") >= n].reshape(-1) for r, x in enumerate(shards)])

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch import Tensor, nn
+
+from ranks import run_ranks
 
 WIDTH = 8
 TOLERANCE = 1e-5  # relative L2 in float32; sums over rows in another order

@@ -9,20 +9,20 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from attention_job import assemble, attend_on_rank, call_arguments, call_keywords, padding_rows, shard
-from dense_attention import MASKS, Case, check_close, dense_attention, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 
+from attention_job import assemble, attend_on_rank, call_keywords, padding_rows
 from autoseq.runtime.errors import UnsupportedError
-from autoseq.runtime.layout import chunk_ranges, local_length
+from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.messages import MessageError
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
+from dense_attention import MASKS, Case, check_close, dense_attention, relative_error
+from ranks import run_ranks
 
 SPLIT = ["ulysses", "ring", "gather_kv"]
-LAYOUTS = ["contiguous", "zigzag"]
+LAYOUTS: list[Layout] = ["contiguous", "zigzag"]
 
 # float64 differs from the oracle only in the order of summation; float32 by its rounding, 6e-8 for each of a few dozen sums.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -48,7 +48,7 @@ SHAPES = {
 }
 
 
-def run(strategy: str, P: int, layout: str, case: Case) -> tuple[torch.Tensor, ...]:
+def run(strategy: str, P: int, layout: Layout, case: Case) -> tuple[torch.Tensor, ...]:
     """Full-length out, dq, dk, dv; padding is checked on the way."""
     per_rank = run_ranks(attend_on_rank, P, strategy, layout, case)
     lengths = (case.q_len, case.q_len, case.k_len, case.k_len)
@@ -63,14 +63,14 @@ def run(strategy: str, P: int, layout: str, case: Case) -> tuple[torch.Tensor, .
 @pytest.mark.parametrize("strategy", SPLIT)
 @pytest.mark.parametrize("P", [2, 4])
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in SHAPES.items()])
-def test_any_shape(case: Case, P: int, strategy: str, layout: str) -> None:
+def test_any_shape(case: Case, P: int, strategy: str, layout: Layout) -> None:
     check_close(run(strategy, P, layout, case), dense_attention(case), TOLERANCE[case.dtype])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", SPLIT)
 @pytest.mark.parametrize("mask", MASKS)
-def test_any_mask(mask: str, strategy: str, layout: str) -> None:
+def test_any_mask(mask: str, strategy: str, layout: Layout) -> None:
     """Three ranks, uneven heads and rows, so that each mask meets padding and offsets."""
     case = Case(23, 23, mask=mask, batch=2, heads=4, kv_heads=2, seed=3)
     check_close(run(strategy, 3, layout, case), dense_attention(case), TOLERANCE[case.dtype])
@@ -87,7 +87,7 @@ def test_cross_attention_masks(mask: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", ["local", *SPLIT])
-def test_one_rank(strategy: str, layout: str) -> None:
+def test_one_rank(strategy: str, layout: Layout) -> None:
     """P = 1 is every strategy's trivial case; zigzag pads an odd length even then."""
     case = Case(13, 13, mask="key padding", batch=2, heads=4, kv_heads=2, value_dim=5)
     check_close(run(strategy, 1, layout, case), dense_attention(case), TOLERANCE[case.dtype])
@@ -95,7 +95,7 @@ def test_one_rank(strategy: str, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", SPLIT)
-def test_float32(strategy: str, layout: str) -> None:
+def test_float32(strategy: str, layout: Layout) -> None:
     case = Case(150, 150, mask="segments", batch=2, heads=4, kv_heads=2, head_dim=32, value_dim=32, dtype=torch.float32)
     check_close(run(strategy, 4, layout, case), dense_attention(case), TOLERANCE[case.dtype])
 
@@ -105,12 +105,12 @@ def test_bfloat16_error_does_not_grow_with_ranks(strategy: str) -> None:
     """Accumulators are float32: splitting over more ranks rounds no more often than one device does."""
     case = Case(256, 256, heads=8, kv_heads=1, head_dim=32, value_dim=32, dtype=torch.bfloat16)
     expected = dense_attention(case)
-    errors = {P: [relative_error(x, y) for x, y in zip(run(strategy, P, "zigzag", case), expected, strict=True)] for P in (1, 2, 4, 8)}
-    for P in (2, 4, 8):
+    errors = {P: [relative_error(x, y) for x, y in zip(run(strategy, P, "zigzag", case), expected, strict=True)] for P in (1, 2, 4)}
+    for P in (2, 4):
         for name, one, many in zip(("out", "dq", "dk", "dv"), errors[1], errors[P], strict=True):
             # One bfloat16 rounding, 2^-9 at most, is allowed on top: partial results are rounded once by the kernel.
             assert many <= one + 2**-9, f"{name} on {P} ranks: {many:.1e}, on one {one:.1e}"
-    assert max(errors[8]) <= 1.5 * max(errors[2])
+    assert max(errors[4]) <= 1.2 * max(errors[2])
 
 
 @st.composite
@@ -140,69 +140,12 @@ def test_random_configurations(drawn: tuple[str, int, str, Case]) -> None:
 
 def test_the_table_has_a_rank_without_valid_rows() -> None:
     """Guards the table: a change of the layout must not take the case away silently."""
-    n = SHAPES["a rank without valid rows"].q_len
     for layout in LAYOUTS:
-        s = local_length(n, 4, layout)
-        valid = [sum(rows for _, _, rows in chunk_ranges(rank, 4, s, n, layout)) for rank in range(4)]
-        assert 0 in valid or layout == "zigzag"
-
-
-def dynamic_lengths(rank: int, P: int, strategy: str, layout: str, cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
-    """The call as the compiler emits it: one opaque node in Dynamo's graph, traced in both directions by AOTAutograd."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    attention = torch.compiler.allow_in_graph(STRATEGIES[strategy].attention)
-    counter = CompileCounterWithBackend("aot_eager")
-    keywords = call_keywords(cases[0], layout)
-
-    @torch.compile(backend=counter, fullgraph=True)
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: list[torch.Tensor], full: torch.Tensor) -> torch.Tensor:
-        lengths = dict(q_len=full.shape[0], k_len=full.shape[0])
-        return attention(q * 1.0, k * 1.0, v * 1.0, captures, None, **(keywords | lengths)) * 1.0
-
-    results = []
-    for case in cases:
-        *qkv, grad = case.tensors()
-        leaves = [shard(x, rank, P, layout, padding="edge").requires_grad_() for x in qkv]
-        grad = shard(grad, rank, P, layout, padding="nan").nan_to_num(0)
-        captures, full = call_arguments(case)[0], torch.empty(case.q_len)
-        for x in (full, *captures, *leaves):
-            torch._dynamo.mark_dynamic(x, {1: 0, 2: 1, 4: 2}[x.ndim])
-        out = step(*leaves, captures, full)
-        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
-    assert counter.frame_count == 1, "a new length must not compile again"
-    return results
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("strategy", "P"), [("local", 1), *((name, 2) for name in SPLIT)])
-def test_traced_with_symbolic_lengths(strategy: str, P: int, layout: str) -> None:
-    """One compilation serves lengths with and without padding."""
-    first = Case(22, 22, mask="segments", batch=2, heads=6, kv_heads=2, value_dim=5)
-    cases = [first, replace(first, q_len=33, k_len=33), replace(first, q_len=24, k_len=24)]
-    per_rank = run_ranks(dynamic_lengths, P, strategy, layout, cases)
-    for i, case in enumerate(cases):
-        results = tuple(assemble(list(shards), case.q_len, layout) for shards in zip(*(r[i] for r in per_rank), strict=True))
-        check_close(results, dense_attention(case), TOLERANCE[case.dtype])
-
-
-@pytest.mark.slow
-def test_through_inductor() -> None:
-    """Every strategy's node survives Inductor, forward and backward."""
-    case = Case(13, 13, mask="segments", heads=4, kv_heads=2)
-    nodes = [torch.compiler.allow_in_graph(strategy.attention) for strategy in STRATEGIES.values()]
-    keywords = call_keywords(case, "contiguous") | dict(group="")
-    captures, bias = call_arguments(case)
-
-    @torch.compile(fullgraph=True)
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        outs = [node(q, k, v, captures, bias, **keywords) for node in nodes]
-        return torch.stack(outs).mean(0)
-
-    *qkv, grad = case.tensors()
-    leaves = [x.requires_grad_() for x in qkv]
-    out = step(*leaves)
-    check_close((out.detach(), *torch.autograd.grad(out, leaves, grad)), dense_attention(case), TOLERANCE[case.dtype])
+        idle = []
+        for case in SHAPES.values():
+            s = local_length(case.q_len, 4, layout)
+            idle += [rank for rank in range(4) if not any(rows for *_, rows in chunk_ranges(rank, 4, s, case.q_len, layout))]
+        assert idle, layout
 
 
 def ring_with_an_absent_peer(rank: int, P: int) -> str:

@@ -4,7 +4,8 @@ import torch
 from torch import fx
 
 from autoseq.passes.factors import Factors, parse_pattern
-from autoseq.passes.rules.rule import Rule, argument, bind_node, operand_shapes, pattern
+from autoseq.passes.rules.rule import LocalEmitter, Rule, argument, bind_node, operand_shapes, pattern
+from autoseq.runtime import collectives, rows
 
 aten = torch.ops.aten
 
@@ -40,6 +41,19 @@ def _einsum(node: fx.Node) -> Factors | None:
     return bind_node(parse_pattern(f"{spaced} -> {result}"), node)
 
 
+def _local_einsum(node: fx.Node, local: LocalEmitter) -> fx.Node:
+    """Rows that are in the result stay; a sum over rows is the sum of the ranks' sums, with no padding in one operand of the product."""
+    equation, operands = local.args
+    left, _, right = str(equation).replace(" ", "").partition("->")
+    sharded = {i: mark for i in range(len(operands)) if (mark := local.operand_mark(i)) is not None}
+    first = min(sharded, default=None)
+    if first is None or left.split(",")[first][sharded[first].dim] in right:
+        return local.emit(node.target, local.args, local.kwargs)  # type: ignore[arg-type]
+    valid = local.emit(rows.zero_padding, (operands[first],), local.sharding(first))
+    partial = local.emit(node.target, (equation, [*operands[:first], valid, *operands[first + 1:]]), local.kwargs)  # type: ignore[arg-type]
+    return local.emit(collectives.all_reduce, (partial,), {"group": local.sharding(first)["group"]})
+
+
 RULES = {
     aten.linear.default: Rule(pattern("... i, o i, [o] -> ... o")),
     aten.matmul.default: Rule(_matmul),
@@ -47,7 +61,7 @@ RULES = {
     aten.bmm.default: Rule(pattern("b m k, b k n -> b m n")),
     aten.addmm.default: Rule(_addmm),
     aten.baddbmm.default: Rule(pattern("b m n, b m k, b k n -> b m n")),
-    aten.einsum.default: Rule(_einsum),
+    aten.einsum.default: Rule(_einsum, local=_local_einsum),
     aten.layer_norm.default: Rule(_norm),
     aten.rms_norm.default: Rule(_norm),
     aten.embedding.default: Rule(pattern("v! e, ... -> ... e")),

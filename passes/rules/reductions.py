@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from autoseq.passes.factors import Factors, Size, product
+from autoseq.passes.normalize import same_size
 from autoseq.passes.rules.rule import (
     LocalEmitter,
     Rule,
@@ -59,10 +60,13 @@ def _local_mean(position: int | None) -> Callable[[fx.Node, LocalEmitter], fx.No
             return emitter.emit(node.target, emitter.args, emitter.kwargs)  # type: ignore[arg-type]
         valid = emitter.emit(rows.zero_padding, (emitter.args[0],), emitter.sharding(0))
         keepdim = bool(argument(node, 2, "keepdim", False)) if position is not None else False
-        summed = emitter.emit(aten.sum.dim_IntList, (valid, sorted(gone), keepdim), {"dtype": emitter.kwargs.get("dtype")})
+        dtype = node.meta["val"].dtype
+        half = dtype in (torch.float16, torch.bfloat16)  # the sum of many rows may overflow where their mean does not
+        summed = emitter.emit(aten.sum.dim_IntList, (valid, sorted(gone), keepdim), {"dtype": torch.float32 if half else dtype})
         total = emitter.emit(collectives.all_reduce, (summed,), {"group": emitter.sharding(0)["group"]})
         count = emitter.size(product([shape[d] for d in sorted(gone)]))
-        return emitter.emit(aten.div.Tensor, (total, count), {})
+        mean = emitter.emit(aten.div.Tensor, (total, count), {})
+        return emitter.emit(aten._to_copy.default, (mean,), {"dtype": dtype}) if half else mean
 
     return local
 
@@ -78,6 +82,9 @@ def _along(position: int, *, default: int | None = None) -> Callable[[fx.Node], 
         if where is None or any(s is not None and len(s) != rank for s in shapes):
             return None
         dim = as_dim(where, rank)
+        others = [s for s in shapes[1:] if s is not None]
+        if not all(same_size(s[d], shapes[0][d]) for s in others for d in range(rank) if d != dim):
+            return None  # `gather` takes an index of fewer rows
         sizes: dict[str, Size] = {}
         operands = []
         for i, shape in enumerate(shapes):

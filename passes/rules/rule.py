@@ -1,7 +1,7 @@
 """What a rule is: the factors of one node, and how its arguments change when one factor is sharded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -63,14 +63,17 @@ def pattern(text: str) -> Callable[[fx.Node], Factors | None]:
 
 
 def bind_node(parsed: Pattern, node: fx.Node) -> Factors | None:
-    shapes = operand_shapes(node)
-    count = len(parsed.operands)
-    if len(shapes) > count and any(s is not None for s in shapes[count:]):
+    given, count = operand_shapes(node), len(parsed.operands)
+    if any(s is not None for s in given[count:]):
         return None
-    shapes = (shapes + [None] * count)[:count]
+    shapes = (given + [None] * count)[:count]
     if any(s is None and not optional for s, optional in zip(shapes, parsed.optional, strict=True)):
         return None
-    return bind(parsed, shapes, result_shapes(node))
+    factors = bind(parsed, shapes, result_shapes(node))
+    if factors is None or len(given) == count:
+        return factors
+    # The pattern may name more or fewer optional operands than the operator has (`rms_norm` has no bias).
+    return replace(factors, operands=(*factors.operands, *(None,) * len(given))[: len(given)])
 
 
 def operand_shapes(node: fx.Node) -> list[Sequence[Size] | None]:

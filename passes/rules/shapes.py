@@ -29,6 +29,14 @@ def _reshape(node: fx.Node) -> Factors | None:
     return Factors((old,), (new,), sizes, whole)
 
 
+def _local_squeeze(node: fx.Node, local: LocalEmitter) -> fx.Node:
+    """Drops the dims that have size 1 on one device, not a dim of many rows of which this rank holds one."""
+    shape = first_val(node).shape
+    asked = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+    dims = [d for d in (asked if isinstance(asked, (list, tuple)) else [asked]) if shape and same_size(shape[d], 1)]  # type: ignore[index]
+    return local.emit(aten.squeeze.dims, (local.args[0], dims), {})
+
+
 def _reorder(order_of: Callable[[fx.Node, int], list[int]]) -> Callable[[fx.Node], Factors]:
     def factors(node: fx.Node) -> Factors:
         shape = first_val(node).shape
@@ -148,7 +156,7 @@ def _unbind(node: fx.Node) -> Factors:
 
 
 def _repeat(node: fx.Node) -> Factors:
-    """[d] repeated r times is [(r d)]."""
+    """[d] repeated r times is [(r d)]; the number of copies stays as it is, so `r` is whole."""
     shape, result = first_val(node).shape, result_shapes(node)[0]
     sizes: dict[str, Size] = {}
     names = plain_dims(len(result))
@@ -164,16 +172,17 @@ def _repeat(node: fx.Node) -> Factors:
             sizes[f"r{i}"] = times
             dim = (f"r{i}", *dim)
         new.append(dim)
-    return Factors((old,), (tuple(new),), sizes)
+    return Factors((old,), (tuple(new),), sizes, frozenset(name for name in sizes if name.startswith("r")))
 
 
 def _pad(node: fx.Node) -> Factors:
-    """Padded dims must be whole."""
+    """Padded dims must be whole, also where one end gains what the other loses: a shift keeps the shape."""
     shape, result = first_val(node).shape, result_shapes(node)[0]
     sizes: dict[str, Size] = {}
     names = plain_dims(len(shape))
     old = dims_of(shape, names, sizes)
-    padded = {i for i, (a, b) in enumerate(zip(shape, result, strict=True)) if not same_size(a, b)}
+    amounts: list[object] = list(node.args[1])  # type: ignore[arg-type]  # (before, after) of the last dim first
+    padded = {len(shape) - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
     new_names = [(f"p{i}",) if i in padded else name for i, name in enumerate(names)]
     new = dims_of(result, new_names, sizes)
     return Factors((old,), (new,), sizes, frozenset({name for i in padded for name in (f"d{i}", f"p{i}")}))
@@ -194,7 +203,8 @@ def _triangle(node: fx.Node) -> Factors | None:
 
 RULES = {
     aten.reshape.default: Rule(_reshape, sizes_arg=1),
-    **{op: Rule(_reshape) for op in (aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.flatten.using_ints)},
+    aten.flatten.using_ints: Rule(_reshape),
+    **{op: Rule(_reshape, local=_local_squeeze) for op in (aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)},
     aten.unsqueeze.default: Rule(_unsqueeze),
     aten.expand.default: Rule(_expand, sizes_arg=1),
     aten.transpose.int: Rule(_reorder(_swapped)),

@@ -1,0 +1,28 @@
+"""Where logs go when autoseq is a command: to stderr, and torch's own only when asked for."""
+
+import logging
+import sys
+from typing import TextIO
+
+import torch
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is now, not to what it was when logging was set up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+_handler = _Stderr()
+_handler.setFormatter(logging.Formatter("autoseq: %(levelname)s: %(message)s"))
+
+
+def log_to_stderr(*, verbose: bool) -> None:
+    """Show autoseq's warnings; with `verbose` all it logs, and torch's graph breaks and tracebacks."""
+    logger = logging.getLogger("autoseq")
+    logger.addHandler(_handler)  # once: a handler is added to a logger no second time
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not verbose:
+        torch._logging.set_logs(all=logging.CRITICAL)

@@ -1,0 +1,196 @@
+"""`autoseq inspect`: what it says is what happens, and it says it without peers, weights or time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+from autoseq.cli import app
+from autoseq.inspection import inspect_model
+from autoseq.report import inspection_json
+from autoseq.runtime.counting import counters, reset_counters
+from autoseq.runtime.errors import NoAttentionError
+from autoseq.runtime.strategies import STRATEGIES
+
+EXAMPLE = "examples/plain_gpt.py:tiny"
+
+
+class OneAttention(nn.Module):
+    """One causal attention, and after it whatever a test asks for."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor] = lambda y: y) -> None:
+        super().__init__()
+        self.qkv, self.out, self.after = nn.Linear(8, 24), nn.Linear(8, 8), after
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.out(self.after(y.transpose(1, 2).flatten(2)))
+
+
+def make_one(after: Callable[[Tensor], Tensor] = lambda y: y, with_mask: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    mask = {"mask": torch.rand(16, 16) > 0.5} if with_mask else {}
+    return OneAttention(after), {"x": torch.randn(1, 16, 8), **mask}
+
+
+def make_model(name: str, batch_size: int, length: int) -> tuple[nn.Module, dict[str, Any]]:
+    return models.make(name), dict(models.batch(name, batch_size=batch_size, length=length))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", *arguments])
+
+
+# The counts -----------------------------------------------------------------------------------------------------------
+
+
+def count_one_step(rank: int, world_size: int, name: str, batch_size: int, length: int, strategy: str) -> dict[str, tuple[int, int]]:
+    """What this rank really sends in a training step."""
+    model, kwargs = make_model(name, batch_size, length)
+    compiled = torch.compile(model, backend="autoseq", options={"strategy": strategy, "inner": "aot_eager"})
+    models.loss_and_logits(compiled(**kwargs))[0].backward()
+    reset_counters()
+    models.loss_and_logits(compiled(**kwargs))[0].backward()
+    return counters()
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "batch_size", "length", "strategy"),
+    [
+        pytest.param("llama", 2, 2, 32, "ulysses", id="llama, ulysses"),
+        *(pytest.param("plain", 3, 1, 37, name, id=f"37 tokens of a plain GPT on 3 ranks, {name}") for name in STRATEGIES if name != "local"),
+    ],
+)
+def test_the_collectives_are_those_of_a_real_step(name: str, world_size: int, batch_size: int, length: int, strategy: str) -> None:
+    found = inspect_model(partial(make_model, name, batch_size, length), seq_len=length, world_size=world_size, strategy=strategy)
+    counted = run_ranks(count_one_step, world_size, name, batch_size, length, strategy, backend="autoseq_counted")
+    assert {op: (count.messages, count.bytes) for op, count in found.collectives.items()} == counted[0]
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_is_the_documented_object() -> None:
+    found = inspect_model(partial(make_model, "mistral", 1, 32), seq_len=32, world_size=2, strategy="gather_kv", layout="contiguous")
+    shown = json.loads(inspection_json(found))
+    assert list(shown) == ["world_size", "sequence_length", "attention", "collectives", "fallbacks", "largest_intermediate"]
+    assert (shown["world_size"], shown["sequence_length"], len(shown["attention"])) == (2, 32, 2)
+    site = shown["attention"][0]
+    # K and V of 16 rows, 2 heads of 8, float32: gathered twice and their gradients sent home, each P-1 times.
+    assert site | {"source": ""} == {
+        "name": "model.layers.0.self_attn", "source": "", "heads": 4, "kv_heads": 2, "mask": "(k <= q) & (k > q - 8)",
+        "strategy": "gather_kv", "bytes_per_rank": 3 * 2 * 16 * 2 * 8 * 4, "messages_per_rank": 3,
+    }  # fmt: skip
+    assert "sdpa_attention.py" in site["source"]
+    assert {tuple(entry) for entry in shown["collectives"]} == {("op", "count", "bytes_per_rank")}
+    # Logits of 16 local rows.
+    assert shown["largest_intermediate"] == {"shape": [1, 16, models.VOCABULARY], "bytes": 16 * models.VOCABULARY * 4}
+    assert shown["fallbacks"] == []
+
+
+def test_a_fallback_is_reported_with_its_source_reason_and_bytes() -> None:
+    found = inspect_model(partial(make_one, lambda y: torch.sort(y, dim=1).values), seq_len=16, world_size=2)
+    (fallback,) = json.loads(inspection_json(found))["fallbacks"]
+    assert fallback["op"] == "aten.sort.default"
+    assert "torch.sort(y, dim=1)" in fallback["source"]
+    assert fallback["reason"]
+    assert fallback["bytes_per_rank"] == 8 * 8 * 4  # the other rank's 8 rows of 8 float32
+
+
+def test_the_command_prints_sites_collectives_and_the_graph_and_nothing_on_stderr() -> None:
+    result = run(EXAMPLE, "--seq-len", "37", "--world-size", "3", "--strategy", "ring", "--graph", "both")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for expected in ("37 tokens on 3 ranks, layout zigzag", "blocks.0 … blocks.1 (2 ×)", "plain_gpt.py:23", "k <= q", "Fallbacks: none"):
+        assert expected in result.stdout
+    before, after = result.stdout.split("Graph after")
+    assert "head.weight: f32[256, 64] = input" in before
+    assert "f32[1, 37, 256] = aten.linear(" in before  # the global logits
+    assert "f32[1, 14, 256] Shard(1) = aten.linear(" in after  # 13 of 37 rows, padded to zigzag's grain
+    assert "vary(head.weight)" in after
+    assert "ring.attention(" in after
+
+
+@pytest.mark.parametrize("graph", ["before", "after"])
+def test_only_the_graph_asked_for_is_printed(graph: str) -> None:
+    shown = run(EXAMPLE, "--seq-len", "8", "--world-size", "2", "--graph", graph).stdout
+    assert [f"Graph {name}" in shown for name in ("before", "after")] == [graph == "before", graph == "after"]
+
+
+def test_a_mask_that_stays_dense_is_shown_with_its_bytes() -> None:
+    found = inspect_model(partial(make_one, with_mask=True), seq_len=16, world_size=2)
+    assert [mask.num_bytes for mask in found.dense_masks] == [16 * 16]
+
+
+def test_one_rank_sends_nothing_and_holds_everything() -> None:
+    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "1", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["collectives"] == []
+    assert shown["attention"][0]["strategy"] == "local"
+    assert shown["largest_intermediate"]["shape"] == [1, 16, 256]
+
+
+# Models that do not trace in one piece or without data ----------------------------------------------------------------
+
+
+def break_graph(y: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return y
+
+
+def test_a_model_traced_in_several_parts_is_seen_whole() -> None:
+    two = lambda: (nn.Sequential(OneAttention(break_graph), OneAttention()), {"input": torch.randn(1, 16, 8)})  # noqa: E731
+    found = inspect_model(two, seq_len=16, world_size=2)
+    assert len(found.sites) == 2
+
+
+def test_a_factory_that_needs_values_gets_them_and_a_warning_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        if torch.ones(1).item() != 1:  # raises on the meta device
+            raise AssertionError
+        return make_one()
+
+    assert len(inspect_model(make, seq_len=16, world_size=2).sites) == 1
+    assert "the model was made with real weights" in caplog.text
+
+
+def test_a_model_without_attention_is_an_error() -> None:
+    with pytest.raises(NoAttentionError, match="no attention was found"):
+        inspect_model(lambda: (nn.Linear(8, 8), {"input": torch.randn(1, 16, 8)}), seq_len=16, world_size=2)
+
+
+# Large models ---------------------------------------------------------------------------------------------------------
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+}  # fmt: skip
+
+
+def test_llama_3_8b_at_131072_tokens_takes_under_30_seconds_and_2_gb(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    command = [sys.executable, "-m", "autoseq.cli", "inspect", f"hf:{tmp_path}", "--seq-len", "131072", "--world-size", "8", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert process.stdout is not None
+    shown = json.loads(process.stdout.read())
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    # Processor time, not the clock's: other tests may be running beside this one.
+    assert used.ru_utime + used.ru_stime < 30
+    assert used.ru_maxrss < 2_000_000  # kB
+    assert {site["mask"] for site in shown["attention"]} == {"k <= q"}
+    assert len(shown["attention"]) == 32
+    assert shown["fallbacks"] == []
+    assert shown["largest_intermediate"] == {"shape": [1, 16384, 128256], "bytes": 16384 * 128256 * 4}

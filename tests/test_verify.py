@@ -1,0 +1,123 @@
+"""`autoseq verify`: right models pass on every rank, differences are named, failures have messages."""
+
+import json
+import math
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from autoseq.cli import app
+from autoseq.verify import _relative
+
+EXAMPLE = "examples/plain_gpt.py:tiny"
+
+FACTORIES = """
+    import os
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class Model(nn.Module):
+        '''Returns a dict without a loss, has a parameter that gets no gradient, and drops out.'''
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.unused, self.dropout = nn.Linear(8, 24), nn.Linear(2, 2), nn.Dropout(0.5)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return {"hidden": self.dropout(y.transpose(1, 2).flatten(2)), "length": x.shape[1]}
+
+    def right(batch, seq_len):
+        return Model(), {"x": torch.randn(batch, seq_len, 8)}
+
+    def another_on_each_rank(batch, seq_len):
+        return Model(), {"x": torch.randn(batch, seq_len, 8) + os.getpid()}
+
+    def without_attention(batch, seq_len):
+        return nn.Linear(8, 8), {"input": torch.randn(batch, seq_len, 8)}
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path) -> str:
+    (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORIES))
+    return str(tmp_path / "factories.py")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["verify", *arguments])
+
+
+def test_an_example_is_the_same_on_three_ranks_and_one() -> None:
+    result = run(EXAMPLE, "--seq-len", "37", "--world-size", "3", "--strategy", "ring", "--batch", "2")
+    assert result.exit_code == 0, result.output
+    assert "Relative L2 error of 2 outputs" in result.stdout
+    assert "Relative L2 error of 29 gradients, the worst 5" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("autoseq verify: OK, 31 values on 3 ranks, largest error ")
+
+
+def test_what_differs_by_more_than_the_tolerance_is_named_and_fails() -> None:
+    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", "--tolerance", "0", "--all")
+    assert result.exit_code == 1
+    assert "above the tolerance" in result.stdout
+    assert "differ by more than 0; the worst is the gradient" in result.stdout.splitlines()[-1]
+    assert "blocks.0.qkv.weight" in result.stdout  # --all: not only the worst
+
+
+def test_a_model_without_loss_is_compared_through_a_projection_and_without_dropout(factories: str) -> None:
+    result = run(f"{factories}:right", "--seq-len", "10", "--world-size", "2")
+    assert result.exit_code == 0, result.output
+    assert "hidden" in result.stdout
+    assert "qkv.weight" in result.stdout
+
+
+def test_a_transformers_configuration_is_verified(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run(f"hf:{tmp_path}", "--seq-len", "24", "--world-size", "2")
+    assert result.exit_code == 0, result.output
+    assert "logits" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("factory", "seq_len", "status", "message"),
+    [
+        pytest.param("another_on_each_rank", "8", 1, "called the model with different values of", id="ranks with different inputs"),
+        pytest.param("without_attention", "8", 1, "no attention was found", id="a model without attention"),
+        pytest.param("right", "1", 1, "fewer than the 2 ranks", id="more ranks than tokens"),
+    ],
+)
+def test_what_the_ranks_raise_is_a_message_and_no_traceback(factories: str, factory: str, seq_len: str, status: int, message: str) -> None:
+    result = run(f"{factories}:{factory}", "--seq-len", seq_len, "--world-size", "2")
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+ONES = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "error"),
+    [
+        pytest.param(ONES, ONES, 0.0, id="equal"),
+        pytest.param(ONES * 1.5, ONES, 0.5, id="relative to what is expected"),
+        pytest.param(ONES, ONES * 0, 2.0, id="the error itself where zeros are expected"),
+        pytest.param(None, None, 0.0, id="no gradient on either"),
+        pytest.param(ONES, None, math.inf, id="a gradient where there is none"),
+        pytest.param(None, ONES, math.inf, id="a missing gradient"),
+        pytest.param(torch.ones(5), ONES, math.inf, id="another shape"),
+        pytest.param(ONES.double(), ONES, math.inf, id="another dtype"),
+        pytest.param(ONES.long(), ONES.long(), 0.0, id="equal integers"),
+        pytest.param(ONES.long(), ONES.long() * 2, math.inf, id="other integers"),
+        pytest.param(ONES * math.nan, ONES, math.nan, id="NaN stays NaN, which is within no tolerance"),
+    ],
+)
+def test_relative_error(actual: torch.Tensor | None, expected: torch.Tensor | None, error: float) -> None:
+    assert _relative(actual, expected) == pytest.approx(error, nan_ok=True)

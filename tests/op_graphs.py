@@ -40,6 +40,7 @@ class OpGraph:
 
     def __init__(self, op: Op, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.graph, self.inputs = fx.Graph(), []
+        self._entered: dict[int, fx.Node] = {}
         entered = fx.node.map_aggregate(tuple(args), self._placeholder)
         copies = {node: self._call(aten.clone.default, (node,), node.meta["val"]) for node in list(self.graph.nodes)}
         self.node = self._call(op, fx.map_arg(entered, copies.__getitem__), op(*args, **kwargs), kwargs)
@@ -52,10 +53,11 @@ class OpGraph:
     def _placeholder(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        node = self.graph.placeholder(f"x{len(self.inputs)}")
-        node.meta["val"] = x
-        self.inputs.append(x)
-        return node
+        if id(x) not in self._entered:
+            node = self._entered[id(x)] = self.graph.placeholder(f"x{len(self.inputs)}")
+            node.meta["val"] = x
+            self.inputs.append(x)
+        return self._entered[id(x)]
 
     def _call(self, op: Op, args: tuple[Any, ...], val: Any, kwargs: dict[str, Any] | None = None) -> fx.Node:
         node = self.graph.call_function(op, args, kwargs)
@@ -124,7 +126,7 @@ def check_start(op: Op, args: Sequence[Any], kwargs: dict[str, Any], start: Star
     where = f"{op} from {start} on {P} ranks, {layout} ({letter})"
     whole_inputs = [_leaf(x) for x in made.inputs]
     inputs = [[_leaf(x) for _ in range(P)] for x in made.inputs]
-    wholes = _plain(op, args, kwargs, whole_inputs)
+    wholes = _plain(op, args, kwargs, {id(x): leaf for x, leaf in zip(made.inputs, whole_inputs, strict=True)})
     locals_ = run_lockstep(gm, inputs, P)
     for whole, values in zip(wholes, locals_, strict=True):
         for value in values:
@@ -151,9 +153,8 @@ def check_gradients(
             torch.testing.assert_close(actual, expected, msg=lambda m: f"{where}: gradient\n{m}")
 
 
-def _plain(op: Op, args: Sequence[Any], kwargs: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
-    given = iter(leaves)
-    results = op(*fx.node.map_aggregate(tuple(args), lambda x: next(given) if isinstance(x, Tensor) else x), **kwargs)
+def _plain(op: Op, args: Sequence[Any], kwargs: dict[str, Any], leaves: dict[int, Tensor]) -> list[Tensor]:
+    results = op(*fx.node.map_aggregate(tuple(args), lambda x: leaves.get(id(x), x)), **kwargs)
     return list(results) if isinstance(results, (list, tuple)) else [results]
 
 

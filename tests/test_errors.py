@@ -43,9 +43,19 @@ def test_a_wrong_option_reaches_the_caller_of_torch_compile_as_itself() -> None:
 
 
 def test_a_model_without_attention_is_an_error_that_names_its_line() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    with pytest.raises(autoseq.NoAttentionError, match=r"no attention was found in the program that ends at .*container.py:\d+ in forward.*attn_implementation='sdpa'"):
-        torch.compile(model, backend="autoseq", options=OPTIONS)(torch.ones(2, 4))
+    with pytest.raises(autoseq.NoAttentionError, match=r"no attention was found in the program that ends at .*test_errors.py:\d+ in forward.*attn_implementation='sdpa'"):
+        torch.compile(OneLayer(), backend="autoseq", options=OPTIONS)(torch.ones(2, 4))
+
+
+class OneLayer(nn.Module):
+    """A model with nothing to split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).relu()
 
 
 class TinyAttention(nn.Module):

@@ -38,7 +38,7 @@ def dynamic_lengths(rank: int, P: int, strategy: str, layout: Layout, cases: lis
         captures, full = call_arguments(case)[0], torch.empty(case.q_len)
         for x in (full, *captures, *leaves):
             torch._dynamo.mark_dynamic(x, {1: 0, 2: 1, 4: 2}[x.ndim])
-        out = step(*leaves, captures, full)
+        out = step(leaves[0], leaves[1], leaves[2], captures, full)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
     assert counter.frame_count == 1, "a new length must not compile again"
     return results

@@ -18,7 +18,7 @@ from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name
 from autoseq.program import Program, build_program, fake_inputs
 from autoseq.runtime.deferred import DeferredTensor, defer
-from autoseq.runtime.errors import AutoSeqError, UnsupportedError
+from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 
@@ -64,11 +64,25 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
         raise failure
     names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
     if program is None:
-        if group.size > 1:
-            log.warning("a part of the program has no attention (the model was traced in several parts); it runs whole on every rank")
+        _tell_fragment(inputs, options, group)
         return _Runner(_inner(gm, fake_inputs(gm, inputs), options), None, names, group, options)
     compiled = _inner(program.gm, program.inputs, options)
     return _Runner(compiled, program, names, group, options)
+
+
+def _tell_fragment(inputs: Sequence[object], options: Options, group: SequenceGroup) -> None:
+    """A part of a program that Dynamo traced in several parts, without attention, is a fallback like any other."""
+    if group.size == 1:
+        return
+    shards = [x._shard.padded for x in inputs if isinstance(x, DeferredTensor)]
+    gathered = sum((group.size - 1) * shard.numel() * shard.element_size() for shard in shards)
+    line = (
+        "the program was traced in several parts, and a part without attention runs whole on every rank; "
+        f"its inputs that were shards are gathered: {gathered:,} bytes a rank (TORCH_LOGS=graph_breaks shows the break)"
+    )
+    if options.strict:
+        raise FallbackError(f"strict=True forbids fallbacks: {line}")
+    log.warning("%s", line)
 
 
 def _comparable(options: Options) -> Mapping[str, object]:

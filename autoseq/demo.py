@@ -1,14 +1,14 @@
 """Trains a small, unmodified Llama on split sequences and beside it on one device, and compares them step by step.
 
 The text is the Python standard library's own source, byte by byte: real, and on every machine. Rank 0 keeps a second copy of the
-model and trains it alone, without torch.compile, on the same batches with its own gradients; so both trainings drift apart
-by rounding only.
+model and trains it alone, without torch.compile, on the same batches with its own gradients. Gradients are compared at the same
+weights: at every step one device also computes loss and gradients at the weights that the split model has then.
 """
 
 import hashlib
 import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ _BATCH = 2
 _LEARNING_RATE = 3e-3
 _TEXT_BYTES = 4 << 20
 
-# Both trainings compute in float32, in another order; their weights part a little with each step, and gradients with them.
-# Measured over 20 steps on two CPU ranks: losses within 2e-7, gradients within 7e-7. What is wrong rather than rounded, such as
-# the gradient of one parameter left unreduced, is off by 1e-2 and more.
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
-_FIRST_GRADIENT_TOLERANCE = 1e-5  # at the first step the weights are still the same
+# At the same weights the two differ by the order of float32 sums only: measured on two CPU ranks, losses within 2e-7, gradients
+# within 7e-7. What is wrong rather than rounded, such as one parameter's gradient left unreduced, is off by 1e-2 and more.
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-5
+# The two trainings' own losses part: AdamW amplifies rounding, tenfold every ten steps or so after the first 20. Up to there
+# they are held to this; later they are printed and not judged.
+DRIFT_TOLERANCE = 1e-5
+_JUDGED_STEPS = 20
+_COMPLAINTS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Step:
     digest: str
     sent: Mapping[str, tuple[int, int]]
     alone_loss: float | None = None
+    same_weights_loss: float | None = None
     gradient_difference: float | None = None
 
 
@@ -84,7 +88,7 @@ def make() -> tuple[nn.Module, dict[str, Any]]:
         raise TargetError("the demo needs transformers: pip install 'autoseq[demo]'") from error
     config = LlamaConfig(
         vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
-        max_position_embeddings=SEQ_LEN, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+        max_position_embeddings=SEQ_LEN, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     ids = torch.zeros(_BATCH, SEQ_LEN, dtype=torch.long)
     return LlamaForCausalLM(config).train(), {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -101,13 +105,13 @@ def _train(rank: Rank, steps: int, options: dict[str, Any]) -> Memory:
         kwargs = _batch(text, index, rank.device)
         if index == 1 or steps == 1:
             memory = _measure(model, alone, kwargs, options["inner"])
+        expected = alone.at_weights_of(model, kwargs) if alone is not None else None
         reset_counters()
         loss = model.step(kwargs)
-        sent = counters()
-        step = Step(index, loss, model.digest(), sent)
-        if alone is not None:
-            alone_loss = alone.step(kwargs)
-            step = Step(index, loss, step.digest, sent, alone_loss, relative(model.gradient(), alone.gradient()))
+        step = Step(index, loss, model.digest(), counters())
+        if alone is not None and expected is not None:
+            difference = relative(model.gradient(), expected[1])
+            step = replace(step, alone_loss=alone.step(kwargs), same_weights_loss=expected[0], gradient_difference=difference)
         rank.tell(step)
     return memory
 
@@ -128,6 +132,12 @@ class _Trained:
         loss.backward()
         self.optimizer.step()
         return loss.item()
+
+    def at_weights_of(self, other: "_Trained", kwargs: Mapping[str, Any]) -> tuple[float, Tensor]:
+        """Loss and gradients, end to end, of this model with another's weights."""
+        weights = {name: p.detach().clone().requires_grad_() for name, p in other.model.named_parameters()}
+        loss = torch.func.functional_call(self.model, weights, kwargs=dict(kwargs)).loss
+        return loss.item(), torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(weights.values()))])
 
     def gradient(self) -> Tensor:
         """All gradients end to end."""
@@ -196,7 +206,7 @@ class _Live:
         if rank != 0:
             return
         if step.index == 0:
-            self._console.print(" step    loss, split    loss, one device    difference    gradients differ by")
+            self._console.print(" step    loss, split    loss, one device    difference    gradients differ by (at the same weights)")
         assert step.alone_loss is not None and step.gradient_difference is not None
         self._console.print(
             f"{step.index + 1:5}    {step.loss:11.6f}    {step.alone_loss:16.6f}    {abs(step.loss - step.alone_loss):10.1e}"
@@ -231,21 +241,25 @@ def _print_memory(console: Console, memories: list[Memory]) -> None:
 
 
 def _verdict(console: Console, steps: Mapping[int, list[Step]], found: Inspection) -> bool:
-    loss = max(_loss_difference(step) for step in steps[0])
+    drift = max(_relative(step.loss, step.alone_loss) for step in steps[0])
+    loss = max(_relative(step.loss, step.same_weights_loss) for step in steps[0])
     gradient = max(step.gradient_difference or 0.0 for step in steps[0])
-    console.print(f"\nLargest difference over {len(steps[0])} steps: loss {loss:.1e}, gradients {gradient:.1e} (both relative).")
+    console.print(f"\nLargest relative difference over {len(steps[0])} steps: gradients {gradient:.1e} and loss {loss:.1e} at the same weights,")
+    console.print(f"loss {drift:.1e} between the two trainings, each with its own weights.")
     wrong = complaints(steps, found)
-    for complaint in wrong:
+    for complaint in wrong[:_COMPLAINTS_SHOWN]:
         console.print(f"autoseq demo: {complaint}")
+    if len(wrong) > _COMPLAINTS_SHOWN:
+        console.print(f"autoseq demo: FAILED, in {len(wrong)} ways; these are the first {_COMPLAINTS_SHOWN}")
     if not wrong:
         within = f"losses within {loss:.1e}, gradients within {gradient:.1e}"
         console.print(f"autoseq demo: OK, {len(steps)} ranks trained as one device does: {within}")
     return not wrong
 
 
-def _loss_difference(step: Step) -> float:
-    assert step.alone_loss is not None
-    return abs(step.loss - step.alone_loss) / abs(step.alone_loss)
+def _relative(actual: float, expected: float | None) -> float:
+    assert expected is not None
+    return abs(actual - expected) / abs(expected)
 
 
 def complaints(steps: Mapping[int, list[Step]], found: Inspection) -> list[str]:
@@ -264,9 +278,10 @@ def complaints(steps: Mapping[int, list[Step]], found: Inspection) -> list[str]:
 
 def _wrong_numbers(step: Step) -> Iterator[str]:
     assert step.gradient_difference is not None
-    at = f"FAILED at step {step.index + 1}"
-    allowed = _FIRST_GRADIENT_TOLERANCE if step.index == 0 else GRADIENT_TOLERANCE
-    if not _loss_difference(step) <= LOSS_TOLERANCE:
-        yield f"{at}: the loss differs by {_loss_difference(step):.1e}, allowed is {LOSS_TOLERANCE:g}"
-    if not step.gradient_difference <= allowed:
-        yield f"{at}: gradients differ by {step.gradient_difference:.1e}, allowed is {allowed:g}"
+    loss, drift = _relative(step.loss, step.same_weights_loss), _relative(step.loss, step.alone_loss)
+    judged = [("the loss differs", loss, LOSS_TOLERANCE), ("gradients differ", step.gradient_difference, GRADIENT_TOLERANCE)]
+    if step.index < _JUDGED_STEPS:
+        judged.append(("the loss of the training on one device differs", drift, DRIFT_TOLERANCE))
+    for what, difference, allowed in judged:
+        if not difference <= allowed:
+            yield f"FAILED at step {step.index + 1}: {what} by {difference:.1e}, allowed is {allowed:g}"

@@ -32,7 +32,7 @@ Backend = Literal["plain", "counted"]
 Listener = Callable[[int, Any], None]
 """Called in the parent with (rank, message) for each message."""
 
-_GRACE_S = 5.0  # after one rank failed, the others have this long to say why they did
+_GRACE_S = 5.0  # after one rank failed for no clear reason, the others have this long to give a better one
 _LEAVING_S = 2.0  # and ranks that are done have this long to leave by themselves
 
 
@@ -155,7 +155,7 @@ class _Watch:
             self._results[index] = value
         else:
             self._failures.append(value)
-            self._deadline = min(self._deadline, time.monotonic() + _GRACE_S)
+            self._deadline = min(self._deadline, time.monotonic() + _GRACE_S * (_severity(value) > 0))
 
     def _death(self, index: int) -> AutoSeqError:
         self._processes[index].join(1)
@@ -168,10 +168,12 @@ _CONSEQUENCES = ("MessageError", "RendezvousError", "RankMismatchError")
 
 
 def _severity(error: AutoSeqError) -> int:
-    """A user's mistake says most; then what went wrong by itself; last what only followed from another rank's failure."""
+    """An error of autoseq's own says most, then a death, then any other error; last what followed from another rank's failure."""
     if type(error).__name__ in _CONSEQUENCES:
-        return 2
-    return 1 if isinstance(error, LaunchError) and "gloo" in str(error).lower() else 0
+        return 3
+    if not isinstance(error, LaunchError):
+        return 0
+    return 2 if error.details else 1
 
 
 def _serve(pipe: Connection, index: int, job: _Job, path: list[str]) -> None:

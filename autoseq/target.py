@@ -103,7 +103,7 @@ def _imported(text: str, name: str, load: Callable[[], ModuleType]) -> ModuleTyp
 
 
 def _factory(text: str, module: ModuleType, name: str) -> Factory:
-    factory = getattr(module, name, None)
+    factory: Any = getattr(module, name, None)
     if factory is None:
         own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__ and n[0] != "_"]
         raise TargetError(f"TARGET {text!r}: there is no {name!r} there; its functions are {', '.join(own) or '(none)'}")

@@ -1,7 +1,7 @@
 """Runs a model on local ranks and on one device, and measures how far apart they are: for `autoseq verify`.
 
-The one-device run goes first, without torch.compile, and leaves its outputs and gradients in a file; then every rank
-compares what it got with that file, so a result that is right on one rank only does not pass.
+Rank 0 first runs the model alone, without torch.compile, and leaves outputs and gradients in a file; then every rank compares
+what it got with that file, so a result that is right on one rank only does not pass.
 """
 
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -49,9 +50,7 @@ def verify_target(case: Case, world_size: int) -> list[Difference]:
     Raises what the ranks raise, as `launch.run_ranks` says.
     """
     with tempfile.TemporaryDirectory(prefix="autoseq-verify-") as folder:
-        path = str(Path(folder) / "one-device.pt")
-        run_ranks(_run_one_device, 1, case, path)
-        by_rank = run_ranks(_compare, world_size, case, path)
+        by_rank = run_ranks(_compare, world_size, case, str(Path(folder) / "one-device.pt"))
     worst = [max(same, key=_badness) for same in zip(*by_rank, strict=True)]
     return sorted(worst, key=_badness, reverse=True)
 
@@ -60,12 +59,10 @@ def _badness(difference: Difference) -> float:
     return difference.error if difference.error == difference.error else float("inf")  # NaN is as bad as it gets
 
 
-def _run_one_device(rank: Rank, case: Case, path: str) -> None:
-    model, kwargs = _make(rank, case)
-    torch.save(_step(model, model, kwargs), path)
-
-
 def _compare(rank: Rank, case: Case, path: str) -> list[Difference]:
+    if rank.index == 0:
+        _run_one_device(rank, case, path)
+    dist.barrier()
     model, kwargs = _make(rank, case)
     actual = _step(torch.compile(model, backend="autoseq", options=case.options), model, kwargs)
     expected: _Results = torch.load(path, mmap=True, weights_only=True)
@@ -74,6 +71,11 @@ def _compare(rank: Rank, case: Case, path: str) -> list[Difference]:
         for kind in expected
         for name in sorted(expected[kind].keys() | actual[kind].keys())
     ]
+
+
+def _run_one_device(rank: Rank, case: Case, path: str) -> None:
+    model, kwargs = _make(rank, case)
+    torch.save(_step(model, model, kwargs), path)
 
 
 def _make(rank: Rank, case: Case) -> tuple[nn.Module, dict[str, Any]]:

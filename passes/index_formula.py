@@ -5,6 +5,8 @@ consecutive positions folds to 1, a gather by index becomes function application
 becomes a *capture*: a function `c0(b, k)` that the runtime looks up. So reading always ends; it is only more or less deep.
 """
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,11 @@ Index = tuple[sympy.Expr, ...]
 b, h, q, k = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk")
 
 
+# SymPy's integers have no size, so a formula stands for a tensor only as long as the tensor's own integers do not wrap around.
+_BITS = {torch.int32: 31, torch.int64: 63}
+_UNKNOWN = 2**31  # how large a symbolic length or a looked-up value is taken to be
+
+
 class Unreadable(Exception):
     """A tensor that has no formula; the caller decides what to do with it whole."""
 
@@ -31,19 +38,33 @@ class Reader:
     def __init__(self) -> None:
         self.captures: list[fx.Node] = []
         self._memo: dict[tuple[fx.Node, Index], Any] = {}
+        self._limits: dict[sympy.Symbol, int] = {}  # index symbols are below these
 
     def at(self, node: fx.Node, index: Index) -> Any:
         """The value of tensor `node` at `index`: a SymPy integer expression, or a Boolean for a bool tensor."""
-        key = (node, index)
-        if node.meta["val"].is_floating_point():
-            raise _Floating(node)
+        key, val = (node, index), node.meta["val"]
+        if val.dtype != torch.bool and val.dtype not in _BITS:
+            raise _OtherNumbers(node)
+        for i, size in zip(index, val.shape, strict=True):
+            if i.is_Symbol and isinstance(size, int):
+                self._limits[i] = max(size, self._limits.get(i, 0))
         if key not in self._memo:
             rule = _RULES.get(node.target) if node.op == "call_function" else None
             try:
-                self._memo[key] = rule(self, node, index) if rule else self.capture(node, index)
+                self._memo[key] = self._fitting(rule(self, node, index), val.dtype) if rule else self.capture(node, index)
             except Unreadable:
                 self._memo[key] = self.capture(node, index)
         return self._memo[key]
+
+    def _fitting(self, value: Any, dtype: torch.dtype) -> Any:
+        """`value` as a value of `dtype`: a truth value, or an integer that the dtype holds without wrapping around."""
+        if dtype == torch.bool:
+            return as_bool(value)
+        value = as_int(value)
+        is_computed = not isinstance(value, sympy.core.function.AppliedUndef)
+        if is_computed and _magnitude(value, self._limits) >= 2 ** _BITS[dtype]:
+            raise Unreadable(value)
+        return value
 
     def capture(self, node: fx.Node, index: Index) -> Any:
         if node not in self.captures:
@@ -54,19 +75,42 @@ class Reader:
     def operand(self, value: Any, index: Index, of: fx.Node) -> Any:
         """An operand of a broadcasting operator with result `of`: a scalar, or a tensor read at the aligned index."""
         if not isinstance(value, fx.Node):
-            return sympy.sympify(value)
+            return _scalar(value)
         if not isinstance(value.meta["val"], torch.Tensor):
             raise Unreadable(value)
         return self.at(value, broadcast(index, value.meta["val"].shape))
 
 
-class _Floating(Unreadable):
-    """A float tensor is no index arithmetic; nothing above it can be captured as integers either."""
+class _OtherNumbers(Unreadable):
+    """Floats, and integers that wrap around early, are no index arithmetic: not read, and not captured as such either."""
 
 
 def broadcast(index: Index, shape: torch.Size) -> Index:
     tail = index[len(index) - len(shape):]
     return tuple(sympy.Integer(0) if same_size(size, 1) else i for i, size in zip(tail, shape, strict=True))
+
+
+def _scalar(value: Any) -> Any:
+    """A Python number beside an integer tensor. torch compares the two in float32 if it is a float: exact below 2**24."""
+    if isinstance(value, float):
+        if not value.is_integer() or abs(value) >= 2**24:
+            raise Unreadable(value)
+        value = int(value)
+    return sympy.sympify(value)
+
+
+def _magnitude(x: Any, limits: dict[sympy.Symbol, int]) -> float | int:
+    """No value of `x` is further from 0."""
+    if x.is_Symbol or isinstance(x, sympy.core.function.AppliedUndef):
+        return limits.get(x, _UNKNOWN)
+    if x.is_Rational:
+        return abs(x.p)
+    if isinstance(x, sympy.Piecewise):
+        return max(_magnitude(value, limits) for value, _ in x.args)
+    if isinstance(x, sympy.Mod):
+        return _magnitude(x.args[1], limits)
+    combine = {sympy.Add: sum, sympy.Mul: math.prod, sympy.Min: max, sympy.Max: max, sympy.Abs: sum, sympy.floor: lambda of: sum(of) + 1}
+    return combine[x.func]([_magnitude(arg, limits) for arg in x.args]) if x.func in combine else math.inf
 
 
 def as_bool(x: Any) -> Any:
@@ -86,7 +130,7 @@ def _size(value: Any) -> Any:
     """An integer argument of a node as SymPy; a symbolic size has no place in a formula yet."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, torch.SymInt) or value != int(value):
         raise Unreadable(value)
     return sympy.Integer(value)
 
@@ -105,14 +149,20 @@ def _arange(reader: Reader, node: fx.Node, index: Index) -> Any:
 def _fill(value_of: Callable[[fx.Node], Any]) -> Callable[..., Any]:
     def rule(reader: Reader, node: fx.Node, index: Index) -> Any:
         value = value_of(node)
+        if isinstance(value, fx.Node):
+            raise Unreadable(value)
         return sympy.true if value and node.meta["val"].dtype == torch.bool else sympy.false if node.meta["val"].dtype == torch.bool else _size(value)
 
     return rule
 
 
 def _same(reader: Reader, node: fx.Node, index: Index) -> Any:
-    value = reader.at(node.args[0], index)  # type: ignore[arg-type]
-    return as_bool(value) if node.meta["val"].dtype == torch.bool else as_int(value)
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    value = reader.at(source, index)
+    integers = {source.meta["val"].dtype, node.meta["val"].dtype}
+    if integers == set(_BITS) and value.has(sympy.core.function.AppliedUndef):
+        raise Unreadable(value)  # what is looked up may be cut off, or computed with in the wrong width
+    return value
 
 
 def _expand(reader: Reader, node: fx.Node, index: Index) -> Any:
@@ -170,10 +220,11 @@ def _select(reader: Reader, node: fx.Node, index: Index) -> Any:
 
 def _elementwise(combine: Callable[..., Any], *, booleans: bool = False) -> Callable[..., Any]:
     def rule(reader: Reader, node: fx.Node, index: Index) -> Any:
-        if node.kwargs.get("alpha", 1) != 1:
+        operands = node.args[:2]
+        if node.kwargs.get("alpha", 1) != 1 or node.args[2:] not in ((), (1,)):  # `.Scalar` forms take alpha by position
             raise Unreadable(node)
         convert = as_bool if booleans else as_int
-        return combine(*(convert(reader.operand(a, index, node)) for a in node.args))
+        return combine(*(convert(reader.operand(a, index, node)) for a in operands))
 
     return rule
 
@@ -248,6 +299,24 @@ def _bool_op(op: Callable[..., Any]) -> Callable[..., Any]:
     return _elementwise(op, booleans=True)
 
 
+def _either(x: Any, y: Any) -> Any:
+    """Exclusive or, in the words `&`, `|`, `~`: SymPy writes its own Xor so that it cannot be parsed again."""
+    return sympy.Or(sympy.And(x, sympy.Not(y)), sympy.And(sympy.Not(x), y))
+
+
+def _compare(relation: Callable[..., Any]) -> Callable[..., Any]:
+    """A comparison in whole numbers: SymPy turns `floor(q/3) >= 2` into `q/3 >= 2`, which would be computed in floats."""
+
+    def rule(x: Any, y: Any) -> Any:
+        compared = relation(x, y)
+        if not isinstance(compared, sympy.core.relational.Relational):
+            return compared
+        numerator, denominator = (compared.lhs - compared.rhs).as_numer_denom()
+        return compared if denominator == 1 else compared.func(numerator, 0)
+
+    return rule
+
+
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.arange.default: _arange, aten.arange.start: _arange, aten.arange.start_step: _arange,
     aten.full.default: _fill(lambda n: n.args[1]), aten.full_like.default: _fill(lambda n: n.args[1]),
@@ -259,12 +328,11 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.expand.default: _expand, aten.unsqueeze.default: _unsqueeze, aten.permute.default: _permute,
     **{op: _view for op in (aten.reshape.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)},
     aten.transpose.int: _transpose, aten.slice.Tensor: _slice, aten.select.int: _select,
-    **{getattr(aten, name).Tensor: _elementwise(op) for name, op in {
-        "add": sympy.Add, "mul": sympy.Mul, "sub": lambda x, y: x - y, "eq": sympy.Eq, "ne": sympy.Ne,
-        "lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge}.items()},
-    **{getattr(aten, name).Scalar: _elementwise(op) for name, op in {
-        "add": sympy.Add, "mul": sympy.Mul, "sub": lambda x, y: x - y, "rsub": lambda x, y: y - x, "eq": sympy.Eq,
-        "ne": sympy.Ne, "lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge}.items()},
+    **{getattr(getattr(aten, name), form): _elementwise(op) for form in ("Tensor", "Scalar") for name, op in {
+        "add": sympy.Add, "mul": sympy.Mul, "sub": lambda x, y: x - y}.items()},
+    **{getattr(getattr(aten, name), form): _elementwise(_compare(op)) for form in ("Tensor", "Scalar") for name, op in {
+        "eq": sympy.Eq, "ne": sympy.Ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}.items()},
+    aten.rsub.Scalar: _elementwise(lambda x, y: y - x),
     aten.neg.default: _elementwise(lambda x: -x), aten.abs.default: _elementwise(sympy.Abs),
     aten.minimum.default: _elementwise(sympy.Min), aten.maximum.default: _elementwise(sympy.Max),
     aten.floor_divide.default: _elementwise(lambda x, y: sympy.floor(x / y)),
@@ -272,9 +340,10 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **{op: _bool_op(sympy.And) for op in (aten.logical_and.default,)},
     **{op: _bool_op(sympy.Or) for op in (aten.logical_or.default,)},
     **{op: _bool_op(sympy.Not) for op in (aten.logical_not.default,)},
-    aten.where.self: _where, aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill,
+    **{op: _where for op in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)},
+    aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill,
     aten.diff.default: _diff, aten.cumsum.default: _cumsum, aten.index.Tensor: _index,
-    aten.tril.default: _triangle(sympy.Le), aten.triu.default: _triangle(sympy.Ge),
+    aten.tril.default: _triangle(operator.le), aten.triu.default: _triangle(operator.ge),
 }
 
 
@@ -292,6 +361,6 @@ def _bitwise(op: Callable[..., Any]) -> Callable[..., Any]:
 _RULES.update({
     aten.bitwise_and.Tensor: _bitwise(sympy.And), aten.__and__.Tensor: _bitwise(sympy.And),
     aten.bitwise_or.Tensor: _bitwise(sympy.Or), aten.__or__.Tensor: _bitwise(sympy.Or),
-    aten.bitwise_xor.Tensor: _bitwise(sympy.Xor), aten.__xor__.Tensor: _bitwise(sympy.Xor),
+    **{op: _bitwise(_either) for op in (aten.bitwise_xor.Tensor, aten.__xor__.Tensor)},
     aten.bitwise_not.default: _bitwise(sympy.Not),
 })

@@ -67,7 +67,7 @@ def _read(node: fx.Node) -> DenseMask | None:
     used = sorted(_lookups(formula), key=str)
     for lookup in used:
         if {q, k} <= lookup.free_symbols:
-            return _dense(node, reader.captures[_number(lookup)], "it depends on query and key in a way that was not read")
+            return _dense(node, captures[0], "it depends on query and key in a way that was not read")
     max_ahead, max_behind, rest = split(formula)
     kept = sorted({_number(lookup) for lookup in used if lookup in rest.atoms(sympy.core.function.AppliedUndef)})
     rest = _renumber(rest, {old: new for new, old in enumerate(kept)})
@@ -168,7 +168,7 @@ def mask_text(node: fx.Node) -> str:
 def _named(atom: Any, captures: list[fx.Node]) -> str:
     names = {i: capture_name(node) for i, node in enumerate(captures)}
     if isinstance(atom, sympy.Eq):
-        sides = [s for s in atom.args if s.is_Function and s.free_symbols <= set(_SYMBOLS.values())]
+        sides = [s for s in atom.args if isinstance(s, sympy.core.function.AppliedUndef)]
         if len(sides) == 2 and sides[0].func == sides[1].func:  # the same lookup at q and at k: a document id
             number = _number(sides[0])
             names[number] = "doc" if not captures[number].op == "placeholder" else names[number]

@@ -323,6 +323,7 @@ class _LocalNode:
     def __init__(self, sharder: _Sharder, node: fx.Node, factors: Factors, rule: Rule, place: Place) -> None:
         self.sharder, self.node, self.factors, self.rule, self.place = sharder, node, factors, rule, place
         self.paths = tensor_operands(node)
+        self.held: dict[fx.Node, fx.Node] = {}  # the operands, as this node takes them
         self.args, self.kwargs = self._local_arguments()
 
     def run(self) -> None:
@@ -355,15 +356,14 @@ class _LocalNode:
 
     def _local_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Operands that hold the factor, by rows; the others whole and varied; sizes as they are."""
-        held = {}
         for index, path in enumerate(self.paths):
             operand = operand_at(self.node, path)
             if operand is not None:
                 mark = self.operand_mark(index)
-                held[operand] = self.sharder.varied(operand) if mark is None else self.sharder.sharded(operand, mark)
+                self.held[operand] = self.sharder.varied(operand) if mark is None else self.sharder.sharded(operand, mark)
 
         def local(node: fx.Node) -> Any:
-            return held[node] if node in held else self.sharder._plain(node)
+            return self.held[node] if node in self.held else self.sharder._plain(node)
 
         return fx.map_arg(self.node.args, local), fx.map_arg(self.node.kwargs, local)
 
@@ -381,13 +381,16 @@ class _LocalNode:
         first = next(i for i, dims in enumerate(self.factors.operands) if dims is not None)
         operand = operand_at(self.node, self.paths[first])
         assert operand is not None
-        mine = self.args[first] if not isinstance(self.args[first], (list, tuple)) else None
-        assert isinstance(mine, fx.Node), f"partial sum of {self.node.format_node()}"
+        mine = self.held[operand]
         valid = self.emit(rows.zero_padding, (mine,), self.sharding(first))
-        args = (*self.args[:first], valid, *self.args[first + 1:])
-        partial = self.emit(self.node.target, args, self.kwargs)  # type: ignore[arg-type]
+        args, kwargs = (_replaced(given, mine, valid) for given in (self.args, self.kwargs))
+        partial = self.emit(self.node.target, args, kwargs)  # type: ignore[arg-type]
         self.sharder.num_collectives += 1
         return self.emit(collectives.all_reduce, (partial,), {"group": self.sharder.group})
+
+
+def _replaced(arguments: Any, old: fx.Node, new: fx.Node) -> Any:
+    return fx.map_arg(arguments, lambda n: new if n is old else n)
 
 
 _SIZE_READS = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default)

@@ -89,17 +89,17 @@ class ReadMask:
     captures: list[tuple[int, ...]]
 
 
-def check_mask(make: Callable[..., Tensor], *inputs: Any, heads: int = 1, dynamic: bool = False) -> ReadMask:
-    """Read the mask that `make(*inputs)` computes, and hold what was read to the tensor itself at every (b, h, q, k)."""
-    actual = make(*inputs)
+def check_mask(make: Callable[..., Tensor], *data: Tensor, dynamic: bool = False) -> ReadMask:
+    """Read the mask that `make(*data)` computes, and hold what was read to the tensor itself at every (b, h, q, k)."""
+    actual = make(*data)
     lead = [1] * (4 - actual.dim()) + list(actual.shape)
-    B, H, Q, K = lead[0], max(lead[1], heads), lead[2], lead[3]
+    B, H, Q, K = lead
     q, k = torch.zeros(B, H, Q, 2), torch.zeros(B, H, K, 2)
 
-    def attend(q: Tensor, k: Tensor, *inputs: Any) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=make(*inputs))
+    def attend(q: Tensor, k: Tensor, m: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=make() if m is None else make(m))
 
-    traced = trace(attend, q, k, *inputs, dynamic=dynamic)
+    traced = trace(attend, q, k, *data, dynamic=dynamic)
     gm = traced.normal
     drop_noops(gm)
     find_attention(gm)

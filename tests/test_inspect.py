@@ -9,20 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
+import models
 from autoseq.cli import app
 from autoseq.inspection import inspect_model
 from autoseq.report import inspection_json
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.errors import NoAttentionError
 from autoseq.runtime.strategies import STRATEGIES
+from ranks import run_ranks
 
 EXAMPLE = "examples/plain_gpt.py:tiny"
 
@@ -70,7 +70,7 @@ def count_one_step(rank: int, world_size: int, name: str, batch_size: int, lengt
     ("name", "world_size", "batch_size", "length", "strategy"),
     [
         pytest.param("llama", 2, 2, 32, "ulysses", id="llama, ulysses"),
-        *(pytest.param("plain", 3, 1, 37, name, id=f"37 tokens of a plain GPT on 3 ranks, {name}") for name in STRATEGIES if name != "local"),
+        *(pytest.param("plain", 3, 1, 37, name, id=f"37 tokens on 3 ranks, {name}") for name in STRATEGIES if name != "local"),
     ],
 )
 def test_the_collectives_are_those_of_a_real_step(name: str, world_size: int, batch_size: int, length: int, strategy: str) -> None:
@@ -183,7 +183,8 @@ def test_llama_3_8b_at_131072_tokens_takes_under_30_seconds_and_2_gb(tmp_path: P
     command = [sys.executable, "-m", "autoseq.cli", "inspect", f"hf:{tmp_path}", "--seq-len", "131072", "--world-size", "8", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert process.stdout is not None
-    shown = json.loads(process.stdout.read())
+    with process.stdout as printed:
+        shown = json.loads(printed.read())
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0

@@ -29,6 +29,7 @@ STEPS: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
     "minus the mean over the sequence": lambda m, x: x - x.mean(1, keepdim=True),
     "the sum over everything": lambda m, x: x + x.sum() / x.numel(),
     "sequence contracted (linear attention)": lambda m, x: x @ torch.softmax(x.transpose(1, 2) @ x / x.shape[1], -1),
+    "sequence contracted by einsum": lambda m, x: x + torch.einsum("bse,bsf->bef", x, x).mean(1, keepdim=True) / x.shape[1],
     "no rule: roll": lambda m, x: x + x.roll(1, 1),
     "no rule: reversed": lambda m, x: x + torch.flip(x, [1]),
     "whole: cumulative sum": lambda m, x: x + x.cumsum(1) / x.shape[1],

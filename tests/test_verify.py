@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
-from autoseq.verify import _relative
+from autoseq.verify import Difference, _relative
 
 EXAMPLE = "examples/plain_gpt.py:tiny"
 
@@ -37,9 +37,6 @@ FACTORIES = """
 
     def another_on_each_rank(batch, seq_len):
         return Model(), {"x": torch.randn(batch, seq_len, 8) + os.getpid()}
-
-    def without_attention(batch, seq_len):
-        return nn.Linear(8, 8), {"input": torch.randn(batch, seq_len, 8)}
 """
 
 
@@ -61,12 +58,25 @@ def test_an_example_is_the_same_on_three_ranks_and_one() -> None:
     assert result.stdout.splitlines()[-1].startswith("autoseq verify: OK, 31 values on 3 ranks, largest error ")
 
 
-def test_what_differs_by_more_than_the_tolerance_is_named_and_fails() -> None:
-    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", "--tolerance", "0", "--all")
+def test_what_differs_by_more_than_the_tolerance_is_named_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Difference("gradient", "head.weight", math.nan), Difference("output", "loss", 2e-3), Difference("gradient", "norm.bias", 1e-7)]
+    monkeypatch.setattr("autoseq.verify.verify_target", lambda case, world_size: found)
+    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", "--tolerance", "1e-4")
     assert result.exit_code == 1
-    assert "above the tolerance" in result.stdout
-    assert "differ by more than 0; the worst is the gradient" in result.stdout.splitlines()[-1]
-    assert "blocks.0.qkv.weight" in result.stdout  # --all: not only the worst
+    assert result.stdout.count("above the tolerance") == 2
+    assert result.stdout.splitlines()[-1] == (
+        "autoseq verify: FAILED, 2 of 3 differ by more than 0.0001; the worst is the gradient head.weight, by nan"
+    )
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [((), 5), (("--all",), 9)])
+def test_only_the_worst_gradients_are_shown_unless_all_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], shown: int
+) -> None:
+    found = [Difference("gradient", f"weight{i}", 1e-7 / (i + 1)) for i in range(9)]
+    monkeypatch.setattr("autoseq.verify.verify_target", lambda case, world_size: found)
+    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", *arguments)
+    assert (result.exit_code, result.stdout.count("weight")) == (0, shown)
 
 
 def test_a_model_without_loss_is_compared_through_a_projection_and_without_dropout(factories: str) -> None:
@@ -77,8 +87,10 @@ def test_a_model_without_loss_is_compared_through_a_projection_and_without_dropo
 
 
 def test_a_transformers_configuration_is_verified(tmp_path: Path) -> None:
-    config = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    config = {
+        "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     result = run(f"hf:{tmp_path}", "--seq-len", "24", "--world-size", "2")
     assert result.exit_code == 0, result.output
@@ -86,16 +98,15 @@ def test_a_transformers_configuration_is_verified(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("factory", "seq_len", "status", "message"),
+    ("factory", "seq_len", "message"),
     [
-        pytest.param("another_on_each_rank", "8", 1, "called the model with different values of", id="ranks with different inputs"),
-        pytest.param("without_attention", "8", 1, "no attention was found", id="a model without attention"),
-        pytest.param("right", "1", 1, "fewer than the 2 ranks", id="more ranks than tokens"),
+        pytest.param("another_on_each_rank", "8", "called the model with different values of", id="ranks with different inputs"),
+        pytest.param("right", "1", "fewer than the 2 ranks", id="more ranks than tokens"),
     ],
 )
-def test_what_the_ranks_raise_is_a_message_and_no_traceback(factories: str, factory: str, seq_len: str, status: int, message: str) -> None:
+def test_what_the_ranks_raise_is_a_message_and_no_traceback(factories: str, factory: str, seq_len: str, message: str) -> None:
     result = run(f"{factories}:{factory}", "--seq-len", seq_len, "--world-size", "2")
-    assert (result.exit_code, result.stdout) == (status, "")
+    assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -55,7 +55,7 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
         program = build_program(gm, inputs, options=options, group=group, is_fragment=_is_fragment(gm, inputs))
     except AutoSeqError as error:
         failure = error
-    except Exception as error:  # whatever it is, the other ranks are told and the caller sees it
+    except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
         failure = AutoSeqError(f"internal error while rewriting the program: {type(error).__name__}: {error}")
         failure.__cause__ = error
     lines = program.fingerprint() if program else ["(a fragment without attention)", *str(gm.graph).splitlines()]
@@ -78,7 +78,7 @@ def _tell_fragment(inputs: Sequence[object], options: Options, group: SequenceGr
     gathered = sum((group.size - 1) * shard.numel() * shard.element_size() for shard in shards)
     line = (
         "the program was traced in several parts, and a part without attention runs whole on every rank; "
-        f"its inputs that were shards are gathered: {gathered:,} bytes a rank (TORCH_LOGS=graph_breaks shows the break)"
+        f"its inputs that were shards are gathered: {gathered:,} bytes a rank (TORCH_LOGS=graph_breaks names it)"
     )
     if options.strict:
         raise FallbackError(f"strict=True forbids fallbacks: {line}")
@@ -132,9 +132,8 @@ def _called_from_outside() -> bool:
 
 def _draws(program: Program) -> bool:
     tagged = torch.Tag.nondeterministic_seeded
-    return any(isinstance(n.target, torch._ops.OpOverload) and tagged in n.target.tags for n in program.before.nodes) or any(
-        n.target is torch.ops.aten.dropout.default for n in program.before.nodes
-    )
+    overloads = [n.target for n in program.before.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return torch.ops.aten.dropout.default in overloads or any(tagged in op.tags for op in overloads)
 
 
 class _Runner:
@@ -160,7 +159,8 @@ class _Runner:
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:
             results[index] = value
-        extra = {size.index for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local) if isinstance(size, SizeOutput)}
+        sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
+        extra = {size.index for size in sizes if isinstance(size, SizeOutput)}
         return [r for i, r in enumerate(results) if i not in extra]
 
     def _check_floats(self, args: Sequence[Any]) -> None:

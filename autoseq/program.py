@@ -105,7 +105,7 @@ _READ = (
 def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple[Pass, ...]:
     lowering = Pass("lower", partial(lower, strategies=plan.strategies()))
     if group.size == 1:
-        return Pass("shard", lambda gm: Sharding(0, [], [])), lowering
+        return Pass("shard", lambda gm: Sharding([], [])), lowering
     gather = options.outputs == "full"
     return (
         Pass("find_sequence", find_sequence),
@@ -128,8 +128,9 @@ def fake_inputs(gm: fx.GraphModule, inputs: Sequence[object]) -> list[object]:
 
     def fake(node: fx.Node, value: object) -> object:
         if isinstance(value, DeferredTensor):
+            shape = node.meta["example_value"].shape
             with mode:
-                return torch.empty(node.meta["example_value"].shape, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)
+                return torch.empty(shape, dtype=value.dtype, device=value.device, requires_grad=value.requires_grad)
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
         symbolic = context.tensor_to_context.get(value) if context else None
@@ -162,7 +163,9 @@ def _check_lengths(sites: Sequence[NamedSite], group: SequenceGroup) -> None:
 
 def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
     """Each choice that costs something is said once; under `strict` a fallback is an error."""
-    lines = [f"{f.op} at {f.source} runs on gathered values ({f.reason}); {f.bytes_per_rank:,} bytes a rank" for f in program.fallbacks]
+    lines = [
+        f"{f.op} at {f.source} runs on gathered values ({f.reason}); {f.bytes_per_rank:,} bytes a rank" for f in program.fallbacks
+    ]
     if group.size > 1:
         lines += [f"the mask of the attention at {d.source} is held whole: {d.reason}; {d.num_bytes:,} bytes" for d in program.dense_masks]
         lines += [f"the attention at {c.source} runs whole on every rank: {c.reason}" for c in program.left_whole]

@@ -18,6 +18,9 @@ from torch import SymInt, fx
 
 from autoseq.passes.normalize import same_size
 
+MARK = "sequence"
+"""The key in a node's metadata for its `Mark`."""
+
 Size = int | SymInt
 Dim = tuple[str, ...]
 Dims = tuple[Dim, ...]

@@ -66,7 +66,8 @@ class _Call:
         bound = {a.name: a.default_value for a in SDPA._schema.arguments}
         bound.update(zip(names, node.args, strict=False))
         bound.update(node.kwargs)
-        return _Call(bound["query"], bound["key"], bound["value"], bound["attn_mask"], bound["dropout_p"], bound["is_causal"], bound["scale"])
+        fields = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+        return _Call(*(bound[name] for name in fields))
 
     def unserved(self) -> str | None:
         """Why this call cannot become `attention`, or None."""

@@ -12,12 +12,10 @@ from collections import deque
 
 from torch import fx
 
-from autoseq.passes.factors import Factors, Mark, Size, fits, locate, operand_at, place_in, tensor_operands
+from autoseq.passes.factors import MARK, Factors, Mark, Size, fits, locate, operand_at, place_in, tensor_operands
 from autoseq.passes.find_attention import is_attention
 from autoseq.passes.normalize import same_size
 from autoseq.passes.rules import rule_for
-
-MARK = "sequence"
 
 
 def find_sequence(gm: fx.GraphModule) -> int:

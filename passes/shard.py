@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.passes.factors import Factors, Mark, Place, Size, fits, locate, operand_at, place_in, product, tensor_operands
+from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, fits, locate, operand_at, place_in, product, tensor_operands
 from autoseq.passes.find_attention import is_attention
-from autoseq.passes.find_sequence import MARK, factors_of
-from autoseq.passes.normalize import same_size
-from autoseq.passes.rules import Rule, rule_for
+from autoseq.passes.find_sequence import factors_of
+from autoseq.passes.local_node import LocalNode
+from autoseq.passes.rules import rule_for
 from autoseq.passes.sizes import Sizes
 from autoseq.passes.source import source_line
-from autoseq.runtime import collectives, rows
+from autoseq.runtime import collectives
 from autoseq.runtime.layout import Layout, local_length
 
 aten = torch.ops.aten
@@ -71,7 +71,6 @@ class ShardedOutput:
 class Sharding:
     """What `shard` did."""
 
-    collectives: int
     fallbacks: list[Fallback]
     outputs: list[ShardedOutput]
 
@@ -89,7 +88,7 @@ def shard(gm: fx.GraphModule, *, group: str, group_size: int, layout: Layout, ga
     """Rewrite `gm` in place for one rank of `group`; needs the marks of `find_sequence`."""
     sharder = _Sharder(gm, group, group_size, layout, gather_outputs)
     sharder.run()
-    return Sharding(sharder.num_collectives, sharder.fallbacks, sharder.outputs)
+    return Sharding(sharder.fallbacks, sharder.outputs)
 
 
 class _Sharder:
@@ -100,7 +99,6 @@ class _Sharder:
         self.values: dict[fx.Node, _Value] = {}
         self.fallbacks: list[Fallback] = []
         self.outputs: list[ShardedOutput] = []
-        self.num_collectives = 0
         self.top: set[fx.Node] = set()  # conversions of inputs, which stand between the anchors
 
     def run(self) -> None:
@@ -142,10 +140,10 @@ class _Sharder:
         if node.target is operator.getitem:
             marks = self.values[node.args[0]].mark  # type: ignore[index]
             mark = marks[node.args[1]] if isinstance(marks, tuple) else None  # type: ignore[index]
-        copied = self.graph.node_copy(node, lambda n: self._plain(n))
+        copied = self.graph.node_copy(node, self.plain)
         self.values[node] = _Value(copied, mark, {})
 
-    def _plain(self, node: fx.Node) -> Any:
+    def plain(self, node: fx.Node) -> Any:
         return self.values[node].node
 
     def _set(self, node: fx.Node, made: fx.Node, mark: Any) -> None:
@@ -196,7 +194,9 @@ class _Sharder:
         key = f"shard {mark.dim} {keywords['outer']} {keywords['local']}"
         return self._convert(node, key, collectives.take_shard, keywords, source)
 
-    def _convert(self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None) -> fx.Node:
+    def _convert(
+        self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None
+    ) -> fx.Node:
         value = self.values[node]
         if key not in value.converted:
             source = source or value.node
@@ -208,7 +208,6 @@ class _Sharder:
                 if field in node.meta:
                     made.meta[field] = node.meta[field]
             value.converted[key] = made
-            self.num_collectives += 1
         return value.converted[key]
 
     def _after(self, node: fx.Node) -> Any:
@@ -224,7 +223,7 @@ class _Sharder:
         if place is None or factors is None or rule is None:
             self._run_whole(node, "no sharding rule" if factors is None else "the sequence must be whole here")
         else:
-            _LocalNode(self, node, factors, rule, place).run()
+            self._set(node, *LocalNode(self, node, factors, rule, place).run())
 
     def _place(self, node: fx.Node, factors: Factors) -> Place | None:
         """The factor to shard: the one that the result's mark or else a sharded operand's names, if the rule allows it."""
@@ -285,7 +284,7 @@ class _Sharder:
         bias = self.whole(node.args[4]) if isinstance(node.args[4], fx.Node) else None
         made = self.graph.call_function(
             node.target, (q, k, v, captures, bias),  # type: ignore[arg-type]
-            {**{key: fx.map_arg(value, self._plain) for key, value in node.kwargs.items()}, "layout": self.layout, "group": self.group},
+            {**{key: fx.map_arg(value, self.plain) for key, value in node.kwargs.items()}, "layout": self.layout, "group": self.group},
         )
         self._set(node, made, ours[0])
 
@@ -315,82 +314,6 @@ class _Sharder:
                 at_run_time(mark.outer), at_run_time(self._length(val, mark)),
                 at_run_time(local_length(mark.base, self.P, self.layout))))
         self.graph.output((*results, *sizes))
-
-
-class _LocalNode:
-    """One node on local rows: a `LocalEmitter` for its rule."""
-
-    def __init__(self, sharder: _Sharder, node: fx.Node, factors: Factors, rule: Rule, place: Place) -> None:
-        self.sharder, self.node, self.factors, self.rule, self.place = sharder, node, factors, rule, place
-        self.paths = tensor_operands(node)
-        self.held: dict[fx.Node, fx.Node] = {}  # the operands, as this node takes them
-        self.args, self.kwargs = self._local_arguments()
-
-    def run(self) -> None:
-        marks = tuple(place_in(dims, self.factors.sizes, self.place) for dims in self.factors.results)
-        if self.rule.local is not None:
-            made = self.rule.local(self.node, self)
-        elif self.factors.is_partial(self.place.factor):
-            made = self._partial()
-        else:
-            made = self.emit(self.node.target, self._resized(marks[0]), self.kwargs)  # type: ignore[arg-type]
-        single = not isinstance(self.node.meta["val"], (list, tuple))
-        self.sharder._set(self.node, made, marks[0] if single else marks)
-
-    def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        made = self.sharder.graph.call_function(target, args, kwargs)
-        made.meta.update({k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta", MARK)})
-        return made
-
-    def operand_mark(self, index: int) -> Mark | None:
-        dims = self.factors.operands[index]
-        return None if dims is None else place_in(dims, self.factors.sizes, self.place)
-
-    def sharding(self, index: int) -> dict[str, Any]:
-        operand, mark = operand_at(self.node, self.paths[index]), self.operand_mark(index)
-        assert operand is not None and mark is not None
-        return self.sharder.sharding(operand.meta["val"], mark)
-
-    def size(self, value: Size) -> Any:
-        return self.sharder.sizes.argument(value)
-
-    def _local_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Operands that hold the factor, by rows; the others whole and varied; sizes as they are."""
-        for index, path in enumerate(self.paths):
-            operand = operand_at(self.node, path)
-            if operand is not None:
-                mark = self.operand_mark(index)
-                self.held[operand] = self.sharder.varied(operand) if mark is None else self.sharder.sharded(operand, mark)
-
-        def local(node: fx.Node) -> Any:
-            return self.held[node] if node in self.held else self.sharder._plain(node)
-
-        return fx.map_arg(self.node.args, local), fx.map_arg(self.node.kwargs, local)
-
-    def _resized(self, mark: Mark | None) -> tuple[Any, ...]:
-        """The arguments, with the result's size along the sequence being that of the local rows."""
-        if self.rule.sizes_arg is None or mark is None:
-            return self.args
-        sizes = list(self.args[self.rule.sizes_arg])
-        rows_per_rank = local_length(mark.base, self.sharder.P, self.sharder.layout)
-        sizes[mark.dim] = self.size(mark.outer * rows_per_rank * mark.inner)
-        return (*self.args[: self.rule.sizes_arg], sizes, *self.args[self.rule.sizes_arg + 1:])
-
-    def _partial(self) -> fx.Node:
-        """A contraction over local rows: padding counts nothing, and the ranks' partial sums are added."""
-        first = next(i for i, dims in enumerate(self.factors.operands) if dims is not None)
-        operand = operand_at(self.node, self.paths[first])
-        assert operand is not None
-        mine = self.held[operand]
-        valid = self.emit(rows.zero_padding, (mine,), self.sharding(first))
-        args, kwargs = (_replaced(given, mine, valid) for given in (self.args, self.kwargs))
-        partial = self.emit(self.node.target, args, kwargs)  # type: ignore[arg-type]
-        self.sharder.num_collectives += 1
-        return self.emit(collectives.all_reduce, (partial,), {"group": self.sharder.group})
-
-
-def _replaced(arguments: Any, old: fx.Node, new: fx.Node) -> Any:
-    return fx.map_arg(arguments, lambda n: new if n is old else n)
 
 
 _SIZE_READS = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default)

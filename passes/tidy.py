@@ -1,8 +1,10 @@
 """Tidy: fewer, larger gradient reductions, and none where no gradient flows."""
 
 import operator
+from typing import Any
 
 import torch
+import torch._guards
 from torch import fx
 
 from autoseq.runtime import collectives
@@ -112,7 +114,7 @@ def refresh_values(gm: fx.GraphModule) -> int:
 class _Refresh(fx.Interpreter):
     fake_mode: torch._subclasses.FakeTensorMode
 
-    def get_attr(self, target, args, kwargs):  # type: ignore[no-untyped-def]
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
         return self.fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
 

@@ -50,7 +50,7 @@ class PlainGPT(nn.Module):
             nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        B, S = input_ids.shape
+        S = input_ids.shape[1]
         x = self.tokens(input_ids) + self.positions.weight[:S]
         x = x.transpose(0, 1)
         for block in self.blocks:

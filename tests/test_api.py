@@ -4,13 +4,14 @@ import copy
 import importlib.metadata
 from typing import Any
 
-import autoseq
-import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
+
+import autoseq
+import models
+from ranks import run_ranks
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager"}
 TOLERANCE = 1e-5  # relative L2 of a float32 gradient, whose sums run in another order
@@ -34,12 +35,12 @@ def test_parallelize_returns_the_model_with_its_keys_unchanged() -> None:
 
 
 def test_parallelize_refuses_what_is_no_module() -> None:
-    with pytest.raises(autoseq.OptionError, match="parallelize takes an nn.Module, not function"):
+    with pytest.raises(autoseq.OptionError, match=r"parallelize takes an nn\.Module, not function"):
         autoseq.parallelize(lambda x: x)  # type: ignore[type-var]
 
 
 def test_the_decorator_refuses_what_is_no_module_class_and_wrong_options() -> None:
-    with pytest.raises(autoseq.OptionError, match="decorates an nn.Module class"):
+    with pytest.raises(autoseq.OptionError, match=r"decorates an nn\.Module class"):
         autoseq.sequence_parallel()(dict)  # type: ignore[type-var]
     with pytest.raises(autoseq.OptionError, match="there is no option 'speed'"):
         autoseq.sequence_parallel(speed=1)
@@ -60,7 +61,11 @@ def train_decorated(rank: int, world_size: int) -> dict[str, Any]:
     loss.backward()
     expected, _ = plain(**batch)
     expected.backward()
-    return {"keys": list(split.state_dict()) == list(plain.state_dict()), "type": type(logits).__name__, "error": worst_gradient(split, plain)}
+    return {
+        "keys": list(split.state_dict()) == list(plain.state_dict()),
+        "type": type(logits).__name__,
+        "error": worst_gradient(split, plain),
+    }
 
 
 def worst_gradient(model: nn.Module, oracle: nn.Module) -> float:

@@ -148,7 +148,9 @@ def train_on_lengths(rank: int, world_size: int, lengths: list[int], dynamic: bo
     return {"worst": worst, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
 
 
-@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1)], ids=["the second length makes it symbolic", "symbolic from the start"])
+@pytest.mark.parametrize(
+    ("dynamic", "graphs"), [(None, 2), (True, 1)], ids=["the second length makes it symbolic", "symbolic from the start"]
+)
 def test_new_lengths_do_not_recompile(dynamic: bool | None, graphs: int) -> None:
     for result in run_ranks(train_on_lengths, 2, [21, 24, 37, 50], dynamic):
         assert result["worst"] <= GRADIENT_TOLERANCE

@@ -6,14 +6,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import autoseq
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autoseq
 from autoseq.options import parse_options
 from ranks import run_ranks
-from torch import Tensor, nn
 
 OPTIONS = {"inner": "aot_eager"}
 
@@ -21,13 +22,21 @@ OPTIONS = {"inner": "aot_eager"}
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        pytest.param({"strateg": "ring"}, r"there is no option 'strateg' \(did you mean 'strategy'\?\); the options are mesh,", id="unknown key"),
-        pytest.param({"strategy": "rings"}, "option 'strategy' cannot be 'rings'; it is one of 'auto', 'local', 'ulysses'", id="unknown value"),
-        pytest.param({"layout": "striped"}, "option 'layout' cannot be 'striped'; it is one of 'auto', 'contiguous', 'zigzag'", id="layout"),
+        pytest.param(
+            {"strateg": "ring"}, r"there is no option 'strateg' \(did you mean 'strategy'\?\); the options are mesh,", id="unknown key"
+        ),
+        pytest.param(
+            {"strategy": "rings"}, "option 'strategy' cannot be 'rings'; it is one of 'auto', 'local', 'ulysses'", id="unknown value"
+        ),
+        pytest.param(
+            {"layout": "striped"}, "option 'layout' cannot be 'striped'; it is one of 'auto', 'contiguous', 'zigzag'", id="layout"
+        ),
         pytest.param({"strict": "yes"}, "option 'strict' cannot be 'yes'; it is one of False, True", id="a string for a bool"),
         pytest.param({"strict": 1}, "option 'strict' cannot be 1", id="a number for a bool"),
         pytest.param({"mesh": 2}, "option 'mesh' is a torch.distributed DeviceMesh or None, not int", id="a mesh that is none"),
-        pytest.param({"outputs": None}, "option 'outputs' cannot be None; it is one of 'deferred', 'full', 'local'", id="None for a choice"),
+        pytest.param(
+            {"outputs": None}, "option 'outputs' cannot be None; it is one of 'deferred', 'full', 'local'", id="None for a choice"
+        ),
     ],
 )
 def test_a_wrong_option_is_named_with_what_exists(given: dict[str, Any], message: str) -> None:
@@ -43,7 +52,10 @@ def test_a_wrong_option_reaches_the_caller_of_torch_compile_as_itself() -> None:
 
 
 def test_a_model_without_attention_is_an_error_that_names_its_line() -> None:
-    with pytest.raises(autoseq.NoAttentionError, match=r"no attention was found in the program that ends at .*test_errors.py:\d+ in forward.*attn_implementation='sdpa'"):
+    with pytest.raises(
+        autoseq.NoAttentionError,
+        match=r"no attention was found in the program that ends at .*test_errors.py:\d+ in forward.*attn_implementation='sdpa'",
+    ):
         torch.compile(OneLayer(), backend="autoseq", options=OPTIONS)(torch.ones(2, 4))
 
 
@@ -79,7 +91,7 @@ def compile_tiny(length: int = 8, after: str = "", **options: Any) -> Tensor:
 
 
 def test_dropout_inside_attention_without_any_other_attention_is_an_error() -> None:
-    with pytest.raises(autoseq.NoAttentionError, match="no attention can be split: .*test_errors.py:.*attention dropout is drawn over"):
+    with pytest.raises(autoseq.NoAttentionError, match=r"no attention can be split: .*test_errors.py:.*attention dropout is drawn over"):
         torch.compile(TinyAttention(dropout=0.5), backend="autoseq", options=OPTIONS)(torch.randn(1, 8, 8))
 
 
@@ -139,13 +151,28 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
     [
         ("a mesh of two dimensions", ["MeshError: The sequence needs a mesh of one dimension; this one has 2"] * 2),
         ("more ranks than positions", ["NoSequenceError: the sequence at .*test_errors.py:.* has 1 positions, fewer than the 2 ranks"] * 2),
-        ("local attention on two ranks", ["StrategyError: strategy 'local' cannot serve the attention at .*test_errors.py:.*split over 2"] * 2),
-        ("a fallback under strict", ["FallbackError: strict=True forbids fallbacks.*aten.roll.default at .*test_errors.py:.*bytes a rank"] * 2),
-        ("other lengths on each rank", [r"RankMismatchError: ranks 0 and 1 .*different programs. First difference:\s+rank 0: .*8.*rank 1: .*9"] * 2),
+        (
+            "local attention on two ranks",
+            ["StrategyError: strategy 'local' cannot serve the attention at .*test_errors.py:.*split over 2"] * 2,
+        ),
+        (
+            "a fallback under strict",
+            ["FallbackError: strict=True forbids fallbacks.*aten.roll.default at .*test_errors.py:.*bytes a rank"] * 2,
+        ),
+        (
+            "other lengths on each rank",
+            [r"RankMismatchError: ranks 0 and 1 .*different programs. First difference:\s+rank 0: .*8.*rank 1: .*9"] * 2,
+        ),
         ("other strategies on each rank", ["RankMismatchError: .*rank 0: layout zigzag.*rank 1: layout contiguous"] * 2),
-        ("other inputs on each rank", ["RankMismatchError: ranks 0 and 1 .*different values of x. Every rank.*same, full-length inputs"] * 2),
+        (
+            "other inputs on each rank",
+            ["RankMismatchError: ranks 0 and 1 .*different values of x. Every rank.*same, full-length inputs"] * 2,
+        ),
         ("other weights on each rank", ["RankMismatchError: ranks 0 and 1 .*different values of qkv.weight"] * 2),
-        ("one rank cannot compile", ["NoAttentionError: no attention", "RankMismatchError: rank 0 of group .* could not compile .*NoAttentionError"]),
+        (
+            "one rank cannot compile",
+            ["NoAttentionError: no attention", "RankMismatchError: rank 0 of group .* could not compile .*NoAttentionError"],
+        ),
     ],
 )
 def test_a_mistake_is_an_error_on_every_rank_and_never_a_hang(kind: str, messages: list[str]) -> None:

@@ -55,7 +55,8 @@ class RandomProgram(nn.Module):
         self.steps = (before, after)
         self.heads, self.end = heads, end
         self.parts = nn.ModuleDict({
-            "linear": nn.Linear(WIDTH, WIDTH), "norm": nn.LayerNorm(WIDTH), "table": nn.Embedding(64, WIDTH), "qkv": nn.Linear(WIDTH, 3 * WIDTH),
+            "linear": nn.Linear(WIDTH, WIDTH), "norm": nn.LayerNorm(WIDTH), "table": nn.Embedding(64, WIDTH),
+            "qkv": nn.Linear(WIDTH, 3 * WIDTH),
         })  # fmt: skip
         self.tokens = nn.Embedding(16, WIDTH)
 

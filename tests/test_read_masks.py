@@ -194,9 +194,9 @@ DATA = [
     pytest.param(lambda m: causal() & same(packed(m)), POSITIONS,
                  "(k <= q) & Eq(doc(b, q), doc(b, k))", id="documents from positions"),
     pytest.param(lambda m: m[:, None, None].to(torch.int8) - 1 >= 0, PADDING, "Ne(ge(b, 0, 0, k), 0)", id="padding in int8"),
-    pytest.param(lambda m: later(m.int()), DOCUMENTS * 2**31, "Ne(lt(b, q, k), 0)", id="ids that int32 cuts off"),
-    pytest.param(lambda m: later(m.long()), (DOCUMENTS * 10**9).int(), "(_to_copy(b, q) - _to_copy(b, k) < 0)", id="int32 ids whose difference needs int64"),
-    pytest.param(lambda m: later(m.long()), DOCUMENTS.to(torch.uint8), "(_to_copy(b, q) - _to_copy(b, k) < 0)", id="uint8 ids whose difference is negative"),
+    pytest.param(lambda m: later(m.int()), DOCUMENTS * 2**31, "Ne(lt(b, 0, q, k), 0)", id="ids that int32 cuts off"),
+    pytest.param(lambda m: later(m.long()), (DOCUMENTS * 10**9).int(), "(-_to_copy(b, k) + _to_copy(b, q) < 0)", id="int32 ids whose difference needs int64"),
+    pytest.param(lambda m: later(m.long()), DOCUMENTS.to(torch.uint8), "(-_to_copy(b, k) + _to_copy(b, q) < 0)", id="uint8 ids whose difference is negative"),
 ]  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import models
 import pytest
 import torch
+
+import models
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from autoseq.passes.factors import Dims, Factors, Size, reshape_dims
+from autoseq.passes.factors import Dims, Factors, Size, parse_pattern, reshape_dims
 from autoseq.passes.normalize import same_size
 from autoseq.passes.rules.rule import (
     LocalEmitter,
@@ -19,7 +19,6 @@ from autoseq.passes.rules.rule import (
     plain_dims,
     result_shapes,
 )
-from autoseq.passes.factors import parse_pattern
 
 aten = torch.ops.aten
 

@@ -1,0 +1,119 @@
+"""One node on local rows: what `shard` emits for an operator whose sharded factor passes or is summed.
+
+Operands that hold the factor come by rows, the others whole and varied; sizes shrink along the sequence; a contraction over
+local rows is summed over ranks. It is the `LocalEmitter` that a rule with its own local form writes through.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, operand_at, place_in, tensor_operands
+from autoseq.passes.rules import Rule
+from autoseq.passes.sizes import Sizes
+from autoseq.runtime import collectives, rows
+from autoseq.runtime.layout import Layout, local_length
+
+
+class Placements(Protocol):
+    """The local graph so far, and the values of the global graph in the placements that a node needs."""
+
+    graph: fx.Graph
+    sizes: Sizes
+    group: str
+    P: int
+    layout: Layout
+
+    def plain(self, node: fx.Node) -> Any:
+        """A value as it is."""
+        ...
+
+    def varied(self, node: fx.Node) -> fx.Node:
+        """A value whole, for use beside sharded ones."""
+        ...
+
+    def sharded(self, node: fx.Node, mark: Mark) -> fx.Node:
+        """A value's local rows."""
+        ...
+
+    def sharding(self, val: torch.Tensor, mark: Mark) -> dict[str, Any]:
+        """The keyword arguments of the collectives."""
+        ...
+
+
+class LocalNode:
+    """Emits one node's local form."""
+
+    def __init__(self, placements: Placements, node: fx.Node, factors: Factors, rule: Rule, place: Place) -> None:
+        self.placements, self.node, self.factors, self.rule, self.place = placements, node, factors, rule, place
+        self.paths = tensor_operands(node)
+        self.held: dict[fx.Node, fx.Node] = {}  # the operands, as this node takes them
+        self.args, self.kwargs = self._local_arguments()
+
+    def run(self) -> tuple[fx.Node, Any]:
+        """The local node and where the sequence lies in its result (a tuple for several results)."""
+        marks = tuple(place_in(dims, self.factors.sizes, self.place) for dims in self.factors.results)
+        if self.rule.local is not None:
+            made = self.rule.local(self.node, self)
+        elif self.factors.is_partial(self.place.factor):
+            made = self._partial()
+        else:
+            made = self.emit(self.node.target, self._resized(marks[0]), self.kwargs)  # type: ignore[arg-type]
+        several = isinstance(self.node.meta["val"], (list, tuple))
+        return made, marks if several else marks[0]
+
+    def emit(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        made = self.placements.graph.call_function(target, args, kwargs)
+        made.meta.update({k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta", MARK)})
+        return made
+
+    def operand_mark(self, index: int) -> Mark | None:
+        dims = self.factors.operands[index]
+        return None if dims is None else place_in(dims, self.factors.sizes, self.place)
+
+    def sharding(self, index: int) -> dict[str, Any]:
+        operand, mark = operand_at(self.node, self.paths[index]), self.operand_mark(index)
+        assert operand is not None and mark is not None
+        return self.placements.sharding(operand.meta["val"], mark)
+
+    def size(self, value: Size) -> Any:
+        return self.placements.sizes.argument(value)
+
+    def _local_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Operands that hold the factor, by rows; the others whole and varied; sizes as they are."""
+        for index, path in enumerate(self.paths):
+            operand = operand_at(self.node, path)
+            if operand is not None:
+                mark = self.operand_mark(index)
+                self.held[operand] = self.placements.varied(operand) if mark is None else self.placements.sharded(operand, mark)
+
+        def local(node: fx.Node) -> Any:
+            return self.held[node] if node in self.held else self.placements.plain(node)
+
+        return fx.map_arg(self.node.args, local), fx.map_arg(self.node.kwargs, local)
+
+    def _resized(self, mark: Mark | None) -> tuple[Any, ...]:
+        """The arguments, with the result's size along the sequence being that of the local rows."""
+        if self.rule.sizes_arg is None or mark is None:
+            return self.args
+        sizes = list(self.args[self.rule.sizes_arg])
+        rows_per_rank = local_length(mark.base, self.placements.P, self.placements.layout)
+        sizes[mark.dim] = self.size(mark.outer * rows_per_rank * mark.inner)
+        return (*self.args[: self.rule.sizes_arg], sizes, *self.args[self.rule.sizes_arg + 1:])
+
+    def _partial(self) -> fx.Node:
+        """A contraction over local rows: padding counts nothing, and the ranks' partial sums are added."""
+        first = next(i for i, dims in enumerate(self.factors.operands) if dims is not None)
+        operand = operand_at(self.node, self.paths[first])
+        assert operand is not None
+        mine = self.held[operand]
+        valid = self.emit(rows.zero_padding, (mine,), self.sharding(first))
+        args, kwargs = (_replaced(given, mine, valid) for given in (self.args, self.kwargs))
+        partial = self.emit(self.node.target, args, kwargs)  # type: ignore[arg-type]
+        return self.emit(collectives.all_reduce, (partial,), {"group": self.placements.group})
+
+
+def _replaced(arguments: Any, old: fx.Node, new: fx.Node) -> Any:
+    return fx.map_arg(arguments, lambda n: new if n is old else n)

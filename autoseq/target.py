@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -113,7 +113,7 @@ def _factory(text: str, module: ModuleType, name: str) -> Factory:
         inspect.signature(factory).bind(batch=1, seq_len=1)
     except TypeError as error:
         raise TargetError(f"TARGET {text!r}: {name!r} must take batch and seq_len: {error}") from error
-    return factory
+    return cast(Factory, factory)
 
 
 def _transformers_factory(text: str, path: Path) -> Factory:

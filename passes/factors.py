@@ -35,9 +35,16 @@ class Factors:
     sizes: dict[str, Size]
     whole: frozenset[str] = frozenset()
     sums: frozenset[str] = frozenset()  # contracted by addition: a sharded one leaves a partial sum
+    cut: frozenset[str] = frozenset()  # shorter in the result: its last elements are dropped
 
     def passes(self, factor: str) -> bool:
         return factor not in self.whole
+
+    def admits(self, place: "Place") -> bool:
+        """Whether the sequence at `place` may stay sharded here."""
+        if place.factor in self.cut:  # the last elements are the last rows only if the factor is the sequence alone
+            return same_size(place.outer, 1) and same_size(place.inner, 1)
+        return self.passes(place.factor)
 
     def is_partial(self, factor: str) -> bool:
         return not any(factor in dim for dims in self.results for dim in dims)

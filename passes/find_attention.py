@@ -59,6 +59,7 @@ class _Call:
     dropout_p: Any
     is_causal: bool
     scale: Any
+    grouped: bool
 
     @staticmethod
     def of(node: fx.Node) -> "_Call":
@@ -66,7 +67,7 @@ class _Call:
         bound = {a.name: a.default_value for a in SDPA._schema.arguments}
         bound.update(zip(names, node.args, strict=False))
         bound.update(node.kwargs)
-        fields = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+        fields = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
         return _Call(*(bound[name] for name in fields))
 
     def unserved(self) -> str | None:
@@ -74,6 +75,8 @@ class _Call:
         ranks = {len(_shape(x)) for x in (self.q, self.k, self.v)}
         if ranks not in ({3}, {4}):
             return f"query, key and value have {sorted(ranks)} dimensions; 3 or 4 are read"
+        if not self._aligned():
+            return "query, key and value are broadcast against each other"
         if isinstance(self.dropout_p, fx.Node) or self.dropout_p > 0:
             return "attention dropout is drawn over the whole score matrix"
         if self.mask is not None and self.mask.meta["val"].dtype != torch.bool and _requires_grad(self.mask):
@@ -81,6 +84,15 @@ class _Call:
         if self.mask is not None and self.is_causal:
             return "both attn_mask and is_causal are given"
         return None
+
+
+    def _aligned(self) -> bool:
+        """Equal batches, one value row a key row, and heads that pair up or, with `enable_gqa`, in groups."""
+        q, k, v = (_shape(x) for x in (self.q, self.k, self.v))
+        pairs = [(q[0], k[0]), (k[0], v[0]), (k[-2], v[-2]), (q[-1], k[-1])]
+        if len(q) == 4:
+            pairs += [(k[1], v[1]), (q[1] % k[1], 0) if self.grouped else (q[1], k[1])]
+        return all(same_size(a, b) for a, b in pairs)
 
 
 def _shape(node: fx.Node) -> torch.Size:

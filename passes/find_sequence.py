@@ -60,7 +60,7 @@ def _carry(node: fx.Node, queue: deque[fx.Node]) -> None:
         if tensor is None or dims is None or MARK not in tensor.meta:
             continue
         place = locate(dims, factors.sizes, tensor.meta[MARK])
-        if place is None or not factors.passes(place.factor):
+        if place is None or not factors.admits(place):
             continue
         for other, other_dims in sides:
             if other is not None and other_dims is not None:

@@ -33,6 +33,15 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     return exported
 
 
+def _read_before_write(graph: fx.Graph, target: fx.Node) -> None:
+    """What reads a mutated input reads a copy: autograd may keep it, and the write would spoil what it kept."""
+    last_input = graph.find_nodes(op="placeholder")[-1] if target.op == "placeholder" else target
+    with graph.inserting_after(last_input):
+        copy = graph.call_function(aten.clone.default, (target,))
+    copy.meta.update(target.meta)
+    target.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+
+
 def _reshape_views(exported: fx.GraphModule) -> None:
     """`view` asks for a memory layout that a rewritten operand need not have; `reshape` asks for the values only."""
     for node in exported.graph.nodes:
@@ -80,6 +89,7 @@ def _restore_mutations(exported: fx.GraphModule, signature: GraphSignature) -> N
     with exported.graph.inserting_before(output):
         for value in results[: len(mutated)]:
             target = targets[mutated[value.name]]
+            _read_before_write(exported.graph, target)
             exported.graph.call_function(aten.copy_.default, (target, value)).meta.update(target.meta)
     output.args = (tuple(results[len(mutated):]),)
 

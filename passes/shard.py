@@ -244,7 +244,7 @@ class _Sharder:
         return None
 
     def _allowed(self, node: fx.Node, factors: Factors, place: Place) -> bool:
-        if not factors.passes(place.factor) or not self._fit(node, factors, place):
+        if not factors.admits(place) or not self._fit(node, factors, place):
             return False
         if not factors.is_partial(place.factor):
             return True

@@ -110,8 +110,11 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     return op
 
 
-def check_inputs(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
-    """Refuse what no strategy keeps exact. Raises UnsupportedError."""
+def checked_inputs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and bias in the dtype that torch's SDPA computes in: under autocast it casts them.
+
+    Raises UnsupportedError for what no strategy keeps exact.
+    """
     if q.shape[1] % k.shape[1] != 0:
         raise UnsupportedError(
             f"Attention has {q.shape[1]} query heads and {k.shape[1]} key/value heads; "
@@ -122,6 +125,16 @@ def check_inputs(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
             f"The additive attention bias of shape {tuple(bias.shape)} needs a gradient, which is not supported yet. "
             "Detach the bias, freeze the parameter it is made of, or exclude this attention from the split."
         )
+    q, k, v = (_autocast(x) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise UnsupportedError(f"Attention has query, key and value of different dtypes: {q.dtype}, {k.dtype}, {v.dtype}.")
+    return q, k, v, None if bias is None else bias.to(q.dtype)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    supported = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if supported and x.dtype != torch.float64 else x
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

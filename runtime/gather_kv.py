@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime import strategy
-from autoseq.runtime.attention_op import Call, attention_op, check_inputs
+from autoseq.runtime.attention_op import Call, attention_op, checked_inputs
 from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators
 from autoseq.runtime.kernels import accumulate_dtype
 from autoseq.runtime.layout import Layout
@@ -43,7 +43,7 @@ def attention(
     Sends (P-1)·B·K·t·(D+Dv) elements forward; backward the same and as many float32 gradients.
     Raises UnsupportedError for a bias that needs a gradient, MessageError when a peer is lost.
     """
-    check_inputs(q, k, bias)
+    q, k, v, bias = checked_inputs(q, k, v, bias)
     ratio = q.shape[1] // k.shape[1]
     settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, 0, ratio, layout, group)
     return gather_kv_attention(q, k, v, captures, bias, *settings)[0]

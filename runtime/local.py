@@ -8,7 +8,7 @@ from __future__ import annotations
 import sympy
 from torch import Tensor
 
-from autoseq.runtime.attention_op import Call, attention_op, check_inputs
+from autoseq.runtime.attention_op import Call, attention_op, checked_inputs
 from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators, new_gradients
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy
@@ -34,7 +34,7 @@ def attention(
 
     Raises UnsupportedError for a bias that needs a gradient.
     """
-    check_inputs(q, k, bias)
+    q, k, v, bias = checked_inputs(q, k, v, bias)
     ratio = q.shape[1] // k.shape[1]
     # With one rank both layouts hold the rows in global order, so the op never asks for a group.
     settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, 0, ratio, "contiguous", "")

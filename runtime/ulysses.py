@@ -13,7 +13,7 @@ import sympy
 from torch import Tensor
 
 from autoseq.runtime import strategy
-from autoseq.runtime.attention_op import check_inputs
+from autoseq.runtime.attention_op import checked_inputs
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.head_exchange import Exchange, HeadRange
 from autoseq.runtime.layout import Layout
@@ -42,7 +42,7 @@ def attention(
     With evenly split heads it sends (P-1)/P of q, out and the KV heads (times max(1, P/K)); backward the same.
     Raises UnsupportedError for a bias that needs a gradient.
     """
-    check_inputs(q, k, bias)
+    q, k, v, bias = checked_inputs(q, k, v, bias)
     seq = group_of(group)
     ratio = q.shape[1] // k.shape[1]
     heads = [query_heads(rank, seq.size, q.shape[1]) for rank in range(seq.size)]

@@ -9,6 +9,7 @@ import torch
 
 import models
 from ranks import run_ranks
+from torch import nn
 
 LOSS_TOLERANCE = 1e-6  # relative; float32 sums in another order
 GRADIENT_TOLERANCE = 1e-5  # relative L2 per parameter, for the same reason
@@ -193,3 +194,63 @@ def infer_and_differentiate_inputs(rank: int, world_size: int) -> tuple[float, f
 def test_inference_and_gradients_of_inputs_are_exact() -> None:
     for inferred, gradient in run_ranks(infer_and_differentiate_inputs, 2):
         assert max(inferred, gradient) <= GRADIENT_TOLERANCE
+
+
+# Attention that is written unusually ------------------------------------------------------------------------------------
+
+
+class Unusual(nn.Module):
+    """A projection and one attention, called in a way that a test chooses."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self.call = call
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(CALLS[self.call](q, k, v).transpose(1, 2).flatten(2))
+
+
+def _under_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return attend(q, k, v).float()
+
+
+attend = nn.functional.scaled_dot_product_attention
+CALLS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "keys of one batch element": lambda q, k, v: attend(q, k[:1], v),
+    "queries of one batch element": lambda q, k, v: attend(q[:1], k, v),
+    "one value head": lambda q, k, v: attend(q, k, v[:, :1]),
+    "one key head with enable_gqa": lambda q, k, v: attend(q, k[:, :1], v[:, :1], enable_gqa=True),
+    "fewer queries than keys, causal from the top left": lambda q, k, v: torch.cat([attend(q[:, :, :5], k, v, is_causal=True)] * 2, 2),
+    "heads folded into the batch": lambda q, k, v: attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), is_causal=True).unflatten(
+        0, (2, 2)
+    ),
+    "heads repeated the other way round": lambda q, k, v: attend(q, k[:, None].expand(-1, 2, -1, -1, -1)[:, :, 0], v),
+    "under autocast": _under_autocast,
+}
+
+
+def run_unusual(rank: int, world_size: int, call: str) -> float:
+    torch.manual_seed(0)
+    model = Unusual(call)
+    oracle = copy.deepcopy(model)
+    x = torch.randn(2, 11, 8)
+    # One ordinary attention, so that a call which is left whole does not leave the program without any.
+    actual = torch.compile(lambda x: model(x) + attend(x[:, None], x[:, None], x[:, None])[:, 0, : model(x).shape[1]], backend="autoseq",
+                           options={"inner": "aot_eager"})(x)  # fmt: skip
+    expected = oracle(x) + attend(x[:, None], x[:, None], x[:, None])[:, 0, : oracle(x).shape[1]]
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    pairs = [
+        (actual.detach() + 0, expected.detach()),
+        *((p.grad, e.grad) for p, e in zip(model.parameters(), oracle.parameters(), strict=True)),
+    ]
+    return max(((a - e).norm() / e.norm().clamp(min=0.1)).item() for a, e in pairs)  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize("call", list(CALLS))
+def test_unusual_calls_have_one_devices_numbers(call: str) -> None:
+    tolerance = 1e-2 if "autocast" in call else GRADIENT_TOLERANCE  # bfloat16 has 8 bits, and both sides round to it
+    assert max(run_ranks(run_unusual, 2, call)) <= tolerance

@@ -37,7 +37,7 @@ STEPS: dict[str, Callable[[nn.ModuleDict, Tensor], Tensor]] = {
     "first row": lambda m, x: x + x[:, :1],
     "last row dropped and put back": lambda m, x: torch.cat([x[:, :-1], x[:, -1:]], 1),
     "scaled by position": lambda m, x: x * (1 + torch.arange(x.shape[1], device=x.device) / x.shape[1])[:, None],
-    "a parameter added per position": lambda m, x: x + m["table"].weight[: x.shape[1]],
+    "a parameter added per position": lambda m, x: x + m["table"].weight[: x.shape[1]],  # pyright: ignore[reportIndexIssue]
     "a parameter used alone": lambda m, x: x + m["linear"].weight.sum(),
     "in place": lambda m, x: x.clone().mul_(0.5).add_(1),
     "channels split and joined": lambda m, x: torch.cat([t * i for i, t in enumerate(x.chunk(2, -1), 1)], -1),
@@ -70,6 +70,8 @@ class RandomProgram(nn.Module):
             x = STEPS[name](self.parts, x)
         if self.end == "loss":
             return F.cross_entropy(x[:, :-1].flatten(0, 1), ids[:, 1:].flatten() % WIDTH)
+        if self.end == "loss of flattened rows":
+            return F.cross_entropy(x.flatten(0, 1)[: -len(ids)], ids.flatten()[len(ids) :] % WIDTH)
         return x if self.end == "rows" else x.mean(1)
 
 
@@ -96,7 +98,7 @@ programs = st.fixed_dictionaries({
     "before": st.lists(st.sampled_from(sorted(STEPS)), max_size=3),
     "after": st.lists(st.sampled_from(sorted(STEPS)), max_size=3),
     "heads": st.sampled_from([1, 2, 4]),
-    "end": st.sampled_from(["loss", "rows", "pooled"]),
+    "end": st.sampled_from(["loss", "loss of flattened rows", "rows", "pooled"]),
     "batch": st.integers(1, 3),
     "length": st.integers(4, 19),
     "strategy": st.sampled_from(["auto", "ulysses", "ring", "gather_kv"]),

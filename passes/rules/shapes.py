@@ -63,7 +63,8 @@ def _slice(node: fx.Node) -> Factors | None:
     sizes: dict[str, Size] = {}
     old = dims_of(shape, names, sizes)
     if keeps_rows:
-        return Factors((old,), (old,), sizes)
+        shorter = frozenset() if same_size(shape[dim], result[dim]) else frozenset({f"d{dim}"})
+        return Factors((old,), (old,), sizes, cut=shorter)
     cut = list(old)
     cut[dim] = ("cut",)
     sizes["cut"] = result[dim]

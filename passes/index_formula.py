@@ -151,7 +151,7 @@ def _fill(value_of: Callable[[fx.Node], Any]) -> Callable[..., Any]:
         value = value_of(node)
         if isinstance(value, fx.Node):
             raise Unreadable(value)
-        return sympy.true if value and node.meta["val"].dtype == torch.bool else sympy.false if node.meta["val"].dtype == torch.bool else _size(value)
+        return sympy.sympify(bool(value)) if node.meta["val"].dtype == torch.bool else _size(value)
 
     return rule
 
@@ -323,10 +323,10 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.new_full.default: _fill(lambda n: n.args[2]), aten.scalar_tensor.default: _fill(lambda n: n.args[0]),
     **{op: _fill(lambda n: 1) for op in (aten.ones.default, aten.new_ones.default, aten.ones_like.default)},
     **{op: _fill(lambda n: 0) for op in (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)},
-    **{op: _same for op in (aten.alias.default, aten.clone.default, aten._to_copy.default, aten.detach.default,
-                            aten.contiguous.default, aten.to.dtype, aten.lift_fresh_copy.default)},
+    **dict.fromkeys((aten.alias.default, aten.clone.default, aten._to_copy.default, aten.detach.default,
+                     aten.contiguous.default, aten.to.dtype, aten.lift_fresh_copy.default), _same),
     aten.expand.default: _expand, aten.unsqueeze.default: _unsqueeze, aten.permute.default: _permute,
-    **{op: _view for op in (aten.reshape.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims)},
+    **dict.fromkeys((aten.reshape.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims), _view),
     aten.transpose.int: _transpose, aten.slice.Tensor: _slice, aten.select.int: _select,
     **{getattr(getattr(aten, name), form): _elementwise(op) for form in ("Tensor", "Scalar") for name, op in {
         "add": sympy.Add, "mul": sympy.Mul, "sub": lambda x, y: x - y}.items()},
@@ -340,7 +340,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **{op: _bool_op(sympy.And) for op in (aten.logical_and.default,)},
     **{op: _bool_op(sympy.Or) for op in (aten.logical_or.default,)},
     **{op: _bool_op(sympy.Not) for op in (aten.logical_not.default,)},
-    **{op: _where for op in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)},
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar), _where),
     aten.masked_fill.Scalar: _masked_fill, aten.masked_fill.Tensor: _masked_fill,
     aten.diff.default: _diff, aten.cumsum.default: _cumsum, aten.index.Tensor: _index,
     aten.tril.default: _triangle(operator.le), aten.triu.default: _triangle(operator.ge),

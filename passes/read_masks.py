@@ -171,7 +171,7 @@ def _named(atom: Any, captures: list[fx.Node]) -> str:
         sides = [s for s in atom.args if isinstance(s, sympy.core.function.AppliedUndef)]
         if len(sides) == 2 and sides[0].func == sides[1].func:  # the same lookup at q and at k: a document id
             number = _number(sides[0])
-            names[number] = "doc" if not captures[number].op == "placeholder" else names[number]
+            names[number] = "doc" if captures[number].op != "placeholder" else names[number]
             ordered = sorted(atom.args, key=lambda s: q not in s.free_symbols)
             return f"Eq({', '.join(_call(s, names) for s in ordered)})"
     text = sympy.sstr(atom)

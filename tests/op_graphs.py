@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lockstep import GROUP, run_lockstep
 from torch import Tensor, fx
 
 from autoseq.passes.factors import Mark, fits, locate, place_in
@@ -18,6 +17,7 @@ from autoseq.passes.find_sequence import MARK, factors_of, node_tensors
 from autoseq.passes.shard import shard
 from autoseq.runtime import collectives, rows
 from autoseq.runtime.layout import Layout
+from lockstep import GROUP, run_lockstep
 
 aten = torch.ops.aten
 Op = Callable[..., Any]
@@ -86,7 +86,7 @@ class OpGraph:
         shard(gm, group=GROUP, group_size=P, layout=layout, gather_outputs=True)
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
-        if any(result.target is collectives.all_gather for result in gm.graph.output_node().args[0]):
+        if any(result.target is collectives.all_gather for result in gm.graph.output_node().all_input_nodes):
             return "r", gm
         targets = {node.target for node in gm.graph.nodes}
         return ("s" if targets & {collectives.all_reduce, rows.cross_entropy} else "w"), gm

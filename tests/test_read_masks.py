@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import ReadMask, check_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from graphs import ReadMask, check_mask
 
 S = 9
 MANY = 40  # enough for a fraction to round wrongly
@@ -195,8 +196,10 @@ DATA = [
                  "(k <= q) & Eq(doc(b, q), doc(b, k))", id="documents from positions"),
     pytest.param(lambda m: m[:, None, None].to(torch.int8) - 1 >= 0, PADDING, "Ne(ge(b, 0, 0, k), 0)", id="padding in int8"),
     pytest.param(lambda m: later(m.int()), DOCUMENTS * 2**31, "Ne(lt(b, 0, q, k), 0)", id="ids that int32 cuts off"),
-    pytest.param(lambda m: later(m.long()), (DOCUMENTS * 10**9).int(), "(-_to_copy(b, k) + _to_copy(b, q) < 0)", id="int32 ids whose difference needs int64"),
-    pytest.param(lambda m: later(m.long()), DOCUMENTS.to(torch.uint8), "(-_to_copy(b, k) + _to_copy(b, q) < 0)", id="uint8 ids whose difference is negative"),
+    pytest.param(lambda m: later(m.long()), (DOCUMENTS * 10**9).int(), "(-_to_copy(b, k) + _to_copy(b, q) < 0)",
+                 id="int32 ids whose difference needs int64"),
+    pytest.param(lambda m: later(m.long()), DOCUMENTS.to(torch.uint8), "(-_to_copy(b, k) + _to_copy(b, q) < 0)",
+                 id="uint8 ids whose difference is negative"),
 ]  # fmt: skip
 
 
@@ -226,7 +229,9 @@ INTEGERS = st.recursive(
     max_leaves=4,
 )
 BOOLEANS = st.recursive(
-    st.tuples(INTEGERS, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), INTEGERS).map(lambda t: f"((0 * q * k + {t[0]}) {t[1]} {t[2]})"),
+    st.tuples(INTEGERS, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), INTEGERS).map(
+        lambda t: f"((0 * q * k + {t[0]}) {t[1]} {t[2]})"
+    ),
     lambda inner: st.one_of(
         st.tuples(inner, st.sampled_from(["&", "|", "^", "==", "*", "+"]), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})"),
         inner.map(lambda x: f"(~{x})"),

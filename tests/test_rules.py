@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_graphs import OpGraph, Start, check_start, outcome, starts
 from torch import Tensor, fx
 
 from autoseq.passes.factors import Factors
 from autoseq.passes.rules import TABLE, rule_for
+from op_graphs import OpGraph, Start, check_start, outcome, starts
 
 aten = torch.ops.aten
 PROPERTY = settings(max_examples=12, deadline=None, derandomize=True)
@@ -162,7 +162,7 @@ ALONG = [
 
 LOSSES = [
     case(aten.cross_entropy_loss.default, (x(6, 5), i(6)), "sw, s -> ()", "the mean over rows"),
-    case(aten.cross_entropy_loss.default, (x(6, 5), i(6), x(5).detach().abs(), 1, 2), "sw, s, w -> ()", "class weights and an ignored class"),
+    case(aten.cross_entropy_loss.default, (x(6, 5), i(6), x(5).detach().abs(), 1, 2), "sw, s, w -> ()", "class weights, an ignored class"),
     case(aten.cross_entropy_loss.default, (x(6, 5), i(6), None, 2), "sw, s -> ()", "the sum"),
     case(aten.cross_entropy_loss.default, (x(6, 5), i(6), None, 0, -100, 0.1), "rw, r -> r", "none, smoothed"),
     case(aten.cross_entropy_loss.default, (x(6, 5), i(6), None, 1, -100, 0.1), "sw, s -> ()", "the mean, smoothed"),
@@ -250,13 +250,13 @@ def test_any_product_of_matrices(left: list[int], right: list[int], m: int, k: i
 
 
 @settings(PROPERTY)
-@given(shape=sizes(1, 4), gone=st.integers(1, 15), keepdim=st.booleans(), op=st.sampled_from([aten.sum.dim_IntList, aten.mean.dim, aten.amax.default]))
-def test_any_reduction(shape: list[int], gone: int, keepdim: bool, op: Callable[..., Any]) -> None:
+@given(shape=sizes(1, 4), gone=st.integers(1, 15), keepdim=st.booleans())
+def test_any_reduction(shape: list[int], gone: int, keepdim: bool) -> None:
     dims = [d for d in range(len(shape)) if gone >> d & 1]
-    check_rule(op, (x(*shape), dims, keepdim), {})
+    for op in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default):
+        check_rule(op, (x(*shape), dims, keepdim), {})
 
 
-@pytest.mark.xfail(strict=True, reason="a dim that holds the sequence inside, cut at its end, is taken for a cut of the sequence")
 def test_the_end_of_a_merged_dim_is_not_the_end_of_the_sequence() -> None:
     check_start(aten.slice.Tensor, (x(12, 4), 0, 0, 10), {}, Start(0, 0, 6, outer=2), 2, "contiguous")
 

@@ -110,8 +110,10 @@ def _is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
     return not _called_from_outside()
 
 
-_PASSED_OVER = ("torch/_dynamo/", "torch/_inductor/", "torch/_functorch/", "torch/_compile.py", "torch/_utils_internal.py",
-                "autoseq/backend.py", "torch/utils/_", "torch/_logging", "torch/_subclasses", "torch/__init__.py", "contextlib.py")  # fmt: skip
+_PASSED_OVER = (
+    "torch/_dynamo/", "torch/_inductor/", "torch/_functorch/", "torch/_compile.py", "torch/_utils_internal.py", "torch/utils/_",
+    "torch/_logging", "torch/_subclasses", "torch/__init__.py", "contextlib.py", "autoseq/backend.py",
+)  # fmt: skip
 
 
 def _called_from_outside() -> bool:

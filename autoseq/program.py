@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from autoseq.options import Options
 from autoseq.passes.find_attention import LeftWhole, find_attention
 from autoseq.passes.find_sequence import find_sequence
+from autoseq.passes.keep_casts import keep_casts
 from autoseq.passes.lower import lower
 from autoseq.passes.normalize import drop_noops, normalize
 from autoseq.passes.open_regions import open_regions
@@ -69,6 +70,7 @@ def build_program(
 ) -> Program | None:
     """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole."""
     open_regions(gm)
+    keep_casts(gm)
     floats = specialize_floats(gm, inputs)
     fake = fake_inputs(gm, inputs)
     normal = normalize(gm, fake)

@@ -179,7 +179,7 @@ def _before_repeat(x: fx.Node, heads: int | torch.SymInt) -> fx.Node | None:
         return x.args[0]  # type: ignore[return-value]
     if x.target is not aten.reshape.default or len(_shape(x)) != 4:
         return None
-    wide = x.args[0]
+    wide = x.args[0]  # pyright: ignore[reportGeneralTypeIssues]
     while isinstance(wide, fx.Node) and wide.target in _COPIES:
         wide = wide.args[0]
     if not (isinstance(wide, fx.Node) and wide.target is aten.expand.default and len(_shape(wide)) == 5):
@@ -191,4 +191,5 @@ def _before_repeat(x: fx.Node, heads: int | torch.SymInt) -> fx.Node | None:
     assert isinstance(bare, fx.Node)
     (B, K, S, D), expanded = _shape(bare), _shape(wide)
     same = [same_size(a, b) for a, b in zip((B, K, S, D), (expanded[0], expanded[1], expanded[3], expanded[4]), strict=True)]
-    return bare if all(same) and same_size(expanded[1] * expanded[2], heads) else None
+    joined = [same_size(a, b) for a, b in zip(_shape(x), (B, expanded[1] * expanded[2], S, D), strict=True)]
+    return bare if all(same) and all(joined) and same_size(_shape(x)[1], heads) else None

@@ -47,7 +47,7 @@ class Reader:
             raise _OtherNumbers(node)
         for i, size in zip(index, val.shape, strict=True):
             if i.is_Symbol and isinstance(size, int):
-                self._limits[i] = max(size, self._limits.get(i, 0))
+                self._limits[i] = max(size, self._limits.get(i, 0))  # pyright: ignore[reportCallIssue]
         if key not in self._memo:
             rule = _RULES.get(node.target) if node.op == "call_function" else None
             try:
@@ -102,11 +102,11 @@ def _scalar(value: Any) -> Any:
 def _magnitude(x: Any, limits: dict[sympy.Symbol, int]) -> float | int:
     """No value of `x` is further from 0."""
     if x.is_Symbol or isinstance(x, sympy.core.function.AppliedUndef):
-        return limits.get(x, _UNKNOWN)
+        return limits.get(x, _UNKNOWN)  # pyright: ignore[reportCallIssue]
     if x.is_Rational:
         return abs(x.p)
     if isinstance(x, sympy.Piecewise):
-        return max(_magnitude(value, limits) for value, _ in x.args)
+        return max(_magnitude(value, limits) for value, _ in x.args)  # pyright: ignore[reportGeneralTypeIssues]
     if isinstance(x, sympy.Mod):
         return _magnitude(x.args[1], limits)
     combine = {sympy.Add: sum, sympy.Mul: math.prod, sympy.Min: max, sympy.Max: max, sympy.Abs: sum, sympy.floor: lambda of: sum(of) + 1}

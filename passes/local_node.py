@@ -49,7 +49,6 @@ class LocalNode:
     def __init__(self, placements: Placements, node: fx.Node, factors: Factors, rule: Rule, place: Place) -> None:
         self.placements, self.node, self.factors, self.rule, self.place = placements, node, factors, rule, place
         self.paths = tensor_operands(node)
-        self.held: dict[fx.Node, fx.Node] = {}  # the operands, as this node takes them
         self.args, self.kwargs = self._local_arguments()
 
     def run(self) -> tuple[fx.Node, Any]:
@@ -83,16 +82,14 @@ class LocalNode:
 
     def _local_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Operands that hold the factor, by rows; the others whole and varied; sizes as they are."""
+        args = list(fx.map_arg(self.node.args, self.placements.plain))
+        kwargs = dict(fx.map_arg(self.node.kwargs, self.placements.plain))
         for index, path in enumerate(self.paths):
-            operand = operand_at(self.node, path)
+            operand, mark = operand_at(self.node, path), self.operand_mark(index)
             if operand is not None:
-                mark = self.operand_mark(index)
-                self.held[operand] = self.placements.varied(operand) if mark is None else self.placements.sharded(operand, mark)
-
-        def local(node: fx.Node) -> Any:
-            return self.held[node] if node in self.held else self.placements.plain(node)
-
-        return fx.map_arg(self.node.args, local), fx.map_arg(self.node.kwargs, local)
+                form = self.placements.varied(operand) if mark is None else self.placements.sharded(operand, mark)
+                _put(args, kwargs, path, form)
+        return tuple(args), kwargs
 
     def _resized(self, mark: Mark | None) -> tuple[Any, ...]:
         """The arguments, with the result's size along the sequence being that of the local rows."""
@@ -106,14 +103,25 @@ class LocalNode:
     def _partial(self) -> fx.Node:
         """A contraction over local rows: padding counts nothing, and the ranks' partial sums are added."""
         first = next(i for i, dims in enumerate(self.factors.operands) if dims is not None)
-        operand = operand_at(self.node, self.paths[first])
-        assert operand is not None
-        mine = self.held[operand]
-        valid = self.emit(rows.zero_padding, (mine,), self.sharding(first))
-        args, kwargs = (_replaced(given, mine, valid) for given in (self.args, self.kwargs))
-        partial = self.emit(self.node.target, args, kwargs)  # type: ignore[arg-type]
+        args, kwargs = list(self.args), dict(self.kwargs)
+        mine = _get(args, kwargs, self.paths[first])
+        _put(args, kwargs, self.paths[first], self.emit(rows.zero_padding, (mine,), self.sharding(first)))
+        partial = self.emit(self.node.target, tuple(args), kwargs)  # type: ignore[arg-type]
         return self.emit(collectives.all_reduce, (partial,), {"group": self.placements.group})
 
 
-def _replaced(arguments: Any, old: fx.Node, new: fx.Node) -> Any:
-    return fx.map_arg(arguments, lambda n: new if n is old else n)
+def _get(args: list[Any], kwargs: dict[str, Any], path: tuple[Any, ...]) -> Any:
+    """The argument at a path of `tensor_operands`."""
+    key, item = path
+    value = args[key] if isinstance(key, int) else kwargs[key]
+    return value if item is None else value[item]
+
+
+def _put(args: list[Any], kwargs: dict[str, Any], path: tuple[Any, ...], value: fx.Node) -> None:
+    """Replace the argument at a path; a list that holds it is copied."""
+    key, item = path
+    holder: Any = args if isinstance(key, int) else kwargs
+    if item is None:
+        holder[key] = value
+    else:
+        holder[key] = [value if i == item else old for i, old in enumerate(holder[key])]

@@ -26,6 +26,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     attributes stay attributes.
     """
     exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
+    assert isinstance(exported, fx.GraphModule)
     _name_placeholders(exported, gm, signature)
     _restore_attributes(exported, gm, signature)
     _restore_mutations(exported, signature)

@@ -39,12 +39,12 @@ def _first_region(gm: fx.GraphModule) -> fx.Node | None:
 
 
 def _open(gm: fx.GraphModule, region: fx.Node) -> None:
-    if region.kwargs.get("context_fn") is not None or "context_fn" in region.meta.get("_checkpoint_context_fn", {}):
-        raise UnsupportedError("selective activation checkpointing (context_fn) is not supported yet; use plain checkpointing")
     body_ref = region.args[0]
     assert isinstance(body_ref, fx.Node)
     body = gm.get_submodule(str(body_ref.target))
     assert isinstance(body, fx.GraphModule)
+    if "_checkpoint_context_fn" in body.meta:
+        raise UnsupportedError("selective activation checkpointing (context_fn) is not supported yet; use plain checkpointing")
     region_id = next(_region_ids)
     operands = dict(zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True))
     with gm.graph.inserting_before(region):

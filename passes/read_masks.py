@@ -82,7 +82,7 @@ def _read(node: fx.Node) -> DenseMask | None:
 def parse(predicate: str, num_captures: int) -> Any:
     """The SymPy formula of a predicate string."""
     functions = {f"c{i}": sympy.Function(f"c{i}", integer=True) for i in range(num_captures)}
-    return sympy.sympify(predicate or "True", locals={**_SYMBOLS, **functions})
+    return sympy.sympify(predicate or "True", locals={**_SYMBOLS, **functions})  # pyright: ignore[reportCallIssue]
 
 
 def _lookups(formula: Any) -> set[Any]:

@@ -102,7 +102,7 @@ def _capture(node: AppliedUndef, points: Points, captures: list[Tensor]) -> Tens
         raise UnsupportedError(f"{node} has {len(node.args)} indices, but the captured tensor has shape {tuple(tensor.shape)}.")
     indices = [torch.as_tensor(_walk(arg, points, captures), device=tensor.device).long() for arg in node.args]
     value = tensor[tuple(indices)] if indices else tensor
-    return value.to(torch.int64) if value.dtype == torch.bool else value
+    return value if value.is_floating_point() else value.to(torch.int64)  # arithmetic on small integers would wrap
 
 
 def _arguments(node: Any) -> tuple[Any, ...]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import models
 from ranks import run_ranks
-from torch import nn
 
 LOSS_TOLERANCE = 1e-6  # relative; float32 sums in another order
 GRADIENT_TOLERANCE = 1e-5  # relative L2 per parameter, for the same reason

@@ -98,7 +98,6 @@ UNUSUAL = [
     pytest.param(lambda q, k: attend(q, q, q[:, :1]), id="one value head for all"),
     pytest.param(lambda q, k: attend(q[0], q[0, :1], q[0, :1]), id="3-D, one memory for the whole batch"),
     pytest.param(lambda q, k: attend(q, lengthened(k), lengthened(k), q.new_ones(6, 12).tril(6) > 0, enable_gqa=True),
-                 marks=pytest.mark.xfail(strict=True, reason="a repeat along the sequence is taken for a repeat of heads"),
                  id="longer, not more heads"),
 ]  # fmt: skip
 

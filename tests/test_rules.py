@@ -261,7 +261,6 @@ def test_the_end_of_a_merged_dim_is_not_the_end_of_the_sequence() -> None:
     check_start(aten.slice.Tensor, (x(12, 4), 0, 0, 10), {}, Start(0, 0, 6, outer=2), 2, "contiguous")
 
 
-@pytest.mark.xfail(strict=True, reason="an operand that comes twice gets one form for both")
 @pytest.mark.parametrize("dim", [0, 1])
 def test_one_tensor_as_two_operands_with_other_factors(dim: int) -> None:
     same = x(6, 6)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import SymInt, fx
 
-from autoseq.passes.normalize import same_size
+from autoseq.passes.sizes import same_size
 
 MARK = "sequence"
 """The key in a node's metadata for its `Mark`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.passes.normalize import same_size
+from autoseq.passes.sizes import same_size
 from autoseq.passes.source import module_path, source_line
 from autoseq.runtime import local
 

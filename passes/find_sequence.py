@@ -14,8 +14,8 @@ from torch import fx
 
 from autoseq.passes.factors import MARK, Factors, Mark, Size, fits, locate, operand_at, place_in, tensor_operands
 from autoseq.passes.find_attention import is_attention
-from autoseq.passes.normalize import same_size
 from autoseq.passes.rules import rule_for
+from autoseq.passes.sizes import same_size
 
 
 def find_sequence(gm: fx.GraphModule) -> int:

@@ -15,7 +15,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from autoseq.passes.normalize import same_size
+from autoseq.passes.sizes import same_size
 
 aten = torch.ops.aten
 Index = tuple[sympy.Expr, ...]

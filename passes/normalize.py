@@ -7,13 +7,13 @@ whole since the trace is taken before autograd, in-place writes to inputs come b
 and autocast regions stay as the calls that enter and leave them. Every node keeps its source line.
 """
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
+from autoseq.passes.sizes import same_shape, same_size
 from autoseq.passes.source import input_name
 
 aten = torch.ops.aten
@@ -138,15 +138,3 @@ def _only_part(node: fx.Node) -> fx.Node | None:
     if len(parts) == 1 and parts[0].meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[union-attr]
         return parts[0]  # type: ignore[return-value]
     return None
-
-
-def same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
-    """Whether two shapes are provably equal (symbolic sizes included)."""
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are provably equal; adds no guard."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(operator.eq(a, b))

@@ -1,12 +1,28 @@
-"""Sizes as graph arguments: an int stays an int, a symbolic size becomes the nodes that compute it from the inputs."""
+"""Sizes, symbolic ones included: what is provably equal, and a size as an argument of a node.
 
+An int stays an int; a symbolic size becomes the nodes that compute it from the graph's inputs.
+"""
+
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+
+def same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Whether two shapes are provably equal (symbolic sizes included)."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are provably equal; adds no guard."""
+    return statically_known_true(operator.eq(a, b))
 
 
 class Sizes:

@@ -7,7 +7,6 @@ import torch
 from torch import fx
 
 from autoseq.passes.factors import Factors, Size, product
-from autoseq.passes.normalize import same_size
 from autoseq.passes.rules.rule import (
     LocalEmitter,
     Rule,
@@ -19,6 +18,7 @@ from autoseq.passes.rules.rule import (
     plain_dims,
     result_shapes,
 )
+from autoseq.passes.sizes import same_size
 from autoseq.runtime import collectives, rows
 
 aten = torch.ops.aten

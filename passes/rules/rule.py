@@ -18,6 +18,7 @@ from autoseq.passes.factors import (
     parse_pattern,
     tensor_operands,
 )
+from autoseq.passes.sizes import same_size
 
 
 class LocalEmitter(Protocol):
@@ -93,8 +94,6 @@ def plain_dims(rank: int, prefix: str = "d") -> list[tuple[str, ...]]:
 
 def dims_of(shape: Sequence[Size], names: list[tuple[str, ...]], sizes: dict[str, Size]) -> Dims:
     """Bind one tensor's dims to names of one factor each, recording their sizes; a dim of size 1 has no factor."""
-    from autoseq.passes.normalize import same_size
-
     bound: list[tuple[str, ...]] = []
     for size, name in zip(shape, names, strict=True):
         if same_size(size, 1) or not name:

@@ -16,7 +16,8 @@ from autoseq.agreement import agree_on_inputs, agree_on_program
 from autoseq.options import Options, parse_options
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name
-from autoseq.program import Program, build_program, fake_inputs
+from autoseq.passes.tidy import leave_gradients_unsummed
+from autoseq.program import Program, build_program, fake_inputs, mark_trainable
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -65,6 +66,10 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
     names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
     if program is None:
         _tell_fragment(inputs, options, group)
+        if options.grad_sync == "none":
+            mark_trainable(gm, inputs)
+            leave_gradients_unsummed(gm, group=group.name)
+            gm.recompile()
         return _Runner(_inner(gm, fake_inputs(gm, inputs), options), None, names, group, options)
     compiled = _inner(program.gm, program.inputs, options)
     return _Runner(compiled, program, names, group, options)

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from autoseq.options import Options
 from autoseq.passes.find_attention import LeftWhole, find_attention
 from autoseq.passes.find_sequence import find_sequence
-from autoseq.passes.keep_casts import keep_casts
+from autoseq.passes.keep_meaning import keep_meaning
 from autoseq.passes.lower import lower
 from autoseq.passes.normalize import drop_noops, normalize
 from autoseq.passes.open_regions import open_regions
@@ -70,13 +70,11 @@ def build_program(
 ) -> Program | None:
     """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole."""
     open_regions(gm)
-    keep_casts(gm)
+    keep_meaning(gm)
     floats = specialize_floats(gm, inputs)
     fake = fake_inputs(gm, inputs)
     normal = normalize(gm, fake)
-    for node, value in zip(normal.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
-        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+    mark_trainable(normal, inputs)
     records = run_passes(normal, _READ, observe=observe)
     sites = find_sites(normal)
     found, left_whole = records["find_attention"].result
@@ -120,6 +118,13 @@ def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple
     )
 
 
+def mark_trainable(gm: fx.GraphModule, inputs: Sequence[object]) -> None:
+    """Note on each input whether it needs a gradient and whether it is a parameter."""
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
+        node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+
+
 def fake_inputs(gm: fx.GraphModule, inputs: Sequence[object]) -> list[object]:
     """Dynamo's real inputs as fake tensors of its own mode, symbolic sizes kept.
 
@@ -136,7 +141,9 @@ def fake_inputs(gm: fx.GraphModule, inputs: Sequence[object]) -> list[object]:
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
         symbolic = context.tensor_to_context.get(value) if context else None
-        return mode.from_tensor(value, static_shapes=symbolic is None, symbolic_context=symbolic)
+        # With its source a symbolic size is Dynamo's own symbol again, not a new one that nothing guards.
+        source = getattr(symbolic, "tensor_source", None)
+        return mode.from_tensor(value, static_shapes=symbolic is None, symbolic_context=symbolic, source=source)
 
     return [fake(node, value) for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
 

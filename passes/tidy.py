@@ -15,13 +15,30 @@ def drop_idle_varies(gm: fx.GraphModule) -> int:
 
         vary(buffer)     →     buffer
 
-    Legal because `vary` computes the identity; its gradient, the sum over ranks, is needed only where a gradient is.
+    Legal because `vary` computes the identity; its gradient, the sum over ranks, is needed only where a gradient is. A
+    parameter that is used only under `no_grad` or behind `detach` then has no gradient at all, as on one device.
     """
-    idle = [node for node in _input_varies(gm) if not node.args[0].meta.get("requires_grad")]  # type: ignore[union-attr]
+    needed = _reached_by_gradients(gm)
+    idle = [node for node in _input_varies(gm) if node not in needed or not node.args[0].meta.get("requires_grad")]  # type: ignore
     for node in idle:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
     return len(idle)
+
+
+def _reached_by_gradients(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes from which a differentiable path leads to an output."""
+    enabled, differentiable = True, set()
+    for node in gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif (enabled and node.target is not torch.ops.aten.detach.default) or node.op != "call_function":
+            differentiable.add(node)
+    reached: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if node.op == "output" or (node in reached and node in differentiable):
+            reached.update(node.all_input_nodes)
+    return reached
 
 
 def leave_gradients_unsummed(gm: fx.GraphModule, *, group: str) -> int:

@@ -117,10 +117,13 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
     lse.copy_(torch.logaddexp(lse, block_lse))
 
 
-def split(mask: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, *, masked: bool) -> Iterator[Block]:
+def split(
+    mask: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, *, masked: bool, tile_keys: int | None = None
+) -> Iterator[Block]:
     """Cut a rectangle of the score matrix into non-empty blocks, large where the mask is simple.
 
-    `masked` says that every block needs a mask tensor (a predicate or a bias), so no block is larger than a tile.
+    `masked` says that every block needs a mask tensor (a predicate or a bias), so no block is larger than a tile:
+    TILE rows and keys, or TILE rows and `tile_keys`.
     """
     kind = mask.classify(q_start, q_rows, k_start, k_rows)
     if kind is BlockKind.EMPTY:
@@ -130,7 +133,7 @@ def split(mask: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, *, m
     elif not masked and replace(mask, max_ahead=None).classify(q_start, q_rows, k_start, k_rows) is BlockKind.FULL:
         yield from _split_at_diagonal(mask, q_start, q_rows, k_start, k_rows)
     else:
-        yield from _split_into_tiles(mask, q_start, q_rows, k_start, k_rows, masked)
+        yield from _split_into_tiles(mask, q_start, q_rows, k_start, k_rows, masked, tile_keys or TILE)
 
 
 def _split_at_diagonal(mask: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int) -> Iterator[Block]:
@@ -148,14 +151,14 @@ def _split_at_diagonal(mask: Mask, q_start: int, q_rows: int, k_start: int, k_ro
 
 
 def _split_into_tiles(
-    mask: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, masked: bool
+    mask: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, masked: bool, tile_keys: int
 ) -> Iterator[Block]:
     for q_offset in range(0, q_rows, TILE):
         rows = min(TILE, q_rows - q_offset)
         first, count = mask.keys_of(q_start + q_offset, rows, k_start, k_rows)
         full: Block | None = None
-        for key in range(first, first + count, TILE):
-            tile = Block(q_offset, rows, key - k_start, min(TILE, first + count - key), BlockKind.PARTIAL)
+        for key in range(first, first + count, tile_keys):
+            tile = Block(q_offset, rows, key - k_start, min(tile_keys, first + count - key), BlockKind.PARTIAL)
             kind = mask.classify(q_start + q_offset, rows, key, tile.k_rows)
             if kind is BlockKind.EMPTY:
                 continue
@@ -176,7 +179,9 @@ def _calls(
     masked = bool(problem.mask.predicate) or problem.bias is not None
     for q_local, q_start, q_rows in q_chunks:
         for k_local, k_start, k_rows in k_chunks:
-            for block in split(problem.mask, q_start, q_rows, k_start, k_rows, masked=masked):
+            # Under a float mask that hides a whole row by the least finite value, parts of its softmax do not add up: one call a row.
+            tile_keys = None if problem.bias is None else k_rows
+            for block in split(problem.mask, q_start, q_rows, k_start, k_rows, masked=masked, tile_keys=tile_keys):
                 allowed, attn_bias = True, None
                 if block.kind is BlockKind.PARTIAL:
                     q_at = torch.arange(block.q_rows, device=q.device) + (q_start + block.q_offset)

@@ -53,6 +53,7 @@ class GatherKV(Strategy):
     """All keys and values to every rank."""
 
     name = "gather_kv"
+    merges_partial_softmaxes = True
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:

@@ -60,6 +60,7 @@ class Ring(Strategy):
     """Keys and values go round, queries stay."""
 
     name = "ring"
+    merges_partial_softmaxes = True
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoseq.runtime.collectives import all_reduce
+from autoseq.runtime.collectives import all_reduce, sharded_rows
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, rank_positions
 
@@ -29,6 +29,21 @@ def zero_padding(x: Tensor, *, dim: int, outer: int, length: int, local: int, la
     """x with zeros in its padding rows, so that a sum over rows counts the valid ones."""
     valid = valid_rows(x, dim=dim, outer=outer, length=length, local=local, layout=layout, group=group)
     return torch.where(valid, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def drop_last_rows(x: Tensor, *, dim: int, outer: int, length: int, local: int, layout: Layout, group: str) -> Tensor:
+    """x with only its first `length` rows valid: the rows behind become padding, copies of row `length` - 1.
+
+    They keep no values of their own, because a value that the program dropped may be one that nothing can be computed from
+    (an infinite weight, an id out of range). Sends one row, summed over ranks.
+    """
+    sharded = sharded_rows(x, dim, outer, length, local, layout, group)
+    positions = rank_positions(sharded.group.rank, sharded.group.size, local, layout, x.device)[:, None]
+    opened = sharded.open(x, local)
+    mine = torch.where(positions == length - 1, opened.detach(), torch.zeros((), dtype=x.dtype, device=x.device))
+    wire = mine.to(torch.uint8) if x.dtype == torch.bool else mine
+    last = all_reduce(wire.sum(1, keepdim=True, dtype=wire.dtype), group=group).to(x.dtype)
+    return sharded.close(torch.where(positions < length, opened, last), x, local, local)
 
 
 def cross_entropy(

@@ -54,6 +54,7 @@ class Strategy(ABC):
     """A way to compute attention over a sharded sequence. One instance each, in `runtime/strategies.py`."""
 
     name: ClassVar[str]
+    merges_partial_softmaxes: ClassVar[bool] = False
     attention: Callable[..., Tensor]
 
     @abstractmethod
@@ -64,6 +65,8 @@ class Strategy(ABC):
         """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""
         if site.dropout_p > 0:
             return f"{self.name} has no dropout inside attention yet (dropout_p={site.dropout_p:g})"
+        if site.has_bias and self.merges_partial_softmaxes:
+            return "a float mask may hide a whole row by its least finite value, and partial softmaxes of such a row do not add up"
         if site.heads % site.kv_heads != 0:
             return f"{site.heads} query heads are not a multiple of {site.kv_heads} key/value heads"
         return None

@@ -127,7 +127,20 @@ def _all_reduce(xs: Values, P: int) -> Any:
     return _Collective.apply(_summed, lambda g: g, *xs)
 
 
+def _drop_last_rows(xs: Values, P: int, *, dim: int, outer: int, length: int, local: int, layout: Any) -> Values:
+    """What is behind the new end is a copy of the last row that stays, and passes no gradient on."""
+    whole = _joined([x.detach() for x in xs], P, dim=dim, outer=outer, length=length, local=local, layout=layout)[0]
+    last = whole.unflatten(dim, (outer, length, -1)).narrow(dim + 1, length - 1, 1)
+    dropped = []
+    for rank, x in enumerate(xs):
+        opened = x.unflatten(dim, (outer, local, -1))
+        kept = rank_positions(rank, P, local, layout, "cpu") < length
+        kept = kept.reshape(-1, *[1] * (opened.ndim - dim - 2))
+        dropped.append(torch.where(kept, opened, last).flatten(dim, dim + 2))
+    return dropped
+
+
 _COLLECTIVES: dict[Any, Callable[..., Any]] = {
     collectives.take_shard: _take_shard, collectives.all_gather: _all_gather, collectives.all_gather_varying: _all_gather_varying,
-    collectives.vary: _vary, collectives.all_reduce: _all_reduce,
+    collectives.vary: _vary, collectives.all_reduce: _all_reduce, rows.drop_last_rows: _drop_last_rows,
 }  # fmt: skip

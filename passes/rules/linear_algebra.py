@@ -54,6 +54,13 @@ def _local_einsum(node: fx.Node, local: LocalEmitter) -> fx.Node:
     return local.emit(collectives.all_reduce, (partial,), {"group": local.sharding(first)["group"]})
 
 
+def _embedding(node: fx.Node) -> Factors | None:
+    """A gradient scaled by how often an id occurs counts over all rows; a sparse one has no sum over ranks."""
+    if argument(node, 3, "scale_grad_by_freq", False) or argument(node, 4, "sparse", False):
+        return None
+    return bind_node(parse_pattern("v! e, ... -> ... e"), node)
+
+
 RULES = {
     aten.linear.default: Rule(pattern("... i, o i, [o] -> ... o")),
     aten.matmul.default: Rule(_matmul),
@@ -64,5 +71,5 @@ RULES = {
     aten.einsum.default: Rule(_einsum, local=_local_einsum),
     aten.layer_norm.default: Rule(_norm),
     aten.rms_norm.default: Rule(_norm),
-    aten.embedding.default: Rule(pattern("v! e, ... -> ... e")),
+    aten.embedding.default: Rule(_embedding),
 }

@@ -19,6 +19,7 @@ from autoseq.passes.rules.rule import (
     result_shapes,
 )
 from autoseq.passes.sizes import same_size
+from autoseq.runtime import rows
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ def _slice(node: fx.Node) -> Factors | None:
     shape, result = first_val(node).shape, result_shapes(node)[0]
     dim = as_dim(argument(node, 1, "dim", 0), len(shape))
     from_start = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
-    keeps_rows = from_start and not same_size(result[dim], 1)
+    keeps_rows = from_start and not same_size(result[dim], 1) and not same_size(result[dim], 0)
     names = plain_dims(len(shape))
     sizes: dict[str, Size] = {}
     old = dims_of(shape, names, sizes)
@@ -72,10 +73,14 @@ def _slice(node: fx.Node) -> Factors | None:
 
 
 def _local_slice(node: fx.Node, local: LocalEmitter) -> fx.Node:
-    """Dropping the last rows of the sequence moves nothing: they become padding. Any other dim is cut as before."""
-    mark = local.operand_mark(0)
-    dim = as_dim(argument(node, 1, "dim", 0), first_val(node).dim())
-    return local.args[0] if mark is not None and mark.dim == dim else local.emit(node.target, local.args, local.kwargs)  # type: ignore
+    """Dropping the last rows of the sequence keeps the others where they are; any other dim is cut as before."""
+    mark, shape, result = local.operand_mark(0), first_val(node).shape, result_shapes(node)[0]
+    dim = as_dim(argument(node, 1, "dim", 0), len(shape))
+    if mark is None or mark.dim != dim:
+        return local.emit(node.target, local.args, local.kwargs)  # type: ignore[arg-type]
+    if same_size(shape[dim], result[dim]):
+        return local.args[0]
+    return local.emit(rows.drop_last_rows, (local.args[0],), {**local.sharding(0), "length": local.size(result[dim])})
 
 
 def _select(node: fx.Node) -> Factors:

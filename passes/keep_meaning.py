@@ -1,0 +1,77 @@
+"""Keep meaning: what `normalize`'s trace would drop from Dynamo's graph without a word is made explicit, or refused.
+
+    y = linear(x, w).float()        # bfloat16 under autocast    →    y = aten._to_copy(linear(x, w), dtype=float32)
+    y = x.data                      # no gradient                →    y = aten.detach(x)
+    y = MyFunction.apply(x)         # its own backward           →    UnsupportedError
+
+The trace runs above autocast, where `linear` still gives float32 and the cast looks idle; autocast is applied when the local
+graph is compiled, and the explicit copy is then a real cast. Legal because a copy in the same dtype has the same values, and
+because `.data` is `detach` for a program that does not write to it. A custom backward would be lost: only its forward is traced.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from autoseq.passes.source import source_line
+from autoseq.runtime.errors import UnsupportedError
+
+aten = torch.ops.aten
+_METHOD_DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def keep_meaning(gm: fx.GraphModule) -> int:
+    """Rewrite the casts and detaches that tracing would drop; returns how many. Raises for a custom backward."""
+    _refuse_custom_backwards(gm)
+    kept = _keep_detaches(gm) + (_keep_casts(gm) if _under_autocast(gm) else 0)
+    gm.recompile()
+    return kept
+
+
+def _refuse_custom_backwards(gm: fx.GraphModule) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for node in _nodes_of_all_graphs(gm):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "autograd_function_apply":
+            raise UnsupportedError(
+                f"the custom autograd.Function at {source_line(node)} has a backward of its own, which is not supported yet. "
+                "Use an equivalent without it where the model offers one, or run it under torch.no_grad()."
+            )
+
+
+def _nodes_of_all_graphs(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def _keep_detaches(gm: fx.GraphModule) -> int:
+    reads = gm.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr)
+    for node in reads:
+        node.target = aten.detach.default
+    return len(reads)
+
+
+def _keep_casts(gm: fx.GraphModule) -> int:
+    kept = 0
+    for node in gm.graph.nodes:
+        dtype = _cast_dtype(node) if node.op == "call_method" else None
+        if dtype is not None:
+            node.op, node.target = "call_function", aten._to_copy.default
+            node.args, node.kwargs = node.args[:1], {"dtype": dtype}
+            kept += 1
+    return kept
+
+
+def _under_autocast(gm: fx.GraphModule) -> bool:
+    ambient = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device))
+    return ambient or bool(gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast))
+
+
+def _cast_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a method call casts to, if that is all it does."""
+    if node.target in _METHOD_DTYPES:
+        return _METHOD_DTYPES[str(node.target)]
+    given = [*node.args[1:], *node.kwargs.values()]
+    return given[0] if node.target == "to" and len(given) == 1 and isinstance(given[0], torch.dtype) else None

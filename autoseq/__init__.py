@@ -6,6 +6,11 @@ Every rank of a sequence group calls the model with the same, full-length inputs
 device. `parallelize` and `sequence_parallel` do the same as a function and as a class decorator.
 """
 
+import torch
+
+if torch.__version__ < (2, 11):
+    raise ImportError(f"autoseq needs torch 2.11 or later; this is {torch.__version__}")
+
 from autoseq.api import parallelize, sequence_parallel
 from autoseq.options import Options
 from autoseq.runtime.deferred import DeferredTensor
@@ -13,6 +18,7 @@ from autoseq.runtime.errors import (
     AutoSeqError,
     FallbackError,
     MeshError,
+    MessageError,
     NoAttentionError,
     NoSequenceError,
     OptionError,
@@ -24,7 +30,7 @@ from autoseq.runtime.errors import (
 )
 
 __all__ = [
-    "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "NoAttentionError", "NoSequenceError", "OptionError",
+    "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "OptionError",
     "Options", "RankMismatchError", "RendezvousError", "StrategyError", "TargetError", "UnsupportedError", "parallelize",
     "sequence_parallel",
 ]  # fmt: skip

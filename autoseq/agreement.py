@@ -7,15 +7,14 @@ fingerprints through the store, which cannot hang, before anything is sent.
 import hashlib
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Sequence
 
 import torch
 
-from autoseq.runtime.errors import AutoSeqError, RankMismatchError
+from autoseq.runtime.errors import AutoSeqError, RankMismatchError, RendezvousError
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.rendezvous import exchange
+from autoseq.runtime.rendezvous import exchange, timeout_s
 
 _TIMEOUT_VARIABLE = "AUTOSEQ_COMPILE_TIMEOUT_S"
 _DEFAULT_TIMEOUT_S = 600.0
@@ -23,8 +22,11 @@ _SAMPLED_ELEMENTS = 4096
 _HASHED_WHOLE_BYTES = 1 << 22
 
 
-def _timeout_s() -> float:
-    return float(os.environ.get(_TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
+def _exchange(group: SequenceGroup, topic: str, payload: bytes) -> list[bytes]:
+    try:
+        return exchange(group, topic, payload, timeout_s=timeout_s(_TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
+    except RendezvousError as error:
+        raise RendezvousError(f"{error} {_TIMEOUT_VARIABLE} sets how many seconds ranks wait for each other's compilers.") from error
 
 
 def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> None:
@@ -34,7 +36,7 @@ def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSe
     text = "\n".join(lines)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     mine = {"digest": digest, "failure": None if failure is None else f"{type(failure).__name__}: {failure}"}
-    theirs = [json.loads(reply) for reply in exchange(group, "program", json.dumps(mine).encode(), timeout_s=_timeout_s())]
+    theirs = [json.loads(reply) for reply in _exchange(group, "program", json.dumps(mine).encode())]
     failed = {rank: reply["failure"] for rank, reply in enumerate(theirs) if reply["failure"]}
     if failure is not None:
         return  # the caller raises its own, which says more
@@ -43,7 +45,7 @@ def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSe
         raise RankMismatchError(f"rank {rank} of group {group.name!r} could not compile the program: {message}")
     if len({reply["digest"] for reply in theirs}) == 1:
         return
-    texts = [zlib.decompress(t).decode() for t in exchange(group, "program text", zlib.compress(text.encode()), timeout_s=_timeout_s())]
+    texts = [zlib.decompress(t).decode() for t in _exchange(group, "program text", zlib.compress(text.encode()))]
     raise RankMismatchError(_first_difference(group, texts))
 
 
@@ -70,7 +72,7 @@ def agree_on_inputs(group: SequenceGroup, names: Sequence[str], values: Sequence
     hashes = {name: _hash(value) for name, value in zip(names, values, strict=True)}
     if draws:
         hashes["torch's random state (call torch.manual_seed alike on every rank)"] = _hash(torch.get_rng_state())
-    replies = exchange(group, "inputs", json.dumps(hashes).encode(), timeout_s=_timeout_s())
+    replies = _exchange(group, "inputs", json.dumps(hashes).encode())
     theirs = [json.loads(reply) for reply in replies]
     for name in hashes:
         for rank, other in enumerate(theirs):

@@ -25,10 +25,6 @@ from autoseq.runtime.layout import Layout
 
 log = logging.getLogger("autoseq")
 
-if torch.__version__ < (2, 11):
-    raise ImportError(f"autoseq needs torch 2.11 or later; this is {torch.__version__}")
-
-
 def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """Compile one Dynamo graph with its sequence split over ranks; see `Options` for `options`.
 

@@ -164,12 +164,12 @@ class _Watch:
         return LaunchError(f"rank {index} {how} before it returned")
 
 
-_CONSEQUENCES = ("MessageError", "RendezvousError", "RankMismatchError")
+_CONSEQUENCES = (errors.MessageError, errors.RendezvousError, errors.RankMismatchError)
 
 
 def _severity(error: AutoSeqError) -> int:
     """An error of autoseq's own says most, then a death, then any other error; last what followed from another rank's failure."""
-    if type(error).__name__ in _CONSEQUENCES:
+    if isinstance(error, _CONSEQUENCES):
         return 3
     if not isinstance(error, LaunchError):
         return 0

@@ -87,13 +87,13 @@ def _hint(size: int | SymInt) -> int:
 def make_plan(sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str) -> Plan:
     """Choose for every site. Raises StrategyError if the one asked for, or every one, cannot serve a site."""
     chosen = [_choose(named, group_size, strategy) for named in sites]
-    return_layout: Layout = "contiguous"
+    chosen_layout: Layout = "contiguous"
     if layout == "zigzag" or (layout == "auto" and group_size > 1 and any(_wants_zigzag(named, name) for named, name, _ in chosen)):
-        return_layout = "zigzag"
+        chosen_layout = "zigzag"
     plans = [
-        SitePlan(named, name, STRATEGIES[name].cost(named.site, group_size, return_layout), losers) for named, name, losers in chosen
+        SitePlan(named, name, STRATEGIES[name].cost(named.site, group_size, chosen_layout), losers) for named, name, losers in chosen
     ]
-    return Plan(return_layout, tuple(plans))
+    return Plan(chosen_layout, tuple(plans))
 
 
 def _wants_zigzag(named: NamedSite, strategy: str) -> bool:

@@ -27,7 +27,7 @@ from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
 from autoseq.planner import NamedSite, Plan, find_sites, make_plan
 from autoseq.runtime.deferred import DeferredTensor
-from autoseq.runtime.errors import AutoSeqError, FallbackError, NoAttentionError, NoSequenceError
+from autoseq.runtime.errors import FallbackError, NoAttentionError, NoSequenceError
 from autoseq.runtime.groups import SequenceGroup
 
 log = logging.getLogger("autoseq")
@@ -87,8 +87,7 @@ def build_program(
     before = fx.Graph()
     before.graph_copy(normal.graph, {}, return_output_node=True)
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
-    if records["lower"].result != found:
-        raise AutoSeqError(f"internal error: {found} attention sites were found, {records['lower'].result} rewritten")
+    assert records["lower"].result == found, f"{found} attention sites were found, {records['lower'].result} rewritten"
     sharding: Sharding = records["shard"].result
     program = Program(normal, before, fake, floats, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole), records)
     _tell(program, options, group)
@@ -177,7 +176,6 @@ def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
     ]
     if group.size > 1:
         lines += [f"the mask of the attention at {d.source} is held whole: {d.reason}; {d.num_bytes:,} bytes" for d in program.dense_masks]
-        lines += [f"the attention at {c.source} runs whole on every rank: {c.reason}" for c in program.left_whole]
     if lines and options.strict:
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
     for line in lines:

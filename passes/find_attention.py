@@ -113,7 +113,7 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, call: _Call) -> None:
             q, k, v = (_like(graph.call_function(aten.unsqueeze.default, (x, 1)), node, x.meta["val"].unsqueeze(1)) for x in (q, k, v))
         else:
             k, v = _unrepeat(k, v, heads=_shape(q)[1])
-        lengths = (_length(graph, q, node), _length(graph, k, node))
+        lengths = (_length(graph, q), _length(graph, k))
         captures, bias, predicate = _mask_arguments(call.mask, flat)
         scale = call.scale if call.scale is not None else float(_shape(q)[-1]) ** -0.5
         site = graph.call_function(
@@ -136,7 +136,7 @@ def _like(new: fx.Node, old: fx.Node, val: torch.Tensor | None) -> fx.Node:
     return new
 
 
-def _length(graph: fx.Graph, x: fx.Node, like: fx.Node) -> int | fx.Node:
+def _length(graph: fx.Graph, x: fx.Node) -> int | fx.Node:
     size = _shape(x)[2]
     if isinstance(size, int):
         return size

@@ -47,7 +47,8 @@ def _nodes_of_all_graphs(gm: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _keep_detaches(gm: fx.GraphModule) -> int:
-    reads = gm.graph.find_nodes(op="call_function", target=torch._C._autograd._get_data_attr)
+    data = torch._C._autograd._get_data_attr  # pyright: ignore[reportAttributeAccessIssue]
+    reads = gm.graph.find_nodes(op="call_function", target=data)
     for node in reads:
         node.target = aten.detach.default
     return len(reads)

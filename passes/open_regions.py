@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from autoseq.passes.source import source_line
 from autoseq.runtime.errors import UnsupportedError
 
 _CHECKPOINT = "tag_activation_checkpoint"
@@ -44,7 +45,9 @@ def _open(gm: fx.GraphModule, region: fx.Node) -> None:
     body = gm.get_submodule(str(body_ref.target))
     assert isinstance(body, fx.GraphModule)
     if "_checkpoint_context_fn" in body.meta:
-        raise UnsupportedError("selective activation checkpointing (context_fn) is not supported yet; use plain checkpointing")
+        raise UnsupportedError(
+            f"the selective activation checkpointing (context_fn) at {source_line(region)} is not supported yet; use plain checkpointing"
+        )
     region_id = next(_region_ids)
     operands = dict(zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True))
     with gm.graph.inserting_before(region):

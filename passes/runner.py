@@ -1,7 +1,7 @@
 """The runner: one contract for all passes, one place for what every pass needs around it.
 
 A pass is a function on a GraphModule that edits it in place and returns what it did. The runner alone lints, removes dead
-code, recompiles, times, dumps, and says which pass failed where.
+code, recompiles, times, shows the graph to an observer, and says which pass failed.
 """
 
 import logging

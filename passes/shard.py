@@ -261,7 +261,7 @@ class _Sharder:
 
     def _run_whole(self, node: fx.Node, reason: str) -> None:
         gathered = {n: self.values[n].mark for n in node.all_input_nodes if self.values[n].mark is not None}
-        if gathered:
+        if gathered or "left_whole" in node.meta:
             sent = sum(self._gather_bytes(n, mark) for n, mark in gathered.items())  # type: ignore[arg-type]
             self.fallbacks.append(Fallback(_op_name(node), source_line(node), node.meta.get("left_whole", reason), sent))
         made = self.graph.node_copy(node, self.whole)

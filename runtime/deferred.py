@@ -12,7 +12,6 @@ rows of it: the backward pass moves nothing.
 from __future__ import annotations
 
 import copy
-import os
 import weakref
 from itertools import count
 from typing import Any
@@ -25,10 +24,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
-from autoseq.runtime.errors import OptionError, RankMismatchError, RendezvousError, UnsupportedError
+from autoseq.runtime.errors import RankMismatchError, RendezvousError, UnsupportedError
 from autoseq.runtime.groups import process_group
 from autoseq.runtime.layout import Layout
-from autoseq.runtime.rendezvous import exchange
+from autoseq.runtime.rendezvous import exchange, timeout_s
 
 TIMEOUT_VARIABLE = "AUTOSEQ_GATHER_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = 60.0
@@ -197,7 +196,7 @@ class _Shard:
         group = self.rows.group
         mine = f"{self.name!r} (number {self._serial} of this group's outputs, {_describe(self.shape, self.dtype)})"
         try:
-            theirs = exchange(group, "gather of a deferred output", mine.encode(), timeout_s=_timeout_s())
+            theirs = exchange(group, "gather of a deferred output", mine.encode(), timeout_s=timeout_s(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
         except RendezvousError as error:
             raise RendezvousError(
                 f"The output {mine} could not be gathered. {error} "
@@ -238,14 +237,3 @@ def _next_serial(group: str) -> int:
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"shape {shape}, {dtype}"
-
-
-def _timeout_s() -> float:
-    text = os.environ.get(TIMEOUT_VARIABLE, str(DEFAULT_TIMEOUT_S))
-    try:
-        timeout_s = float(text)
-    except ValueError:
-        timeout_s = 0.0
-    if timeout_s <= 0:
-        raise OptionError(f"{TIMEOUT_VARIABLE} must be a number of seconds above 0, got {text!r}.")
-    return timeout_s

@@ -42,6 +42,10 @@ class RendezvousError(AutoSeqError):
     """Some ranks of a group did not come to a meeting point in time."""
 
 
+class MessageError(AutoSeqError):
+    """A message between ranks was not delivered: a peer died, stalled, or left its process group."""
+
+
 class TargetError(AutoSeqError):
     """The model, function or script named on the command line cannot be used."""
 

@@ -8,15 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoseq.runtime.errors import AutoSeqError
+from autoseq.runtime.errors import MessageError
 from autoseq.runtime.groups import SequenceGroup, process_group
 
 # The functional forms of the collectives keep their names from one torch release to the next.
 _ops = torch.ops._c10d_functional
-
-
-class MessageError(AutoSeqError):
-    """A message between ranks did not get through: a peer failed, or it runs another program."""
 
 
 @dataclass(frozen=True, slots=True)

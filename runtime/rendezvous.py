@@ -12,6 +12,7 @@ rank cannot arrive just as another stops waiting for it and then go on alone.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from autoseq.runtime.errors import RendezvousError
+from autoseq.runtime.errors import OptionError, RendezvousError
 from autoseq.runtime.groups import SequenceGroup, process_group
 
 SHORTEST_NAP_S = 0.0005
@@ -131,3 +132,15 @@ def _store() -> dist.Store:
             "torch.distributed was shut down before this rank could meet its group. Use the model's outputs before "
             "destroy_process_group()."
         ) from error
+
+
+def timeout_s(variable: str, default_s: float) -> float:
+    """Seconds to wait, from an environment variable. Raises OptionError if it holds no positive number."""
+    text = os.environ.get(variable, str(default_s))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if seconds <= 0:
+        raise OptionError(f"{variable} must be a number of seconds above 0, got {text!r}.")
+    return seconds

@@ -157,7 +157,7 @@ def run_other_batches(rank: int, P: int) -> float:
     oracle = copy.deepcopy(model)
     compiled = torch.compile(model, backend="autoseq", options={**OPTIONS, "strategy": "ring"})
     worst = 0.0
-    for B, S in ((2, 7), (2, 9), (2, 12), (3, 3), (4, 4), (2, 2)):
+    for B, S in ((2, 7), (2, 9), (3, 12), (2, 2)):
         ids = torch.randint(0, 16, (B, S))
         actual, expected = compiled(ids), oracle(ids)
         actual.square().sum().backward()

@@ -13,9 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_job import assemble, attend_on_rank, call_keywords, padding_rows
-from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.errors import MessageError, UnsupportedError
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
-from autoseq.runtime.messages import MessageError
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
 from dense_attention import MASKS, Case, check_close, dense_attention, relative_error

@@ -32,8 +32,7 @@ def total(counted: dict[str, tuple[int, int]]) -> tuple[int, int]:
     return sum(m for m, _ in counted.values()), sum(b for _, b in counted.values())
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("P", [2, 3])
+@pytest.mark.parametrize(("P", "layout"), [(2, "contiguous"), (3, "zigzag")])
 @pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather_kv"])
 def test_a_training_step_sends_what_the_formulas_say(strategy: str, P: int, layout: Any) -> None:
     site = Site(batch=B, q_len=S, k_len=S, heads=H, kv_heads=K, head_dim=D, value_dim=D, element_bytes=4, max_ahead=0)

@@ -20,6 +20,7 @@ from autoseq.graph_text import remember_global
 from autoseq.options import Options
 from autoseq.passes.read_masks import DenseMask
 from autoseq.passes.shard import Fallback
+from autoseq.passes.sizes import hint, num_bytes
 from autoseq.planner import SitePlan
 from autoseq.program import Program, build_program
 from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
@@ -168,5 +169,4 @@ def intermediates(graph: fx.Graph) -> list[Intermediate]:
 
 
 def _intermediate(val: torch.Tensor) -> Intermediate:
-    shape = tuple(size if isinstance(size, int) else int(size.node.hint) for size in val.shape)
-    return Intermediate(shape, torch.Size(shape).numel() * val.element_size())
+    return Intermediate(tuple(hint(size) for size in val.shape), num_bytes(val))

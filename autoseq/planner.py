@@ -7,9 +7,10 @@ now "auto" takes the legal strategy that sends the fewest bytes for a training s
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import SymInt, fx
+from torch import fx
 
 from autoseq.passes.find_attention import is_attention
+from autoseq.passes.sizes import hint
 from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -55,7 +56,10 @@ class Plan:
 
 
 def find_sites(gm: fx.GraphModule) -> list[NamedSite]:
-    """The attention sites of a graph, their names made unique in the graph itself."""
+    """The attention sites of a graph, their names made unique in the graph itself.
+
+    A symbolic length is planned for by the length of this trace; the strategy serves any.
+    """
     sites: list[NamedSite] = []
     seen: dict[str, int] = {}
     for node in gm.graph.nodes:
@@ -72,16 +76,11 @@ def find_sites(gm: fx.GraphModule) -> list[NamedSite]:
 def _site(node: fx.Node) -> Site:
     q, k, v = (x.meta["val"] for x in node.args[:3])  # type: ignore[union-attr]
     return Site(
-        batch=_hint(q.shape[0]), q_len=_hint(q.shape[2]), k_len=_hint(k.shape[2]), heads=_hint(q.shape[1]), kv_heads=_hint(k.shape[1]),
-        head_dim=_hint(q.shape[3]), value_dim=_hint(v.shape[3]), element_bytes=q.element_size(),
+        batch=hint(q.shape[0]), q_len=hint(q.shape[2]), k_len=hint(k.shape[2]), heads=hint(q.shape[1]), kv_heads=hint(k.shape[1]),
+        head_dim=hint(q.shape[3]), value_dim=hint(v.shape[3]), element_bytes=q.element_size(),
         max_ahead=node.kwargs["max_ahead"], max_behind=node.kwargs["max_behind"],  # type: ignore[arg-type]
         predicate=str(node.kwargs["predicate"]), has_bias=node.args[4] is not None, dropout_p=0.0,
     )  # fmt: skip
-
-
-def _hint(size: int | SymInt) -> int:
-    """A symbolic length is planned for by the length of this trace; the strategy serves any."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def make_plan(sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str) -> Plan:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import SymInt, fx
 
-from autoseq.passes.sizes import same_size
+from autoseq.passes.sizes import hint, same_size
 
 MARK = "sequence"
 """The key in a node's metadata for its `Mark`."""
@@ -253,7 +253,7 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[list[int], l
         run_a, run_b = [a[i]], [b[j]]
         i, j = i + 1, j + 1
         while not same_size(product([old[d] for d in run_a]), product([new[d] for d in run_b])):
-            if _hint(product([old[d] for d in run_a])) < _hint(product([new[d] for d in run_b])) and i < len(a):
+            if hint(product([old[d] for d in run_a])) < hint(product([new[d] for d in run_b])) and i < len(a):
                 run_a.append(a[i])
                 i += 1
             elif j < len(b):
@@ -269,11 +269,6 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[list[int], l
         groups[-1][0].extend(a[i:])
         groups[-1][1].extend(b[j:])
     return groups
-
-
-def _hint(size: Size) -> int:
-    """A symbolic size's value in this trace; it only guides the search above, equality is always proven."""
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def tensor_operands(node: fx.Node) -> list[tuple[object, ...]]:

@@ -15,6 +15,7 @@ from torch import fx
 
 from autoseq.passes.find_attention import is_attention
 from autoseq.passes.index_formula import Reader, Unreadable, is_bool, k, q
+from autoseq.passes.sizes import num_bytes
 from autoseq.passes.source import source_line
 
 _SYMBOLS = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk"}
@@ -48,11 +49,7 @@ def read_masks(gm: fx.GraphModule) -> tuple[int, list[DenseMask]]:
 
 
 def _dense(node: fx.Node, mask: fx.Node, reason: str) -> DenseMask:
-    val = mask.meta["val"]
-    num_bytes = val.element_size()
-    for size in val.shape:
-        num_bytes *= size if isinstance(size, int) else size.node.hint
-    return DenseMask(source_line(node), reason, num_bytes)
+    return DenseMask(source_line(node), reason, num_bytes(mask.meta["val"]))
 
 
 def _read(node: fx.Node) -> DenseMask | None:

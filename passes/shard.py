@@ -25,7 +25,7 @@ from autoseq.passes.find_attention import is_attention
 from autoseq.passes.find_sequence import factors_of
 from autoseq.passes.local_node import LocalNode
 from autoseq.passes.rules import rule_for
-from autoseq.passes.sizes import Sizes
+from autoseq.passes.sizes import Sizes, hint
 from autoseq.passes.source import source_line
 from autoseq.runtime import collectives
 from autoseq.runtime.layout import Layout, local_length
@@ -272,8 +272,7 @@ class _Sharder:
         val = node.meta["val"]
         rows_per_rank = local_length(mark.base, self.P, self.layout)
         elements = product([*val.shape[: mark.dim], mark.outer * rows_per_rank * mark.inner, *val.shape[mark.dim + 1:]])
-        hint = elements if isinstance(elements, int) else elements.node.hint
-        return (self.P - 1) * hint * val.element_size()
+        return (self.P - 1) * hint(elements) * val.element_size()
 
     def _attention(self, node: fx.Node) -> None:
         """q, k and v by rows; what the mask looks up is whole."""

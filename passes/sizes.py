@@ -25,6 +25,16 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return statically_known_true(operator.eq(a, b))
 
 
+def hint(size: int | torch.SymInt) -> int:
+    """A symbolic size's value in this trace: for costs, reports and searches, never for a decision that has to be proven."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def num_bytes(val: torch.Tensor) -> int:
+    """The bytes of a (fake) tensor, at the sizes of this trace."""
+    return hint(val.numel()) * val.element_size()
+
+
 class Sizes:
     """Computes symbolic sizes once each, at the top of the graph (before `anchor`)."""
 

@@ -7,6 +7,7 @@ import torch
 import torch._guards
 from torch import fx
 
+from autoseq.passes.sizes import num_bytes
 from autoseq.runtime import collectives
 
 
@@ -77,7 +78,7 @@ def bucket_varies(gm: fx.GraphModule, *, bucket_bytes: int) -> int:
     buckets: list[list[fx.Node]] = []
     filled = bucket_bytes
     for node in _input_varies(gm):
-        size = _num_bytes(node.args[0])  # type: ignore[arg-type]
+        size = num_bytes(node.args[0].meta["val"])  # type: ignore[arg-type]
         if filled + size > bucket_bytes or not buckets:
             buckets.append([])
             filled = 0
@@ -91,11 +92,6 @@ def bucket_varies(gm: fx.GraphModule, *, bucket_bytes: int) -> int:
 def _input_varies(gm: fx.GraphModule) -> list[fx.Node]:
     found = gm.graph.find_nodes(op="call_function", target=collectives.vary)
     return [node for node in found if node.args[0].op == "placeholder"]
-
-
-def _num_bytes(node: fx.Node) -> int:
-    val = node.meta["val"]
-    return int(val.numel() if isinstance(val.numel(), int) else val.numel().node.hint) * val.element_size()
 
 
 def _join(gm: fx.GraphModule, bucket: list[fx.Node]) -> None:

@@ -24,12 +24,14 @@ def parallelize(model: Model, **options: Any) -> Model:
     return model
 
 
-def sequence_parallel(**options: Any) -> Callable[[type[Model]], type[Model]]:
+def sequence_parallel(*misplaced: object, **options: Any) -> Callable[[type[Model]], type[Model]]:
     """A class decorator: every instance of the `nn.Module` class is `parallelize`d when it has been made.
 
         @autoseq.sequence_parallel(strategy="ring")
         class Model(nn.Module): ...
     """
+    if misplaced:
+        raise OptionError("sequence_parallel takes options by name only; without any, write @autoseq.sequence_parallel()")
     parse_options(options)
 
     def decorate(cls: type[Model]) -> type[Model]:

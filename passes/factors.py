@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import SymInt, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autoseq.passes.sizes import hint, same_size
 
@@ -114,9 +115,7 @@ def fits(shape: Sequence[Size], mark: Mark) -> bool:
     length = _divide(shape[mark.dim], mark.outer * mark.inner)
     if length is None:
         return False
-    if same_size(length, mark.base):
-        return True
-    return isinstance(length, int) and isinstance(mark.base, int) and length <= mark.base
+    return statically_known_true(length <= mark.base)
 
 
 def _divide(a: Size, b: Size) -> Size | None:

@@ -7,6 +7,7 @@ again under the same name is found as it is now.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -53,7 +54,7 @@ def group_from_mesh(mesh: DeviceMesh | None) -> SequenceGroup:
     Raises MeshError for a mesh of several dimensions and for a rank outside the mesh.
     """
     if mesh is None:
-        return _world() if dist.is_available() and dist.is_initialized() else ALONE
+        return _world() if dist.is_available() and dist.is_initialized() else _alone()
     if mesh.ndim != 1:
         names = mesh.mesh_dim_names
         example = f"mesh[{names[-1]!r}]" if names else "mesh[name], after naming its dimensions with mesh_dim_names"
@@ -68,6 +69,18 @@ def group_from_mesh(mesh: DeviceMesh | None) -> SequenceGroup:
         )
     group = mesh.get_group()
     return SequenceGroup(name=group.group_name, size=group.size(), rank=group.rank())
+
+
+def _alone() -> SequenceGroup:
+    """One rank, unless a launcher says that there are more: then the program would run unsplit on each without a word."""
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched not in ("", "1"):
+        raise MeshError(
+            f"This process was launched as one of {launched} ranks (WORLD_SIZE), but torch.distributed is not initialized, so the sequence "
+            "could not be split. Call torch.distributed.init_process_group() before the model is called; "
+            "to run each rank by itself, unset WORLD_SIZE."
+        )
+    return ALONE
 
 
 def _world() -> SequenceGroup:

@@ -44,6 +44,15 @@ def test_the_decorator_refuses_what_is_no_module_class_and_wrong_options() -> No
         autoseq.sequence_parallel()(dict)  # type: ignore[type-var]
     with pytest.raises(autoseq.OptionError, match="there is no option 'speed'"):
         autoseq.sequence_parallel(speed=1)
+    with pytest.raises(autoseq.OptionError, match=r"write @autoseq\.sequence_parallel\(\)"):
+        autoseq.sequence_parallel(models.PlainGPT)
+
+
+def test_ranks_that_were_launched_but_not_initialized_are_an_error_and_never_run_unsplit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    compiled = torch.compile(models.make("plain", layers=1), backend="autoseq", options=OPTIONS)
+    with pytest.raises(autoseq.MeshError, match=r"launched as one of 2 ranks .* not initialized.*init_process_group"):
+        compiled(**models.batch("plain", batch_size=1, length=8))
 
 
 @autoseq.sequence_parallel(**OPTIONS)

@@ -150,6 +150,8 @@ class _Runner:
         self._layout: Layout = program.plan.layout if program else "contiguous"
         self._floats = program.floats if program else {}
         self._draws = program is not None and _draws(program)
+        sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
+        self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
         self._agreed = False
 
     def __call__(self, *args: Any) -> Any:
@@ -162,9 +164,7 @@ class _Runner:
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:
             results[index] = value
-        sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
-        extra = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        return [r for i, r in enumerate(results) if i not in extra]
+        return [r for i, r in enumerate(results) if i not in self._size_outputs]
 
     def _check_floats(self, args: Sequence[Any]) -> None:
         for index, assumed in self._floats.items():

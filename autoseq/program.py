@@ -21,7 +21,7 @@ from autoseq.passes.lower import lower
 from autoseq.passes.normalize import drop_noops, normalize
 from autoseq.passes.open_regions import open_regions
 from autoseq.passes.read_masks import DenseMask, read_masks
-from autoseq.passes.runner import Pass, PassRecord, run_passes
+from autoseq.passes.runner import Pass, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
 from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
@@ -48,7 +48,6 @@ class Program:
     sharding: Sharding
     dense_masks: tuple[DenseMask, ...]
     left_whole: tuple[LeftWhole, ...]
-    records: dict[str, PassRecord]
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -89,7 +88,7 @@ def build_program(
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
     assert records["lower"].result == found, f"{found} attention sites were found, {records['lower'].result} rewritten"
     sharding: Sharding = records["shard"].result
-    program = Program(normal, before, fake, floats, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole), records)
+    program = Program(normal, before, fake, floats, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole))
     _tell(program, options, group)
     return program
 

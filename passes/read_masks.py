@@ -14,11 +14,11 @@ import sympy
 from torch import fx
 
 from autoseq.passes.find_attention import is_attention
-from autoseq.passes.index_formula import Reader, Unreadable, is_bool, k, q
+from autoseq.passes.index_formula import Reader, Unreadable, b, h, is_bool, k, q
 from autoseq.passes.sizes import num_bytes
 from autoseq.passes.source import source_line
 
-_SYMBOLS = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk"}
+_SYMBOLS = {symbol.name: symbol for symbol in (b, h, q, k)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autoseq.passes.find_attention import is_attention
+from autoseq.passes.find_attention import is_attention, requires_grad
 from autoseq.passes.sizes import hint
 from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout
@@ -79,8 +79,14 @@ def _site(node: fx.Node) -> Site:
         batch=hint(q.shape[0]), q_len=hint(q.shape[2]), k_len=hint(k.shape[2]), heads=hint(q.shape[1]), kv_heads=hint(k.shape[1]),
         head_dim=hint(q.shape[3]), value_dim=hint(v.shape[3]), element_bytes=q.element_size(),
         max_ahead=node.kwargs["max_ahead"], max_behind=node.kwargs["max_behind"],  # type: ignore[arg-type]
-        predicate=str(node.kwargs["predicate"]), has_bias=node.args[4] is not None, dropout_p=0.0,
+        predicate=str(node.kwargs["predicate"]), score=str(node.kwargs["score"]), learned=_learned(node.args[3]),
+        has_sinks=node.args[4] is not None, dropout_p=float(node.kwargs["dropout_p"]), empty_rows=str(node.kwargs["empty_rows"]),
     )  # fmt: skip
+
+
+def _learned(captures: Sequence[fx.Node]) -> tuple[int, ...]:
+    """The captures that get a gradient."""
+    return tuple(i for i, capture in enumerate(captures) if requires_grad(capture))
 
 
 def make_plan(sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str) -> Plan:

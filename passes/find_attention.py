@@ -79,7 +79,7 @@ class _Call:
             return "query, key and value are broadcast against each other"
         if isinstance(self.dropout_p, fx.Node) or self.dropout_p > 0:
             return "attention dropout is drawn over the whole score matrix"
-        if self.mask is not None and self.mask.meta["val"].dtype != torch.bool and _requires_grad(self.mask):
+        if self.mask is not None and self.mask.meta["val"].dtype != torch.bool and requires_grad(self.mask):
             return "the additive attention bias needs a gradient"
         if self.mask is not None and self.is_causal:
             return "both attn_mask and is_causal are given"
@@ -99,7 +99,7 @@ def _shape(node: fx.Node) -> torch.Size:
     return node.meta["val"].shape
 
 
-def _requires_grad(node: fx.Node) -> bool:
+def requires_grad(node: fx.Node) -> bool:
     meta = node.meta.get("tensor_meta")
     return bool(meta is not None and meta.requires_grad) or bool(node.meta["val"].requires_grad)
 
@@ -114,12 +114,12 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node, call: _Call) -> None:
         else:
             k, v = _unrepeat(k, v, heads=_shape(q)[1])
         lengths = (_length(graph, q), _length(graph, k))
-        captures, bias, predicate = _mask_arguments(call.mask, flat)
+        captures, score, predicate = _mask_arguments(call.mask, flat)
         scale = call.scale if call.scale is not None else float(_shape(q)[-1]) ** -0.5
         site = graph.call_function(
-            local.attention, (q, k, v, captures, bias),
-            {"scale": scale, "max_ahead": 0 if call.is_causal else None, "max_behind": None, "predicate": predicate,
-             "q_len": lengths[0], "k_len": lengths[1], "layout": "contiguous", "group": ""},
+            local.attention, (q, k, v, captures, None, None),
+            {"scale": scale, "score": score, "predicate": predicate, "max_ahead": 0 if call.is_causal else None, "max_behind": None,
+             "empty_rows": "zero", "dropout_p": 0.0, "q_len": lengths[0], "k_len": lengths[1], "layout": "contiguous", "group": ""},
         )
         out = node.meta["val"].unsqueeze(1) if flat else node.meta["val"]
         _like(site, node, out)
@@ -145,15 +145,12 @@ def _length(graph: fx.Graph, x: fx.Node) -> int | fx.Node:
     return node
 
 
-def _mask_arguments(mask: fx.Node | None, flat: bool) -> tuple[list[fx.Node], fx.Node | None, str]:
+def _mask_arguments(mask: fx.Node | None, flat: bool) -> tuple[list[fx.Node], str, str]:
+    """Captures, score and predicate of a mask: a boolean one allows keys, any other is added to the score."""
     if mask is None:
-        return [], None, ""
-    if mask.meta["val"].dtype != torch.bool:
-        if flat and mask.meta["val"].dim() == 3:
-            with mask.graph.inserting_after(mask):
-                return [], _like(mask.graph.call_function(aten.unsqueeze.default, (mask, 1)), mask, mask.meta["val"].unsqueeze(1)), ""
-        return [], mask, ""
-    return [mask], None, f"Ne(c0({', '.join(mask_index(mask, flat))}), 0)"
+        return [], "", ""
+    lookup = f"c0({', '.join(mask_index(mask, flat))})"
+    return ([mask], "", f"Ne({lookup}, 0)") if mask.meta["val"].dtype == torch.bool else ([mask], f"f_add(s, {lookup})", "")
 
 
 def mask_index(mask: fx.Node, flat: bool = False) -> list[str]:

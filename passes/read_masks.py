@@ -36,9 +36,9 @@ def read_masks(gm: fx.GraphModule) -> tuple[int, list[DenseMask]]:
     for node in gm.graph.nodes:
         if not is_attention(node):
             continue
-        if node.args[4] is not None:
-            dense.append(_dense(node, node.args[4], "a float mask is added to the scores as it is"))
-        if node.args[3]:
+        if node.kwargs["score"]:
+            dense.append(_dense(node, node.args[3][0], "a float mask is added to the scores as it is"))  # type: ignore[index]
+        elif node.args[3]:
             read_one = _read(node)
             if isinstance(read_one, DenseMask):
                 dense.append(read_one)
@@ -147,7 +147,7 @@ def _renumber(formula: Any, numbers: dict[int, int]) -> Any:
 def mask_text(node: fx.Node) -> str:
     """The site's mask as people write it: `(k <= q) & (k > q - 128) & Eq(doc(b, q), doc(b, k))`; `all` if nothing is masked."""
     parts = []
-    ahead, behind, bias = node.kwargs["max_ahead"], node.kwargs["max_behind"], node.args[4]
+    ahead, behind = node.kwargs["max_ahead"], node.kwargs["max_behind"]
     if ahead is not None:
         parts.append("(k <= q)" if ahead == 0 else f"(k <= q {'+' if ahead > 0 else '-'} {abs(ahead)})")  # type: ignore
     if behind is not None:
@@ -156,8 +156,8 @@ def mask_text(node: fx.Node) -> str:
         captures: list[fx.Node] = node.args[3]  # type: ignore[assignment]
         formula = parse(str(node.kwargs["predicate"]), len(captures))
         parts.extend(_named(atom, captures) for atom in conjuncts(formula))
-    if bias is not None:
-        parts.append(f"bias {capture_name(bias)}")  # type: ignore[arg-type]
+    if node.kwargs["score"]:
+        parts.append(f"bias {capture_name(node.args[3][0])}")  # type: ignore[index]
     text = " & ".join(parts) or "all"
     return text[1:-1] if len(parts) == 1 and text[0] == "(" and text.count("(") == 1 else text
 

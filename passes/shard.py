@@ -275,14 +275,15 @@ class _Sharder:
         return (self.P - 1) * hint(elements) * val.element_size()
 
     def _attention(self, node: fx.Node) -> None:
-        """q, k and v by rows; what the mask looks up is whole."""
+        """q, k and v by rows; what mask and score look up is whole."""
         marks = [node.args[i].meta[MARK] for i in range(3)]  # type: ignore[union-attr]
         ours = [Mark(2, 1, 1, mark.base) for mark in marks]
         q, k, v = (self.sharded(x, mark) for x, mark in zip(node.args[:3], ours, strict=True))  # type: ignore[arg-type]
-        captures = [self.whole(c) for c in node.args[3]]  # type: ignore[union-attr]
-        bias = self.whole(node.args[4]) if isinstance(node.args[4], fx.Node) else None
+        # A rank computes with its own rows or heads only, so what it finds of a gradient of these is a share.
+        captures = [self.varied(c) for c in node.args[3]]  # type: ignore[union-attr]
+        sinks, seed = (x if x is None else convert(x) for x, convert in zip(node.args[4:6], (self.varied, self.whole), strict=True))
         made = self.graph.call_function(
-            node.target, (q, k, v, captures, bias),  # type: ignore[arg-type]
+            node.target, (q, k, v, captures, sinks, seed),  # type: ignore[arg-type]
             {**{key: fx.map_arg(value, self.plain) for key, value in node.kwargs.items()}, "layout": self.layout, "group": self.group},
         )
         self._set(node, made, ours[0])

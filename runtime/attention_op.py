@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime.blockwise import Chunk, Problem
-from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.kernels import accumulate_dtype
 from autoseq.runtime.layout import Layout, chunk_ranges
 from autoseq.runtime.mask import Mask
 
 _SETTINGS = (
-    "Tensor[] captures, Tensor? bias, float scale, SymInt? max_ahead, SymInt? max_behind, str predicate, "
-    "SymInt q_len, SymInt k_len, SymInt first_head, SymInt heads_per_kv, str layout, str group"
+    "Tensor[] captures, Tensor? sinks, Tensor? seed, float scale, str score, str predicate, SymInt? max_ahead, SymInt? max_behind, "
+    "str empty_rows, float dropout_p, SymInt q_len, SymInt k_len, SymInt first_head, SymInt heads_per_kv, str layout, str group"
 )
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)"
 _BACKWARD = (
@@ -103,45 +102,18 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
 
     def differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, *captures = ctx.saved_tensors
-        grads = backward_op(grad_out, q, k, v, out, lse, captures, ctx.bias, *ctx.settings)
-        return *grads, [None] * len(captures), *[None] * (1 + len(ctx.settings))
+        grads = backward_op(grad_out, q, k, v, out, lse, captures, ctx.sinks, ctx.seed, *ctx.settings)
+        return *grads, [None] * len(captures), *[None] * (2 + len(ctx.settings))
 
     op.register_autograd(differentiate, setup_context=_save)
     return op
 
 
-def checked_inputs(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v and bias in the dtype that torch's SDPA computes in: under autocast it casts them.
-
-    Raises UnsupportedError for what no strategy keeps exact.
-    """
-    if q.shape[1] % k.shape[1] != 0:
-        raise UnsupportedError(
-            f"Attention has {q.shape[1]} query heads and {k.shape[1]} key/value heads; "
-            "the first must be a multiple of the second."
-        )
-    if bias is not None and bias.requires_grad:
-        raise UnsupportedError(
-            f"The additive attention bias of shape {tuple(bias.shape)} needs a gradient, which is not supported yet. "
-            "Detach the bias, freeze the parameter it is made of, or exclude this attention from the split."
-        )
-    q, k, v = (_autocast(x) for x in (q, k, v))
-    if not q.dtype == k.dtype == v.dtype:
-        raise UnsupportedError(f"Attention has query, key and value of different dtypes: {q.dtype}, {k.dtype}, {v.dtype}.")
-    return q, k, v, None if bias is None else bias.to(q.dtype)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    device = x.device.type
-    supported = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if supported and x.dtype != torch.float64 else x
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, captures, bias, *settings = inputs
+    q, k, v, captures, sinks, seed, *settings = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, *captures)
-    ctx.bias, ctx.settings = bias, settings
+    ctx.sinks, ctx.seed, ctx.settings = sinks, seed, settings
 
 
 def _call(
@@ -149,11 +121,15 @@ def _call(
     k: Tensor,
     v: Tensor,
     captures: list[Tensor],
-    bias: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
     scale: float,
+    score: str,
+    predicate: str,
     max_ahead: int | None,
     max_behind: int | None,
-    predicate: str,
+    empty_rows: str,
+    dropout_p: float,
     q_len: int,
     k_len: int,
     first_head: int,
@@ -162,8 +138,7 @@ def _call(
     group: str,
 ) -> Call:
     mask = Mask(max_ahead=max_ahead, max_behind=max_behind, predicate=predicate)
-    bias = None if bias is None else bias.detach()
-    problem = Problem(mask, list(captures), bias, scale, first_head, heads_per_kv)
+    problem = Problem(mask, list(captures), scale, score, first_head, heads_per_kv)
     return Call(q.detach(), k.detach(), v.detach(), problem, q_len, k_len, layout, group_of(group))
 
 

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import sympy
 import torch
 from torch import Tensor
 
+from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.formula import Points, additive_terms, evaluate_float, needs_whole_rows
 from autoseq.runtime.kernels import accumulate_dtype, attend, attend_backward
 from autoseq.runtime.mask import BlockKind, Mask
-from autoseq.runtime.predicate import Points
 
 TILE = 512  # rows and keys of a tile that needs a mask tensor
 
@@ -35,8 +37,8 @@ class Problem:
 
     mask: Mask
     captures: list[Tensor]
-    bias: Tensor | None
     scale: float
+    score: str = ""
     first_head: int = 0
     heads_per_kv: int | None = None
 
@@ -176,11 +178,11 @@ def _calls(
     q_chunks: list[Chunk], k_chunks: list[Chunk], problem: Problem, q: Tensor, heads: slice
 ) -> Iterator[tuple[Block, slice, slice, Tensor | None]]:
     """The kernel calls for all pairs of chunks: block, local rows, local keys and the mask tensor that it needs."""
-    masked = bool(problem.mask.predicate) or problem.bias is not None
+    terms = _terms(problem.score)
+    masked = bool(problem.mask.predicate) or bool(terms)
     for q_local, q_start, q_rows in q_chunks:
         for k_local, k_start, k_rows in k_chunks:
-            # Under a float mask that hides a whole row by the least finite value, parts of its softmax do not add up: one call a row.
-            tile_keys = None if problem.bias is None else k_rows
+            tile_keys = k_rows if needs_whole_rows(problem.score) else None
             for block in split(problem.mask, q_start, q_rows, k_start, k_rows, masked=masked, tile_keys=tile_keys):
                 allowed, attn_bias = True, None
                 if block.kind is BlockKind.PARTIAL:
@@ -196,29 +198,31 @@ def _calls(
 def _tile_mask(problem: Problem, q: Tensor, q_at: Tensor, k_at: Tensor) -> tuple[bool, Tensor | None]:
     """Whether anything of a tile is allowed, and its additive mask [B|1, H|1, q, k] if it needs one."""
     heads = range(problem.first_head, problem.first_head + q.shape[1])
-    allowed = problem.mask.allowed(Points.of(q.shape[0], heads, q_at, k_at), problem.captures)
+    points = Points.of(q.shape[0], heads, q_at, k_at)
+    allowed = problem.mask.allowed(points, problem.captures)
     # Looking at the values would make a GPU wait; there the mask is simply used.
     if allowed is not None and q.device.type == "cpu":
         if not bool(allowed.any()):
             return False, None
         if bool(allowed.all()):
             allowed = None
-    if allowed is None and problem.bias is None:
+    terms = _terms(problem.score)
+    if allowed is None and not terms:
         return True, None
     additive = q.new_zeros((), dtype=accumulate_dtype(q.dtype))
-    if problem.bias is not None:
-        additive = _bias_tile(problem.bias, heads, q_at, k_at).to(additive.dtype)
+    for term in terms:
+        additive = additive + evaluate_float(term, points, problem.captures).to(additive.dtype)
     if allowed is not None:
         additive = torch.where(allowed, additive, -torch.inf)
     additive = additive[(None,) * (4 - additive.ndim)]
     return True, additive.expand(*additive.shape[:2], len(q_at), len(k_at)).contiguous()
 
 
-def _bias_tile(bias: Tensor, heads: range, q_at: Tensor, k_at: Tensor) -> Tensor:
-    bias = bias[(None,) * (4 - bias.ndim)]
-    bias = bias if bias.shape[1] == 1 else bias[:, heads.start : heads.stop]
-    bias = bias if bias.shape[2] == 1 else bias.index_select(2, q_at)
-    return bias if bias.shape[3] == 1 else bias.index_select(3, k_at)
+def _terms(score: str) -> tuple[sympy.Basic, ...]:
+    terms = additive_terms(score)
+    if terms is None:
+        raise UnsupportedError(f"The score {score!r} is not a sum of the plain score and other terms.")
+    return terms
 
 
 def _head_groups(num_heads: int, num_kv_heads: int, problem: Problem) -> Iterator[tuple[slice, slice, Problem]]:

@@ -13,40 +13,21 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime import strategy
-from autoseq.runtime.attention_op import Call, attention_op, checked_inputs
+from autoseq.runtime.attention_call import Terms, attention_function
+from autoseq.runtime.attention_op import Call, attention_op
 from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators
 from autoseq.runtime.kernels import accumulate_dtype
-from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import gather_shards, sum_shards
 from autoseq.runtime.packed import pack, unpack
 from autoseq.runtime.strategy import Strategy
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captures: list[Tensor],
-    bias: Tensor | None = None,
-    *,
-    scale: float,
-    max_ahead: int | None,
-    max_behind: int | None,
-    predicate: str,
-    q_len: int,
-    k_len: int,
-    layout: Layout,
-    group: str,
-) -> Tensor:
-    """Attention of this rank's q [B,H,s,D] to all ranks' k [B,K,t,D], v [B,K,t,Dv]: out [B,H,s,Dv].
+def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    """Sends (P-1)·B·K·t·(D+Dv) elements forward; backward the same and as many float32 gradients."""
+    return terms.call(gather_kv_attention, q, k, v)
 
-    Sends (P-1)·B·K·t·(D+Dv) elements forward; backward the same and as many float32 gradients.
-    Raises UnsupportedError for a bias that needs a gradient, MessageError when a peer is lost.
-    """
-    q, k, v, bias = checked_inputs(q, k, v, bias)
-    ratio = q.shape[1] // k.shape[1]
-    settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, 0, ratio, layout, group)
-    return gather_kv_attention(q, k, v, captures, bias, *settings)[0]
+
+attention = attention_function(__name__, _compute)
 
 
 class GatherKV(Strategy):

@@ -8,37 +8,18 @@ from __future__ import annotations
 import sympy
 from torch import Tensor
 
-from autoseq.runtime.attention_op import Call, attention_op, checked_inputs
+from autoseq.runtime.attention_call import Terms, attention_function
+from autoseq.runtime.attention_op import Call, attention_op
 from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators, new_gradients
-from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captures: list[Tensor],
-    bias: Tensor | None = None,
-    *,
-    scale: float,
-    max_ahead: int | None,
-    max_behind: int | None,
-    predicate: str,
-    q_len: int,
-    k_len: int,
-    layout: Layout,
-    group: str,
-) -> Tensor:
-    """Attention of q [B,H,s,D] to k [B,K,t,D], v [B,K,t,Dv], all rows on this rank: out [B,H,s,Dv]. Sends nothing.
+def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    # With one rank both layouts hold the rows in global order.
+    return terms.call_on_all_rows(whole_attention, q, k, v)
 
-    Raises UnsupportedError for a bias that needs a gradient.
-    """
-    q, k, v, bias = checked_inputs(q, k, v, bias)
-    ratio = q.shape[1] // k.shape[1]
-    # With one rank both layouts hold the rows in global order, so the op never asks for a group.
-    settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, 0, ratio, "contiguous", "")
-    return whole_attention(q, k, v, captures, bias, *settings)[0]
+
+attention = attention_function(__name__, _compute)
 
 
 class Local(Strategy):

@@ -13,7 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from autoseq.runtime.predicate import Points, evaluate
+from autoseq.runtime.formula import Points, evaluate
 
 
 class BlockKind(StrEnum):

@@ -14,6 +14,7 @@ from typing import ClassVar
 import sympy
 from torch import Tensor
 
+from autoseq.runtime.formula import needs_whole_rows
 from autoseq.runtime.layout import Layout, local_length
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
@@ -36,8 +37,11 @@ class Site:
     max_ahead: int | None = None
     max_behind: int | None = None
     predicate: str = ""
-    has_bias: bool = False
+    score: str = ""
+    learned: tuple[int, ...] = ()  # captures that get a gradient
+    has_sinks: bool = False
     dropout_p: float = 0.0
+    empty_rows: str = "zero"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class Strategy(ABC):
         """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""
         if site.dropout_p > 0:
             return f"{self.name} has no dropout inside attention yet (dropout_p={site.dropout_p:g})"
-        if site.has_bias and self.merges_partial_softmaxes:
+        if self.merges_partial_softmaxes and needs_whole_rows(site.score, site.learned):
             return "a float mask may hide a whole row by its least finite value, and partial softmaxes of such a row do not add up"
         if site.heads % site.kv_heads != 0:
             return f"{site.heads} query heads are not a multiple of {site.kv_heads} key/value heads"

@@ -13,7 +13,7 @@ import sympy
 from torch import Tensor
 
 from autoseq.runtime import strategy
-from autoseq.runtime.attention_op import checked_inputs
+from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.head_exchange import Exchange, HeadRange
 from autoseq.runtime.layout import Layout
@@ -21,39 +21,17 @@ from autoseq.runtime.local import whole_attention
 from autoseq.runtime.strategy import Site, Strategy
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    captures: list[Tensor],
-    bias: Tensor | None = None,
-    *,
-    scale: float,
-    max_ahead: int | None,
-    max_behind: int | None,
-    predicate: str,
-    q_len: int,
-    k_len: int,
-    layout: Layout,
-    group: str,
-) -> Tensor:
-    """Attention of this rank's q [B,H,s,D] to all ranks' k [B,K,t,D], v [B,K,t,Dv]: out [B,H,s,Dv].
-
-    With evenly split heads it sends (P-1)/P of q, out and the KV heads (times max(1, P/K)); backward the same.
-    Raises UnsupportedError for a bias that needs a gradient.
-    """
-    q, k, v, bias = checked_inputs(q, k, v, bias)
-    seq = group_of(group)
-    ratio = q.shape[1] // k.shape[1]
+def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    """With evenly split heads it sends (P-1)/P of q, out and the KV heads (times max(1, P/K)); backward the same."""
+    seq = group_of(terms.group)
     heads = [query_heads(rank, seq.size, q.shape[1]) for rank in range(seq.size)]
-    kv_heads = [covering_kv_heads(each, ratio) for each in heads]
+    kv_heads = [covering_kv_heads(each, terms.heads_per_kv) for each in heads]
+    rows = Exchange([heads, kv_heads, kv_heads], terms.layout, seq).to_rows(q, k, v)
+    out = terms.call_on_all_rows(whole_attention, *rows, first_head=heads[seq.rank][0])
+    return Exchange([heads], terms.layout, seq).to_heads(out)[0]
 
-    rows = Exchange([heads, kv_heads, kv_heads], layout, seq).to_rows(q, k, v)
-    # The rows are in global order now, so the op sees them as one contiguous chunk with padding at the end.
-    first_head = heads[seq.rank][0]
-    settings = (scale, max_ahead, max_behind, predicate, q_len, k_len, first_head, ratio, "contiguous", "")
-    out = whole_attention(*rows, captures, bias, *settings)[0]
-    return Exchange([heads], layout, seq).to_heads(out)[0]
+
+attention = attention_function(__name__, _compute)
 
 
 class Ulysses(Strategy):

@@ -21,20 +21,21 @@ def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case)
     # Nothing may ever read a padding key: NaN would show in every row that does.
     k, v = (shard(x, rank, P, layout, padding="nan") for x in (k, v))
     leaves = tuple(x.requires_grad_() for x in (q, k, v))
-    out = STRATEGIES[strategy].attention(*leaves, *call_arguments(case), **call_keywords(case, layout))
+    out = STRATEGIES[strategy].attention(*leaves, captures(case), **call_keywords(case, layout))
     return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
 
-def call_arguments(case: Case) -> tuple[list[Tensor], Tensor | None]:
-    """captures and bias."""
-    mask = case.mask_case()
-    return mask.captures, mask.bias
+def captures(case: Case) -> list[Tensor]:
+    """The tensors that mask and score look up."""
+    return case.mask_case().captures
 
 
 def call_keywords(case: Case, layout: Layout) -> dict[str, Any]:
     """The keywords of a strategy's call."""
     return dict(
         scale=case.scale,
+        empty_rows="zero",
+        dropout_p=0.0,
         q_len=case.q_len,
         k_len=case.k_len,
         layout=layout,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoseq.runtime.mask import Mask
+
 
 @dataclass(frozen=True)
 class MaskCase:
@@ -19,11 +21,15 @@ class MaskCase:
     predicate: str
     captures: list[Tensor]
     dense: Tensor
-    bias: Tensor | None = None
+    score: str = ""
+    bias: Tensor | None = None  # what the score adds, for the oracle
+
+    def mask(self) -> Mask:
+        return Mask(self.max_ahead, self.max_behind, self.predicate)
 
     def settings(self) -> dict[str, Any]:
         """The keywords of a strategy's call that the mask decides."""
-        return dict(max_ahead=self.max_ahead, max_behind=self.max_behind, predicate=self.predicate)
+        return dict(max_ahead=self.max_ahead, max_behind=self.max_behind, predicate=self.predicate, score=self.score)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ def _nothing(case: Case, q: Tensor, k: Tensor, _: torch.Generator) -> MaskCase:
 def _bias(case: Case, q: Tensor, k: Tensor, _: torch.Generator) -> MaskCase:
     slopes = torch.arange(1, case.heads + 1).view(1, -1, 1, 1) * -0.1
     # float32, as a float32 model would make it: the oracle then sees the same numbers.
-    return MaskCase(0, None, "", [], (k <= q), slopes * (q - k).abs())
+    bias = slopes * (q - k).abs()
+    return MaskCase(0, None, "", [bias], (k <= q), "f_add(s, c0(0, h, q, k))", bias)
 
 
 MASKS: dict[str, Callable[[Case, Tensor, Tensor, torch.Generator], MaskCase]] = {

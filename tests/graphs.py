@@ -13,8 +13,8 @@ from autoseq.passes.normalize import drop_noops, normalize
 from autoseq.passes.open_regions import open_regions
 from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.program import fake_inputs
+from autoseq.runtime.formula import Points
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.predicate import Points
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def test_chunks_in_any_order(mask: str, tile: int, monkeypatch: pytest.MonkeyPat
     q, k, v, grad = case.tensors()
     q, grad, k, v = place(q, q_at), place(grad, q_at), place(k, k_at), place(v, k_at)
     masked = case.mask_case()
-    problem = Problem(Mask(**masked.settings()), masked.captures, masked.bias, case.scale)
+    problem = Problem(masked.mask(), masked.captures, case.scale, masked.score)
 
     out, lse = new_accumulators(q, case.value_dim)
     forward_chunks(out, lse, q, k, v, q_chunks, k_chunks, problem)
@@ -94,7 +94,7 @@ def test_any_run_of_grouped_heads(first: int, count: int) -> None:
     case = Case(6, 6, mask="head dependent", heads=9, kv_heads=3)
     q, k, v, _ = case.tensors()
     masked, first_kv, last_kv = case.mask_case(), first // 3, -(-(first + count) // 3)
-    problem = Problem(Mask(**masked.settings()), [], None, case.scale, first, 3)
+    problem = Problem(masked.mask(), [], case.scale, first_head=first, heads_per_kv=3)
     mine = q[:, first : first + count]
     out, lse = new_accumulators(mine, case.value_dim)
     kv = slice(first_kv, last_kv if count else first_kv)
@@ -127,7 +127,7 @@ def test_empty_tiles_of_a_predicate_are_not_computed() -> None:
     """Documents of one tile each: only the tiles on the diagonal reach the kernel."""
     doc = torch.arange(4).repeat_interleave(8)[None]
     q = torch.randn(1, 1, 32, 4)
-    problem = Problem(Mask(predicate="Eq(c0(b, q), c0(b, k))"), [doc], None, 1.0)
+    problem = Problem(Mask(predicate="Eq(c0(b, q), c0(b, k))"), [doc], 1.0)
     with patch.object(blockwise, "TILE", 8), patch.object(blockwise, "attend", wraps=blockwise.attend) as attend:
         forward_chunks(*new_accumulators(q, 4), q, q, q, [(0, 0, 32)], [(0, 0, 32)], problem)
     assert attend.call_count == 4

@@ -51,7 +51,7 @@ FOUND = [
                  id="must not un-repeat: repeat_interleave of rows"),
     pytest.param(lambda q, k: attend(q, q, q, (q @ q.mT)[:, :1] > 0), 4, {"predicate": "Ne(c0(b, 0, q, k), 0)"}, id="a mask for all heads"),
     pytest.param(lambda q, k: attend(q, q, q, q[0, 0] @ q[0, 0].mT > 0), 4, {"predicate": "Ne(c0(q, k), 0)"}, id="a mask of two dims"),
-    pytest.param(lambda q, k: attend(q, q, q, q @ q.mT), 4, {"predicate": ""}, id="a float bias"),
+    pytest.param(lambda q, k: attend(q, q, q, q @ q.mT), 4, {"predicate": "", "score": "f_add(s, c0(b, h, q, k))"}, id="a float bias"),
 ]  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.formula import Points, evaluate, parse
 from autoseq.runtime.mask import BlockKind, Mask
-from autoseq.runtime.predicate import Points, evaluate, parse
 
 CAUSAL = Mask(max_ahead=0)
 WINDOW = Mask(max_ahead=0, max_behind=9)

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_job import assemble, attend_on_rank, call_keywords, padding_rows
-from autoseq.runtime.errors import MessageError, UnsupportedError
+from autoseq.runtime.errors import MessageError
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.strategy import Site
 from dense_attention import MASKS, Case, check_close, dense_attention, relative_error
 from ranks import run_ranks
 
@@ -164,15 +164,6 @@ def test_an_absent_peer_is_an_error_not_a_hang() -> None:
     assert "ring_attention on group" in message
     assert "hop 0 of 2, rank 0, to rank 1 and from rank 1" in message
     assert "raise the timeout of init_process_group" in message
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_a_bias_that_learns_is_refused(strategy: Strategy) -> None:
-    x = torch.zeros(1, 2, 4, 8)
-    bias = torch.zeros(1, 2, 4, 4, requires_grad=True)
-    keywords = call_keywords(Case(4, 4), "contiguous") | dict(group="")
-    with pytest.raises(UnsupportedError, match=r"bias of shape \(1, 2, 4, 4\) needs a gradient.*Detach the bias"):
-        strategy.attention(x, x, x, [], bias, **keywords)
 
 
 SITE = Site(batch=1, q_len=64, k_len=64, heads=8, kv_heads=2, head_dim=16, value_dim=16, element_bytes=2)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from attention_job import assemble, call_arguments, call_keywords, shard
+from attention_job import assemble, call_keywords, captures, shard
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case, check_close, dense_attention
@@ -26,19 +26,19 @@ def dynamic_lengths(rank: int, P: int, strategy: str, layout: Layout, cases: lis
     keywords = call_keywords(cases[0], layout)
 
     @torch.compile(backend=counter, fullgraph=True)
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, captures: list[torch.Tensor], full: torch.Tensor) -> torch.Tensor:
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, looked_up: list[torch.Tensor], full: torch.Tensor) -> torch.Tensor:
         lengths = dict(q_len=full.shape[0], k_len=full.shape[0])
-        return attention(q * 1.0, k * 1.0, v * 1.0, captures, None, **(keywords | lengths)) * 1.0
+        return attention(q * 1.0, k * 1.0, v * 1.0, looked_up, **(keywords | lengths)) * 1.0
 
     results = []
     for case in cases:
         *qkv, grad = case.tensors()
         leaves = [shard(x, rank, P, layout, padding="edge").requires_grad_() for x in qkv]
         grad = shard(grad, rank, P, layout, padding="nan").nan_to_num(0)
-        captures, full = call_arguments(case)[0], torch.empty(case.q_len)
-        for x in (full, *captures, *leaves):
+        looked_up, full = captures(case), torch.empty(case.q_len)
+        for x in (full, *looked_up, *leaves):
             torch._dynamo.mark_dynamic(x, {1: 0, 2: 1, 4: 2}[x.ndim])
-        out = step(leaves[0], leaves[1], leaves[2], captures, full)
+        out = step(leaves[0], leaves[1], leaves[2], looked_up, full)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
     assert counter.frame_count == 1, "a new length must not compile again"
     return results
@@ -62,11 +62,11 @@ def test_through_inductor() -> None:
     case = Case(13, 13, mask="segments", heads=4, kv_heads=2)
     nodes: list[Any] = [torch.compiler.allow_in_graph(strategy.attention) for strategy in STRATEGIES.values()]
     keywords = call_keywords(case, "contiguous") | dict(group="")
-    captures, bias = call_arguments(case)
+    looked_up = captures(case)
 
     @torch.compile(fullgraph=True)
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        outs = [node(q, k, v, captures, bias, **keywords) for node in nodes]
+        outs = [node(q, k, v, looked_up, **keywords) for node in nodes]
         return torch.stack(outs).mean(0)
 
     *qkv, grad = case.tensors()

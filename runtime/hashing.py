@@ -1,0 +1,37 @@
+"""Random bits that are a hash of what they are for: drawn without a generator, so that any rank draws the same at any time.
+
+The dropout of a tensor and of attention probabilities must be the same when it is recomputed, and attention's on every rank that
+happens to compute a probability.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoseq.runtime.formula import Points
+
+_WORD = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (the finalizer of MurmurHash3), in int64 arithmetic that never overflows."""
+    x = x & _WORD
+    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        x = x ^ (x >> shift)
+        low, high = x & 0xFFFF, x >> 16
+        x = (low * multiplier + (((high * multiplier) & 0xFFFF) << 16)) & _WORD
+    return x ^ (x >> 16)
+
+
+def keep_mask(seed: Tensor, points: Points, p: float) -> Tensor:
+    """Which attention probabilities of a block survive dropout with probability p: bool [B, H, q, k].
+
+    A function of the seed (int64) and the global (b, h, q, k). Two hashes of the row and one of the key go into each bit: with one
+    state of 32 bits, a long sequence would have rows that drop the same keys, or the same ones shifted.
+    """
+    seed = seed.to(points.q.device)
+    low, high = mix(seed), mix((seed >> 32) + 0x9E3779B9)
+    first = mix(mix(mix(mix(low + high) + points.b) + points.h) + points.q)
+    second = mix(mix(mix(mix(low ^ high) + points.b) ^ points.h) ^ points.q)
+    return mix((first ^ mix(points.k + 0x632BE5A7)) + second) >= int(p * 2**32)

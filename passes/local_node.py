@@ -81,14 +81,14 @@ class LocalNode:
         return self.placements.sizes.argument(value)
 
     def _local_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Operands that hold the factor, by rows; the others whole and varied; sizes as they are."""
+        """Operands that hold the factor, by rows; the others whole and varied; sizes, and operands that are not read, as they are."""
         args = list(fx.map_arg(self.node.args, self.placements.plain))
         kwargs = dict(fx.map_arg(self.node.kwargs, self.placements.plain))
         for index, path in enumerate(self.paths):
             operand, mark = operand_at(self.node, path), self.operand_mark(index)
-            if operand is not None:
-                form = self.placements.varied(operand) if mark is None else self.placements.sharded(operand, mark)
-                _put(args, kwargs, path, form)
+            if operand is None or (mark is None and index in self.rule.unread):
+                continue
+            _put(args, kwargs, path, self.placements.varied(operand) if mark is None else self.placements.sharded(operand, mark))
         return tuple(args), kwargs
 
     def _resized(self, mark: Mark | None) -> tuple[Any, ...]:

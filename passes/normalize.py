@@ -7,7 +7,8 @@ whole since the trace is taken before autograd, in-place writes to inputs come b
 and autocast regions stay as the calls that enter and leave them. Every node keeps its source line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,6 +32,7 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     _restore_attributes(exported, gm, signature)
     _restore_mutations(exported, signature)
     _reshape_views(exported)
+    _read_copies(exported)
     return exported
 
 
@@ -48,6 +50,25 @@ def _reshape_views(exported: fx.GraphModule) -> None:
     for node in exported.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
+
+
+def _read_copies(exported: fx.GraphModule) -> None:
+    """`copy(x, y)`, which is what an in-place copy becomes, has no gradient: it is y, in the shape and the dtype of x."""
+    for node in exported.graph.find_nodes(op="call_function", target=aten.copy.default):
+        into, value = node.args[:2]
+        with exported.graph.inserting_before(node):
+            if not same_shape(into.meta["val"].shape, value.meta["val"].shape):
+                value = _made(exported, node, aten.expand_as.default, value, into)
+            copied = _made(exported, node, aten.type_as.default, value, into)
+        node.replace_all_uses_with(copied)
+        exported.graph.erase_node(node)
+
+
+def _made(exported: fx.GraphModule, node: fx.Node, target: Callable[..., Any], *operands: fx.Node) -> fx.Node:
+    """`target` of two operands in place of `node`, with its metadata."""
+    made = exported.graph.call_function(target, operands)
+    made.meta = {**node.meta, "val": target(*(operand.meta["val"] for operand in operands))}
+    return made
 
 
 def _name_placeholders(exported: fx.GraphModule, gm: fx.GraphModule, signature: GraphSignature) -> None:

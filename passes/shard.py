@@ -24,7 +24,7 @@ from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, fits, locat
 from autoseq.passes.find_attention import is_attention
 from autoseq.passes.find_sequence import factors_of
 from autoseq.passes.local_node import LocalNode
-from autoseq.passes.rules import rule_for
+from autoseq.passes.rules import Rule, rule_for
 from autoseq.passes.sizes import Sizes, hint
 from autoseq.passes.source import source_line
 from autoseq.runtime import collectives
@@ -100,6 +100,7 @@ class _Sharder:
         self.fallbacks: list[Fallback] = []
         self.outputs: list[ShardedOutput] = []
         self.top: set[fx.Node] = set()  # conversions of inputs, which stand between the anchors
+        self.remade: dict[fx.Node, bool] = {}
 
     def run(self) -> None:
         old = self.gm.graph
@@ -171,7 +172,37 @@ class _Sharder:
         value = self.values[node]
         if value.mark is None:
             return value.node
+        if "whole" not in value.converted and self._can_be_made_again(node):
+            value.converted["whole"] = self._made_again(node)
         return self._convert(node, "whole", collectives.all_gather, self.sharding(node.meta["val"], value.mark))
+
+    def _can_be_made_again(self, node: fx.Node) -> bool:
+        """Whether a shard's whole is computed rather than gathered: constants, and integers made of whole ones and of constants."""
+        if node not in self.remade:
+            rule, val = rule_for(node) if node.op == "call_function" else None, node.meta.get("val")
+            possible = rule is not None and isinstance(val, torch.Tensor) and not _writes(node)
+            read = _read_operands(node, rule) if possible else []  # type: ignore[arg-type]
+            exact = possible and (not read or not (val.is_floating_point() or val.is_complex()))  # type: ignore[union-attr]
+            self.remade[node] = exact and all(self.values[n].mark is None or self._can_be_made_again(n) for n in read)
+        return self.remade[node]
+
+    def _made_again(self, node: fx.Node) -> fx.Node:
+        operands = self._whole_operands(node)
+        with self._after(self.values[node].node):
+            return self.graph.node_copy(node, operands.__getitem__)
+
+    def _whole_operands(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
+        """The replicated form of each operand; of one that only lends its shape, an empty tensor of that shape."""
+        rule = rule_for(node) if node.op == "call_function" else None
+        read = node.all_input_nodes if rule is None else _read_operands(node, rule)
+        return {n: self.whole(n) if n in read else self._pattern(n) for n in node.all_input_nodes}
+
+    def _pattern(self, node: fx.Node) -> fx.Node:
+        value = self.values[node]
+        if value.mark is None:
+            return value.node
+        sizes = [self.sizes.argument(size) for size in node.meta["val"].shape]
+        return self._convert(node, "pattern", aten.new_empty.default, {}, arguments=(sizes,))
 
     def varied(self, node: fx.Node) -> fx.Node:
         """The replicated form of a value, for use beside sharded ones."""
@@ -195,13 +226,14 @@ class _Sharder:
         return self._convert(node, key, collectives.take_shard, keywords, source)
 
     def _convert(
-        self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None
+        self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None,
+        arguments: tuple[Any, ...] = (),
     ) -> fx.Node:
         value = self.values[node]
         if key not in value.converted:
             source = source or value.node
             with self._after(source):
-                made = self.graph.call_function(target, (source,), keywords)
+                made = self.graph.call_function(target, (source, *arguments), keywords)
             if source.op == "placeholder" or source in self.top:
                 self.top.add(made)
             for field in ("stack_trace", "nn_module_stack"):
@@ -260,11 +292,13 @@ class _Sharder:
         return True
 
     def _run_whole(self, node: fx.Node, reason: str) -> None:
-        gathered = {n: self.values[n].mark for n in node.all_input_nodes if self.values[n].mark is not None}
+        rule = rule_for(node)
+        read = node.all_input_nodes if rule is None else _read_operands(node, rule)
+        gathered = {n: self.values[n].mark for n in read if self.values[n].mark is not None and not self._can_be_made_again(n)}
         if gathered or "left_whole" in node.meta:
             sent = sum(self._gather_bytes(n, mark) for n, mark in gathered.items())  # type: ignore[arg-type]
             self.fallbacks.append(Fallback(_op_name(node), source_line(node), node.meta.get("left_whole", reason), sent))
-        made = self.graph.node_copy(node, self.whole)
+        made = self.graph.node_copy(node, self._whole_operands(node).__getitem__)
         made.meta = dict(node.meta)
         self._set(node, made, None)
 
@@ -327,6 +361,14 @@ def _touches_tensor(node: fx.Node) -> bool:
 def _writes(node: fx.Node) -> bool:
     """Whether a node writes to an operand (the write-back of a mutated input): that takes the whole value."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _read_operands(node: fx.Node, rule: Rule) -> list[fx.Node]:
+    """The operands of which more than dtype, device and shape is read, and the sizes."""
+    paths = tensor_operands(node)
+    unread = {operand_at(node, paths[i]) for i in rule.unread}
+    read = {operand_at(node, path) for i, path in enumerate(paths) if i not in rule.unread}
+    return [n for n in node.all_input_nodes if n in read or n not in unread]
 
 
 def _op_name(node: fx.Node) -> str:

@@ -3,6 +3,8 @@
 The rows past a sequence's end are padding: they hold finite values that must not count. Each function here masks them.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from autoseq.runtime.collectives import all_reduce, sharded_rows
 from autoseq.runtime.groups import group_of
+from autoseq.runtime.hashing import mix
 from autoseq.runtime.layout import Layout, rank_positions
 
 Reduction = Literal["none", "mean", "sum"]
@@ -41,9 +44,32 @@ def drop_last_rows(x: Tensor, *, dim: int, outer: int, length: int, local: int, 
     positions = rank_positions(sharded.group.rank, sharded.group.size, local, layout, x.device)[:, None]
     opened = sharded.open(x, local)
     mine = torch.where(positions == length - 1, opened.detach(), torch.zeros((), dtype=x.dtype, device=x.device))
-    wire = mine.to(torch.uint8) if x.dtype == torch.bool else mine
+    wire = _summable(mine)
     last = all_reduce(wire.sum(1, keepdim=True, dtype=wire.dtype), group=group).to(x.dtype)
     return sharded.close(torch.where(positions < length, opened, last), x, local, local)
+
+
+def few_rows(
+    x: Tensor, *, start: int, count: int, dim: int, outer: int, length: int, local: int, layout: Layout, group: str
+) -> Tensor:
+    """The rows [start, start + count) of the whole sequence, on every rank: Shard -> Replicate.
+
+    A sum over ranks to which each adds the rows it has: sends `count` rows twice, where a gather would send them all.
+    """
+    sharded = sharded_rows(x, dim, outer, length, local, layout, group)
+    positions = rank_positions(sharded.group.rank, sharded.group.size, local, layout, x.device)
+    wanted = positions == torch.arange(start, start + count, device=x.device)[:, None]
+    have, where = wanted.to(torch.uint8).max(1)
+    mine = sharded.open(x, local).index_select(1, where)
+    mine = torch.where(have[:, None] != 0, mine, torch.zeros((), dtype=x.dtype, device=x.device))
+    return sharded.close(all_reduce(_summable(mine), group=group).to(x.dtype), x, local, count)
+
+
+def _summable(x: Tensor) -> Tensor:
+    """x in a dtype that sums over ranks have and that holds it exactly."""
+    if x.dtype in (torch.bool, torch.int16):
+        return x.to(torch.uint8 if x.dtype == torch.bool else torch.int32)
+    return x.float() if x.is_floating_point() and x.element_size() == 1 else x
 
 
 def cross_entropy(
@@ -68,10 +94,36 @@ def cross_entropy(
     nothing, and only a batch without any gives NaN. Sends a pair of scalars ("mean"), one ("sum") or nothing ("none").
     """
     valid = valid_rows(target, dim=dim, outer=outer, length=length, local=local, layout=layout, group=group)
-    target = torch.where(valid, target, ignore_index)
+    loss = partial(F.cross_entropy, label_smoothing=label_smoothing)
+    return _class_loss(loss, logits, torch.where(valid, target, ignore_index), weight, reduction, ignore_index, group)
+
+
+def nll_loss(
+    log_probabilities: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    reduction: Reduction,
+    ignore_index: int,
+    dim: int,
+    outer: int,
+    length: int,
+    local: int,
+    layout: Layout,
+    group: str,
+) -> Tensor:
+    """`F.nll_loss` over rows of which this rank holds a part, as `cross_entropy`."""
+    valid = valid_rows(target, dim=dim, outer=outer, length=length, local=local, layout=layout, group=group)
+    return _class_loss(
+        F.nll_loss, log_probabilities, torch.where(valid, target, ignore_index), weight, reduction, ignore_index, group)
+
+
+def _class_loss(
+    loss: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, reduction: Reduction, ignore_index: int, group: str
+) -> Tensor:
     if reduction == "none":
-        return F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-    total = F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+        return loss(logits, target, weight, ignore_index=ignore_index, reduction="none")
+    total = loss(logits, target, weight, ignore_index=ignore_index, reduction="sum")
     wide = total.float() if total.dtype in (torch.float16, torch.bfloat16) else total
     if reduction == "sum":
         return all_reduce(wide, group=group).to(total.dtype)
@@ -89,16 +141,6 @@ def dropout(x: Tensor, p: float, *, group: str) -> Tensor:
     """
     seed = torch.randint(0, 2**31 - 1, (), device=x.device)
     element = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-    bits = _mix(_mix(element + group_of(group).rank * 0x632BE5A7) + seed)
+    bits = mix(mix(element + group_of(group).rank * 0x632BE5A7) + seed)
     keep = bits >= int(p * 2**32)
     return torch.where(keep, x / (1 - p) if p < 1 else torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (the finalizer of MurmurHash3), in int64 arithmetic that never overflows."""
-    x = x & 0xFFFFFFFF
-    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
-        x = x ^ (x >> shift)
-        low, high = x & 0xFFFF, x >> 16
-        x = (low * multiplier + (((high * multiplier) & 0xFFFF) << 16)) & 0xFFFFFFFF
-    return x ^ (x >> 16)

@@ -41,7 +41,7 @@ def _call(target: Callable[..., Any], local: list[Any], P: int) -> Values:
     if target in _COLLECTIVES:
         keywords = {key: value for key, value in local[0][1].items() if key != "group"}
         return list(_COLLECTIVES[target]([args[0] for args, _ in local], P, **keywords))
-    if target in (rows.zero_padding, rows.cross_entropy):
+    if target in (rows.zero_padding, rows.cross_entropy, rows.nll_loss):
         return _on_each_rank(target, local, P)
     return [target(*args, **kwargs) for args, kwargs in local]
 
@@ -140,7 +140,13 @@ def _drop_last_rows(xs: Values, P: int, *, dim: int, outer: int, length: int, lo
     return dropped
 
 
+def _few_rows(xs: Values, P: int, *, start: int, count: int, dim: int, outer: int, length: int, **sharding: Any) -> Values:
+    wholes = _all_gather(xs, P, dim=dim, outer=outer, length=length, **sharding)
+    return [x.unflatten(dim, (outer, length, -1)).narrow(dim + 1, start, count).flatten(dim, dim + 2) for x in wholes]
+
+
 _COLLECTIVES: dict[Any, Callable[..., Any]] = {
     collectives.take_shard: _take_shard, collectives.all_gather: _all_gather, collectives.all_gather_varying: _all_gather_varying,
     collectives.vary: _vary, collectives.all_reduce: _all_reduce, rows.drop_last_rows: _drop_last_rows,
+    rows.few_rows: _few_rows,
 }  # fmt: skip

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
@@ -72,7 +73,8 @@ class OpGraph:
         if factors is None or start.alone:
             return
         sides = (*factors.operands, *factors.results)
-        place = locate(sides[start.tensor], factors.sizes, mark)
+        dims = sides[start.tensor]
+        place = None if dims is None else locate(dims, factors.sizes, mark)
         if place is None or not factors.passes(place.factor):
             return
         for tensor, dims in zip(self.tensors, sides, strict=True):
@@ -83,13 +85,15 @@ class OpGraph:
     def sharded(self, P: int, layout: Layout) -> tuple[str, fx.GraphModule]:
         """The local graph, and the letter of what became of the marked dim."""
         gm = fx.GraphModule({}, self.graph)
-        shard(gm, group=GROUP, group_size=P, layout=layout, gather_outputs=True)
+        # What can be computed again is not gathered: here it has to be, since it is the local form that is tested.
+        with mock.patch("autoseq.passes.shard._Sharder._can_be_made_again", return_value=False):
+            shard(gm, group=GROUP, group_size=P, layout=layout, gather_outputs=True)
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         if any(result.target is collectives.all_gather for result in gm.graph.output_node().all_input_nodes):
             return "r", gm
         targets = {node.target for node in gm.graph.nodes}
-        return ("s" if targets & {collectives.all_reduce, rows.cross_entropy} else "w"), gm
+        return ("s" if targets & {collectives.all_reduce, rows.cross_entropy, rows.nll_loss, rows.few_rows} else "w"), gm
 
 
 def outcome(op: Op, args: Sequence[Any], kwargs: dict[str, Any], P: int = 2, layout: Layout = "contiguous") -> str:

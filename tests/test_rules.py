@@ -85,8 +85,13 @@ MOVES = [
     case(aten.slice.Tensor, (x(2, 6, 4), 1, 1), "rwr -> rwr", "the start is cut"),
     case(aten.slice.Tensor, (x(2, 6, 4), 1, 0, 6, 2), "rwr -> rwr", "a step"),
     case(aten.slice.Tensor, (x(2, 7, 4), 1, 0, -3), "rrr -> rwr", "an end counted from behind"),
-    case(aten.slice.Tensor, (x(2, 6, 4), -1, 0, 1), "rrw -> rr.", "the first channel"),
-    case(aten.select.int, (x(2, 6, 4), 1, -1), "rwr -> rr", "one row"),
+    case(aten.slice.Tensor, (x(2, 6, 3), -1, 0, 1), "rrw -> rr.", "one of three is not few"),
+    case(aten.slice.Tensor, (x(2, 9, 4), 1, -2), "rsr -> rwr", "few rows are sent, not gathered"),
+    case(aten.slice.Tensor, (i(2, 9) > 2, 1, 3, 4), "rs -> r.", "one row of booleans"),
+    case(aten.slice.Tensor, (x(2, 9, 4), 1, 0, 1), "rsr -> r.r", "the first row"),
+    case(aten.select.int, (x(2, 6, 4), 1, -1), "rsr -> rr", "one row is sent, not gathered"),
+    case(aten.select.int, (x(2, 6, 4), 1, 0), "rsr -> rr", "the first token, to classify by"),
+    case(aten.select.int, (i(6, 4).to(torch.int16), 0, 2), "sr -> r", "of integers that no sum over ranks takes"),
     case(aten.cat.default, ([x(2, 6, 4), x(2, 5, 4)], 1), "rwr, rwr -> rwr", "along the sequence"),
     case(aten.cat.default, ([x(2, 6, 4), x(2, 6, 3)], -1), "rrw, rrw -> rrw", "along channels"),
     case(aten.stack.default, ([x(6, 4), x(6, 4)], 1), "rr, rr -> rwr", "a new dim"),
@@ -97,6 +102,13 @@ MOVES = [
     case(aten.unbind.int, (x(3, 6), 0), "wr -> r, r, r", "into rows"),
     case(aten.repeat.default, (x(6, 4), [2, 3, 1]), "rr -> wwr", "behind and before"),
     case(aten.repeat.default, (x(1, 4), [6, 1]), ".r -> wr", "one row for all"),
+    case(aten.repeat_interleave.self_int, (x(6, 4), 2, 0), "rr -> wr", "each row twice"),
+    case(aten.repeat_interleave.self_int, (x(6, 4), 1, 1), "rr -> rr", "once"),
+    case(aten.repeat_interleave.self_int, (x(6, 4), 2), "ww -> w", "flattened is not covered"),
+    case(aten.flip.default, (x(2, 6, 4), [0, -1]), "wrw -> wrw", "two dims"),
+    case(aten.roll.default, (x(6, 4), [1], [1]), "rw -> rw", "channels"),
+    case(aten.roll.default, (x(6, 4), [1]), "ww -> ww", "no dims are all dims"),
+    case(aten.expand_as.default, (x(6, 1), x(2, 6, 4)), "r., rrr -> rrr", "to another's shape"),
     case(aten.pad.default, (x(6, 4), [0, 2]), "rw -> rw", "channels"),
     case(aten.constant_pad_nd.default, (x(2, 6, 4), [0, 0, 1, 0]), "rwr -> rwr", "a row in front"),
     case(aten.constant_pad_nd.default, (x(2, 6, 4), [0, 0, 1, -1]), "rwr -> rwr", "shifted by a row (a token shift), shape unchanged"),
@@ -113,8 +125,40 @@ FILLS = [
     case(aten.new_full.default, (x(3), [2, 6], 1.5), "w -> rr", "the operand's values do not matter"),
     case(aten.new_zeros.default, (x(3), [2, 6]), "w -> rr", "the operand's values do not matter"),
     case(aten.new_ones.default, (x(2, 6), [2, 6]), "ww -> rr", "the operand's values do not matter"),
+    *[case(op, (x(2, 6),), "rr -> rr", "nor here") for op in (aten.zeros_like.default, aten.ones_like.default)],
+    case(aten.full_like.default, (x(6, 4), 2.0), "rr -> rr", "a constant of that shape"),
 ]
-UNCHECKED = {aten.empty.memory_format, aten.new_empty.default, aten.dropout.default}  # values are undefined, or drawn
+UNCHECKED = {  # values are undefined, or drawn
+    aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.dropout.default,
+    aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype, aten.uniform.default,
+    aten.normal_functional.default, aten.exponential.default, aten.bernoulli.p,
+}  # fmt: skip
+
+LOOKUPS = [
+    case(aten.index.Tensor, (x(5, 4), [i(2, 6)]), "wr, rr -> rrr", "rows of a table"),
+    case(aten.index.Tensor, (x(2, 5, 4), [None, i(6)]), "rwr, r -> rrr", "in the middle"),
+    case(aten.index.Tensor, (x(5, 3, 4), [i(6), None, i(2, 1, below=4)]), "wrw, r, r. -> rrr", "two indices apart stand in front"),
+    case(aten.index.Tensor, (x(2, 5, 4), [None, i(6), i(6, below=4)]), "rww, r, r -> rr", "two neighbours stay in place"),
+    case(aten.index.Tensor, (x(5, 4), [i()]), "wr, () -> r", "one row"),
+    case(aten.index.Tensor, (x(6, 4), [x(6, 4) > 0]), "ww, ww -> w", "a mask is not covered"),
+    case(aten.index_select.default, (x(6, 4), 0, i(3)), "wr, r -> rr", "rows of a table"),
+    case(aten.index_select.default, (x(6, 4), 1, i(3, below=4)), "rw, r -> rr", "channels"),
+    case(aten.gather.default, (x(2, 6, 4), 2, i(2, 6, 1, below=4)), "rrw, rr. -> rr.", "a label's logit"),
+    case(aten.gather.default, (x(2, 6), 1, i(2, 6, below=6)), "rw, rw -> rw", "along the sequence"),
+    case(aten.gather.default, (x(6, 4), 1, i(4, 3, below=4)), "ww, ww -> ww", "an index of fewer rows is not covered"),
+    case(aten.scatter.value, (x(6, 4), 1, i(6, 2, below=4), 1.0), "rw, rw -> rw", "a router's groups"),
+    case(aten.scatter.src, (x(6, 4), 1, i(6, 1, below=4), x(6, 1)), "rw, r., r. -> rw", "a value a row"),
+    case(aten.scatter.src, (x(6, 4), 0, i(2, 4), x(2, 4)), "wr, wr, wr -> wr", "along the sequence"),
+    case(aten.scatter.src, (x(6, 4), 0, i(2, 3), x(2, 3)), "ww, ww, ww -> ww", "an index of fewer columns is not covered"),
+    case(aten.scatter_add.default, (x(6, 4), 1, i(6, 3, below=4), x(6, 3)), "rw, rw, rw -> rw", "sums"),
+    case(aten.scatter.reduce, (x(6, 4).detach(), 1, i(6, 1, below=4), x(6, 1).detach()), "rw, r., r. -> rw", "reduced", reduce="add"),
+    case(aten.scatter.value_reduce, (x(6, 4).detach(), 1, i(6, 1, below=4), 2.0), "rw, r. -> rw", "reduced", reduce="multiply"),
+    case(aten.scatter_reduce.two, (x(6, 4), 1, i(6, 3, below=4), x(6, 3), "amax"), "rw, rw, rw -> rw", "the largest"),
+    case(aten.slice_scatter.default, (x(2, 6, 4), x(2, 6, 3), 2, 1), "rrw, rrw -> rrw", "channels written"),
+    case(aten.slice_scatter.default, (x(2, 6, 4), x(2, 2, 4), 1, 0, 2), "rwr, rwr -> rwr", "rows written"),
+    case(aten.select_scatter.default, (x(2, 6, 4), x(2, 6), 2, 1), "rrw, rr -> rrw", "a channel written"),
+    case(aten.one_hot.default, (i(2, 6), 5), "rr -> rrw", "classes"),
+]
 
 REDUCTIONS = [
     case(aten.sum.default, (x(2, 6),), "ss -> ()", "everything"),
@@ -153,9 +197,6 @@ ALONG = [
     case(aten.glu.default, (x(6, 4),), "rw -> rw", "the last dim by default"),
     case(aten.topk.default, (x(6, 4), 3), "rw -> rw, rw", "the last dim by default"),
     case(aten.topk.default, (x(6, 4), 1, 0), "wr -> .r, .r", "one of the sequence"),
-    case(aten.gather.default, (x(2, 6, 4), 2, i(2, 6, 1, below=4)), "rrw, rr. -> rr.", "a label's logit"),
-    case(aten.gather.default, (x(2, 6), 1, i(2, 6, below=6)), "rw, rw -> rw", "along the sequence"),
-    case(aten.gather.default, (x(6, 4), 1, i(4, 3, below=4)), "ww, ww -> ww", "an index of fewer rows is not covered"),
     case(aten.diff.default, (x(2, 6),), "rw -> rw", "the last dim by default"),
     case(aten.diff.default, (x(2, 6), 1, 1, x(2, 1)), "rw, r. -> rw", "a value in front"),
 ]
@@ -170,6 +211,17 @@ LOSSES = [
     case(aten.cross_entropy_loss.default, (x(2, 5, 6), i(2, 6)), "sws, ss -> ()", "classes in the middle"),
     case(aten.cross_entropy_loss.default, (x(6, 5), x(6, 5).detach().softmax(1)), "ww, ww -> ()", "class probabilities are not covered"),
     case(aten.cross_entropy_loss.default, (x(5), i()), "w, () -> ()", "one unbatched row is not covered"),
+    *[case(op, (x(6, 5), i(6), None, reduction, -100), letters, f"reduction {reduction}") for op in (
+        aten.nll_loss_nd.default, aten.nll_loss.default) for reduction, letters in enumerate(("rw, r -> r", "sw, s -> ()", "sw, s -> ()"))],
+    case(aten.nll_loss_nd.default, (x(6, 5), i(6), x(5).detach().abs(), 1, 2), "sw, s, w -> ()", "class weights, an ignored class"),
+    case(aten.nll_loss2d.default, (x(2, 5, 3, 2), i(2, 3, 2)), "swss, sss -> ()", "classes in the middle"),
+    *[case(op, (x(6, 5), x(5, 6).T.detach().sigmoid(), reduction), letters, f"reduction {reduction}") for op in (
+        aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.kl_div.default,
+        aten.soft_margin_loss.default) for reduction, letters in enumerate(("rr, rr -> rr", "ss, ss -> ()", "ss, ss -> ()"))],
+    case(aten.binary_cross_entropy.default, (x(6, 5).sigmoid().detach(), x(5, 6).T.sigmoid().detach()), "ss, ss -> ()", "the mean"),
+    case(aten.binary_cross_entropy_with_logits.default, (x(6, 5), x(5, 6).T.sigmoid().detach()), "ss, ss -> ()", "the mean"),
+    case(aten.binary_cross_entropy_with_logits.default, (x(6, 5), x(5, 6).T.sigmoid().detach(), None, x(5).detach().abs()),
+         "ww, ww, w -> ()", "weights of another shape are not covered"),
     case(aten.dropout.default, (x(2, 6), 0.0, True), "rr -> rr", "with nothing to drop"),
 ]
 
@@ -178,21 +230,20 @@ POINTWISE = [
     case(aten.add.Tensor, (x(2, 6, 4), x(6, 1)), "rrr, r. -> rrr", "operands broadcast", alpha=2),
     case(aten.where.self, (x(6, 4) > 0, x(6, 4), x(4)), "rr, rr, r -> rr", "three operands"),
     case(aten.masked_fill.Tensor, (x(6, 4), x(6, 1) > 0, x()), "rr, r., () -> rr", "a value of no dims"),
-    case(aten.full_like.default, (x(6, 4), 2.0), "rr -> rr", "a constant of that shape"),
+    case(aten.where.ScalarOther, (x(6, 4) > 0, x(6, 4), 0.0), "rr, rr -> rr", "a number"),
+    case(aten.to.dtype_layout, (x(6, 4),), "rr -> rr", "another dtype", dtype=torch.float32),
+    case(aten.type_as.default, (x(6, 4), x(3).detach().float()), "rr, w -> rr", "another's dtype"),
     case(aten.mul.Tensor, (x(6, 1), x(4)), "r., r -> rr", "an outer product"),
     case(aten._to_copy.default, (x(6, 4),), "rr -> rr", "another dtype", dtype=torch.float32),
 ]
 
 WHOLE = [
-    case(aten.flip.default, (x(6, 4), [0]), "ww -> ww", "no rule"),
-    case(aten.roll.default, (x(6, 4), [1], [0]), "ww -> ww", "no rule"),
-    case(aten.index_select.default, (x(6, 4), 0, i(3)), "ww, w -> ww", "no rule"),
+    case(aten.index_add.default, (x(6, 4), 0, i(3), x(3, 4)), "ww, w, ww -> ww", "no rule"),
     case(aten.cumsum.default, (x(6),), "w -> w", "a running sum", dim=0),
-    case(aten.scatter.src, (x(6, 4), 0, i(2, 4), x(2, 4)), "ww, ww, ww -> ww", "no rule"),
     case(aten.prelu.default, (x(2, 6), x(6)), "ww, w -> ww", "looks pointwise, but its weight lies along dim 1"),
 ]
 
-ALL = [*PRODUCTS, *MOVES, *FILLS, *REDUCTIONS, *ALONG, *LOSSES, *POINTWISE, *WHOLE]
+ALL = [*PRODUCTS, *MOVES, *FILLS, *LOOKUPS, *REDUCTIONS, *ALONG, *LOSSES, *POINTWISE, *WHOLE]
 
 
 @pytest.mark.parametrize(("op", "args", "kwargs", "letters"), ALL)
@@ -279,7 +330,7 @@ def test_dropout_keeps_rows() -> None:
     assert factors == Factors(((("d0",), ("d1",)),), ((("d0",), ("d1",)),), {"d0": 2, "d1": 6})
 
 
-@pytest.mark.parametrize("op", [aten.bernoulli.default, aten.roll.default, aten.prelu.default], ids=str)
+@pytest.mark.parametrize("op", [aten.bernoulli.default, aten.index_add.default, aten.prelu.default], ids=str)
 def test_no_rule(op: Any) -> None:
     assert rule_for(fx.Graph().call_function(op)) is None
 

@@ -1,10 +1,12 @@
 """The sharding rules: one table per family, and pointwise operators by torch's own tag."""
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from autoseq.passes.factors import Factors, Pattern, bind
-from autoseq.passes.rules import linear_algebra, losses, reductions, shapes
+from autoseq.passes.rules import linear_algebra, lookups, losses, reductions, shapes
 from autoseq.passes.rules.rule import LocalEmitter, Rule, operand_shapes, result_shapes
 
 __all__ = ["LocalEmitter", "Rule", "rule_for"]
@@ -19,13 +21,32 @@ def _pointwise(node: fx.Node) -> Factors | None:
     return bind(spread, operands, result_shapes(node))
 
 
+def _like_first(node: fx.Node) -> Factors | None:
+    """`type_as`: of the operands behind the first only the dtype is read."""
+    operands = operand_shapes(node)
+    factors = bind(_EACH, operands[:1], result_shapes(node))
+    return factors and replace(factors, operands=(*factors.operands, *(None,) * (len(operands) - 1)))
+
+
+_EACH = Pattern(((None,),), (False,), ((None,),), frozenset(), frozenset())
 _POINTWISE = Rule(_pointwise)
 _ALSO_POINTWISE = {
-    aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.detach.default, aten.to.dtype,
-    aten.alias.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
-    aten.masked_fill.Tensor, aten.empty_like.default,
+    aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.detach.default, aten.to.dtype, aten.to.dtype_layout,
+    aten.alias.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
 }  # fmt: skip
-TABLE: dict[object, Rule] = {**linear_algebra.RULES, **shapes.RULES, **reductions.RULES, **losses.RULES}
+_PATTERNS = {  # operators that read only their operand's shape, and those that draw
+    op: Rule(_pointwise, unread=frozenset({0})) for op in (
+        aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
+}  # fmt: skip
+_DRAWS = {
+    op: Rule(lambda node: None, unread=frozenset({0})) for op in (
+        aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype, aten.uniform.default,
+        aten.normal_functional.default, aten.exponential.default, aten.bernoulli.p)
+}  # fmt: skip
+TABLE: dict[object, Rule] = {
+    **linear_algebra.RULES, **shapes.RULES, **lookups.RULES, **reductions.RULES, **losses.RULES, **_PATTERNS, **_DRAWS,
+    aten.type_as.default: Rule(_like_first, unread=frozenset({1})), aten.expand_as.default: Rule(_pointwise, unread=frozenset({1})),
+}  # fmt: skip
 
 
 def rule_for(node: fx.Node) -> Rule | None:

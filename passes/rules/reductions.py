@@ -18,7 +18,6 @@ from autoseq.passes.rules.rule import (
     plain_dims,
     result_shapes,
 )
-from autoseq.passes.sizes import same_size
 from autoseq.runtime import collectives, rows
 
 aten = torch.ops.aten
@@ -82,9 +81,6 @@ def _along(position: int, *, default: int | None = None) -> Callable[[fx.Node], 
         if where is None or any(s is not None and len(s) != rank for s in shapes):
             return None
         dim = as_dim(where, rank)
-        others = [s for s in shapes[1:] if s is not None]
-        if not all(same_size(s[d], shapes[0][d]) for s in others for d in range(rank) if d != dim):
-            return None  # `gather` takes an index of fewer rows
         sizes: dict[str, Size] = {}
         operands = []
         for i, shape in enumerate(shapes):
@@ -120,6 +116,5 @@ RULES = {
         aten.cumprod.default)},
     **{op: Rule(_along(1, default=-1)) for op in (aten.sort.default, aten.argsort.default, aten.glu.default)},
     aten.topk.default: Rule(_along(2, default=-1)),
-    aten.gather.default: Rule(_along(1)),
     aten.diff.default: Rule(_along(2, default=-1)),
 }

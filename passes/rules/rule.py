@@ -50,11 +50,15 @@ class Rule:
 
     `local`, where given, emits the node on local rows itself and returns a *finished* value: a partial sum is already
     reduced. Otherwise the same operator runs on local operands.
+
+    Of the operands in `unread` only the dtype and the device matter, so they are never communicated; of those that are
+    a pattern for a result of their shape (`zeros_like`), nothing but the shape.
     """
 
     factors: Callable[[fx.Node], Factors | None]
     sizes_arg: int | None = None
     local: Callable[[fx.Node, LocalEmitter], fx.Node] | None = None
+    unread: frozenset[int] = frozenset()
 
 
 def pattern(text: str) -> Callable[[fx.Node], Factors | None]:

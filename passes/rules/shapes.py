@@ -1,6 +1,7 @@
 """Rules of operators that move elements: reshape, reorder, cut, join, repeat, fill."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,7 +19,7 @@ from autoseq.passes.rules.rule import (
     plain_dims,
     result_shapes,
 )
-from autoseq.passes.sizes import same_size
+from autoseq.passes.sizes import hint, same_size
 from autoseq.runtime import rows
 
 aten = torch.ops.aten
@@ -55,21 +56,40 @@ def _swapped(node: fx.Node, rank: int) -> list[int]:
 
 
 def _slice(node: fx.Node) -> Factors | None:
-    """Cutting a dim needs it whole; cutting only its end keeps rows where they are."""
+    """Cutting a dim needs it whole, but for two ways: the end is cut, or few rows are taken.
+
+    Cutting only the end keeps rows where they are. Few rows are sent to every rank by the ranks that have them.
+    """
     shape, result = first_val(node).shape, result_shapes(node)[0]
     dim = as_dim(argument(node, 1, "dim", 0), len(shape))
-    from_start = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
-    keeps_rows = from_start and not same_size(result[dim], 1) and not same_size(result[dim], 0)
     names = plain_dims(len(shape))
     sizes: dict[str, Size] = {}
     old = dims_of(shape, names, sizes)
-    if keeps_rows:
+    if _keeps_start(node) and not same_size(result[dim], 1) and not same_size(result[dim], 0):
         shorter = frozenset() if same_size(shape[dim], result[dim]) else frozenset({f"d{dim}"})
         return Factors((old,), (old,), sizes, cut=shorter)
     cut = list(old)
-    cut[dim] = ("cut",)
+    cut[dim] = () if same_size(result[dim], 1) else ("cut",)
     sizes["cut"] = result[dim]
+    if _takes_few_rows(node, shape[dim], result[dim]):
+        taken = frozenset({f"d{dim}"})
+        return Factors((old,), (tuple(cut),), sizes, frozenset({"cut"}), sums=taken, cut=taken)
     return Factors((old,), (tuple(cut),), sizes, frozenset({f"d{dim}", "cut"}))
+
+
+def _keeps_start(node: fx.Node) -> bool:
+    return argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+
+
+def _takes_few_rows(node: fx.Node, size: Size, taken: Size) -> bool:
+    """Whether summing `taken` rows over ranks is less than gathering all: it sends each of them twice."""
+    return argument(node, 4, "step", 1) == 1 and isinstance(taken, int) and 0 < 4 * taken <= hint(size)
+
+
+def _from_front(index: Any, size: Size) -> Size:
+    """An index that may be counted from behind, counted from the front; None is 0."""
+    place = index.meta["val"] if isinstance(index, fx.Node) else index or 0
+    return place + size if hint(place) < 0 else place
 
 
 def _local_slice(node: fx.Node, local: LocalEmitter) -> fx.Node:
@@ -80,15 +100,30 @@ def _local_slice(node: fx.Node, local: LocalEmitter) -> fx.Node:
         return local.emit(node.target, local.args, local.kwargs)  # type: ignore[arg-type]
     if same_size(shape[dim], result[dim]):
         return local.args[0]
-    return local.emit(rows.drop_last_rows, (local.args[0],), {**local.sharding(0), "length": local.size(result[dim])})
+    if _keeps_start(node) and not same_size(result[dim], 1):
+        return local.emit(rows.drop_last_rows, (local.args[0],), {**local.sharding(0), "length": local.size(result[dim])})
+    return local.emit(rows.few_rows, (local.args[0],), {
+        "start": local.size(_from_front(argument(node, 2, "start"), shape[dim])), "count": result[dim], **local.sharding(0)})
 
 
 def _select(node: fx.Node) -> Factors:
+    """One row of a sequence (the first token's, to classify by) is sent to every rank by the rank that has it."""
     shape = first_val(node).shape
     dim = as_dim(node.args[1], len(shape))
     sizes: dict[str, Size] = {}
     old = dims_of(shape, plain_dims(len(shape)), sizes)
-    return Factors((old,), (old[:dim] + old[dim + 1:],), sizes, frozenset({f"d{dim}"}))
+    taken = frozenset({f"d{dim}"})
+    return Factors((old,), (old[:dim] + old[dim + 1:],), sizes, sums=taken, cut=taken)
+
+
+def _local_select(node: fx.Node, local: LocalEmitter) -> fx.Node:
+    mark, shape = local.operand_mark(0), first_val(node).shape
+    dim = as_dim(node.args[1], len(shape))
+    if mark is None or mark.dim != dim:
+        return local.emit(node.target, local.args, local.kwargs)  # type: ignore[arg-type]
+    row = local.emit(rows.few_rows, (local.args[0],), {
+        "start": local.size(_from_front(node.args[2], shape[dim])), "count": 1, **local.sharding(0)})
+    return local.emit(aten.squeeze.dim, (row, dim), {})
 
 
 def _unsqueeze(node: fx.Node) -> Factors:
@@ -193,13 +228,37 @@ def _pad(node: fx.Node) -> Factors:
     return Factors((old,), (new,), sizes, frozenset({name for i in padded for name in (f"d{i}", f"p{i}")}))
 
 
+def _reversed(position: int) -> Callable[[fx.Node], Factors]:
+    """`flip`, `roll`: the dims at argument `position` (none: all of them) must be whole."""
+
+    def factors(node: fx.Node) -> Factors:
+        shape = first_val(node).shape
+        dims: list[int] = list(argument(node, position, "dims") or range(len(shape)))  # type: ignore[arg-type]
+        sizes: dict[str, Size] = {}
+        old = dims_of(shape, plain_dims(len(shape)), sizes)
+        return Factors((old,), (old,), sizes, frozenset(f"d{as_dim(d, len(shape))}" for d in dims))
+
+    return factors
+
+
+def _repeat_each(node: fx.Node) -> Factors | None:
+    """`repeat_interleave`: [d] becomes [(d r)]."""
+    shape, times, where = first_val(node).shape, node.args[1], argument(node, 2, "dim")
+    if where is None or node.kwargs.get("output_size") is not None:
+        return None
+    dim = as_dim(where, len(shape))
+    sizes: dict[str, Size] = {}
+    old = dims_of(shape, plain_dims(len(shape)), sizes)
+    sizes["r"] = times.meta["val"] if isinstance(times, fx.Node) else times  # type: ignore[assignment]
+    repeated = old[dim] if same_size(sizes["r"], 1) else (*old[dim], "r")
+    return Factors((old,), ((*old[:dim], repeated, *old[dim + 1:]),), sizes, frozenset({"r"}))
+
+
 def _fill(node: fx.Node) -> Factors:
     """A constant tensor: every dim is free."""
     sizes: dict[str, Size] = {}
-    shapes = operand_shapes(node)
     result = dims_of(result_shapes(node)[0], plain_dims(len(result_shapes(node)[0]), "r"), sizes)
-    unused = tuple(None if s is None else dims_of(s, plain_dims(len(s), "u"), sizes) for s in shapes)
-    return Factors(unused, (result,), sizes)
+    return Factors((None,) * len(operand_shapes(node)), (result,), sizes)
 
 
 def _triangle(node: fx.Node) -> Factors | None:
@@ -216,15 +275,16 @@ RULES = {
     aten.t.default: Rule(_reorder(lambda node, rank: list(range(rank))[::-1])),
     aten.permute.default: Rule(_reorder(lambda node, rank: [as_dim(d, rank) for d in node.args[1]])),  # type: ignore[union-attr]
     aten.slice.Tensor: Rule(_slice, local=_local_slice),
-    aten.select.int: Rule(_select),
+    aten.select.int: Rule(_select, local=_local_select),
     aten.cat.default: Rule(_join),
     aten.stack.default: Rule(_stack),
     **{op: Rule(_cut_up) for op in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)},
     aten.unbind.int: Rule(_unbind),
-    aten.repeat.default: Rule(_repeat),
+    aten.repeat.default: Rule(_repeat), aten.repeat_interleave.self_int: Rule(_repeat_each),
+    aten.flip.default: Rule(_reversed(1)), aten.roll.default: Rule(_reversed(2)),
     aten.pad.default: Rule(_pad), aten.constant_pad_nd.default: Rule(_pad),
     aten.tril.default: Rule(_triangle), aten.triu.default: Rule(_triangle),
     **{op: Rule(_fill, sizes_arg=0) for op in (aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)},
-    **{op: Rule(_fill, sizes_arg=1) for op in (aten.new_full.default, aten.new_zeros.default, aten.new_ones.default,
-                                               aten.new_empty.default)},
+    **{op: Rule(_fill, sizes_arg=1, unread=frozenset({0})) for op in (
+        aten.new_full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default)},
 }

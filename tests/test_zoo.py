@@ -1,0 +1,108 @@
+"""The model zoo: every attention found and its mask read, no S×S tensor left, and one device's loss and gradients on two ranks."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import zoo
+from autoseq.backend import autoseq
+from autoseq.inspection import Inspection, inspect_model, intermediates
+from autoseq.runtime.strategies import STRATEGIES
+from ranks import run_ranks
+
+LOSS_TOLERANCE = 1e-6  # relative; float32 sums in another order
+GRADIENT_TOLERANCE = 1e-5  # relative L2 per parameter, for the same reason
+MODELS = pytest.mark.parametrize(
+    ("name", "attention"),
+    [pytest.param(name, attention, id=f"{name}, {attention}" if attention else name)
+     for name, entry in zoo.ZOO.items() for attention in entry.attention],
+)  # fmt: skip
+
+
+@cache
+def inspected(name: str, attention: str) -> Inspection:
+    entry = zoo.ZOO[name]
+    return inspect_model(lambda: (entry.make(attention), entry.batch()), seq_len=zoo.LENGTH, world_size=2)
+
+
+@MODELS
+def test_every_attention_is_found_and_its_mask_is_read(name: str, attention: str) -> None:
+    assert tuple(site.site.mask for site in inspected(name, attention).sites) == zoo.ZOO[name].masks
+    assert inspected(name, attention).dense_masks == []
+
+
+@MODELS
+def test_nothing_of_the_size_of_the_scores_is_left(name: str, attention: str) -> None:
+    made = [item.shape for program in inspected(name, attention).programs for item in intermediates(program.gm.graph)]
+    assert [shape for shape in made if sum(size in zoo.ZOO[name].sequence_sizes for size in shape) > 1] == []
+
+
+@MODELS
+def test_only_what_must_be_is_gathered(name: str, attention: str) -> None:
+    assert tuple(fallback.op for fallback in inspected(name, attention).fallbacks) == zoo.ZOO[name].fallbacks
+
+
+@MODELS
+def test_loss_and_gradients_are_one_devices(name: str, attention: str) -> None:
+    sites = inspected(name, attention).sites
+    serving = [strategy for strategy, how in STRATEGIES.items() if all(how.cannot_serve(site.site.site, 2) is None for site in sites)]
+    assert len(serving) >= 3
+    for differences in run_ranks(train, 2, name, attention, serving):
+        for strategy in serving:
+            loss, gradients = differences[strategy].pop("loss"), differences[strategy]
+            worst = max(gradients.items(), key=lambda item: item[1])
+            assert loss <= LOSS_TOLERANCE and worst[1] <= GRADIENT_TOLERANCE, (strategy, loss, worst)
+
+
+def train(rank: int, world_size: int, name: str, attention: str, strategies: list[str]) -> dict[str, dict[str, float]]:
+    """A forward and backward through each strategy and on one device; the relative difference of the loss and of each gradient."""
+    entry = zoo.ZOO[name]
+    model, batch = entry.make(attention), entry.batch()
+    oracle = copy.deepcopy(model)
+    expected = zoo.loss_of(oracle(**batch))
+    expected.backward()
+    each = EachStrategy(strategies)
+    compiled = torch.compile(model, backend=each)
+    differences = {}
+    for strategy in strategies:
+        each.now = strategy
+        model.zero_grad()
+        loss = zoo.loss_of(compiled(**batch))
+        loss.backward()
+        differences[strategy] = {"loss": relative(loss.detach(), expected.detach()), **gradients(model, oracle, entry.zero_gradients)}
+    return differences
+
+
+class EachStrategy:
+    """A backend that compiles what Dynamo traced once through each strategy, and runs the one that is chosen."""
+
+    def __init__(self, strategies: list[str]) -> None:
+        self.strategies, self.now = strategies, strategies[0]
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = {name: autoseq(copy.deepcopy(gm), inputs, options={"strategy": name, "inner": "aot_eager"}) for name in self.strategies}
+        return lambda *args: compiled[self.now](*args)
+
+
+def gradients(model: torch.nn.Module, oracle: torch.nn.Module, zero: tuple[str, ...]) -> dict[str, float]:
+    """The relative difference of each parameter's gradient; of one that is zero but for rounding, its size beside all gradients'."""
+    whole = sum(p.grad.norm() ** 2 for p in oracle.parameters() if p.grad is not None) ** 0.5
+    found = {}
+    for (name, actual), expected in zip(model.named_parameters(), oracle.parameters(), strict=True):
+        assert (actual.grad is None) == (expected.grad is None), name
+        if expected.grad is None:
+            continue
+        if name.endswith(zero) and zero:
+            found[name] = (max(actual.grad.norm(), expected.grad.norm()) / whole).item()
+        else:
+            found[name] = relative(actual.grad, expected.grad)
+    return found
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()

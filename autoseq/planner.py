@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autoseq.passes.find_attention import is_attention, requires_grad
+from autoseq.passes.attention_site import is_attention
+from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
 from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout

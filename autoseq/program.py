@@ -14,7 +14,8 @@ from torch._guards import TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from autoseq.options import Options
-from autoseq.passes.find_attention import LeftWhole, find_attention
+from autoseq.passes.attention_site import LeftWhole
+from autoseq.passes.find_attention import find_attention
 from autoseq.passes.find_sequence import find_sequence
 from autoseq.passes.keep_meaning import keep_meaning
 from autoseq.passes.lower import lower

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from autoseq.passes.find_attention import is_attention
+from autoseq.passes.attention_site import is_attention
 from autoseq.runtime.strategies import STRATEGIES
 
 

@@ -69,9 +69,6 @@ def test_find_attention(fn: Callable[..., Any], kv_heads: int, keywords: dict[st
 
 
 LEFT_WHOLE = [
-    pytest.param(lambda q, b: attend(q, q, q, dropout_p=0.1), "dropout", id="dropout"),
-    pytest.param(lambda q, b: attend(q, q, q, b), "needs a gradient", id="a bias that needs a gradient"),
-    pytest.param(lambda q, b: attend(q, q, q, 2 * b[None]), "needs a gradient", id="a bias computed from one"),
     pytest.param(lambda q, b: attend(q[None], q[None], q[None]), "3 or 4 are read", id="five dims"),
     pytest.param(lambda q, b: attend(q[0], q, q), "3 or 4 are read", id="ranks that differ"),
 ]

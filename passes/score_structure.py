@@ -1,0 +1,147 @@
+"""The structure of a score formula: what excludes keys, what is added or bent, and the scale.
+
+    f_add(f_mul(s, 0.125), f_where(k <= q, 0, -3.4e38))      →      scale 0.125, predicate k <= q, score s, empty rows uniform
+
+A softmax gives no weight to a key whose score is -inf, nor, beside any real score, to one of -1e30 and lower. What a row gets
+whose keys are *all* excluded depends on how they were excluded, and is kept as `empty_rows`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+
+from autoseq.passes.formula.floats import MASKED, two_values
+from autoseq.passes.formula.values import call, const_value, name_of, s
+
+EmptyRows = Literal["zero", "nan", "uniform", "mean"]
+_Kind = Literal["infinite", "added", "replaced"]
+
+_REPLACED = -1e8
+"""A score that is replaced by this or less takes no probability beside any real one, which is no less than a few thousands below 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """softmax of `score` over the keys that `predicate` allows, where `s` stands for scale · q·k."""
+
+    score: Any
+    scale: float
+    predicate: Any
+    empty_rows: EmptyRows
+
+
+def structure(formula: Any, empty_rows: EmptyRows) -> Structure:
+    """Take a score formula apart. `empty_rows` is what a row of -inf alone gives where the formula comes from."""
+    rest, excluded = _peel(formula, ("infinite", "added", "replaced"))
+    kinds = {kind for _, kind in excluded}
+    if len(kinds) > 1 or sum(kind == "added" for _, kind in excluded) > 1:  # two finite masks add up to -inf where they meet
+        rest, excluded = _peel(formula, ("infinite",))
+        kinds = {kind for _, kind in excluded}
+    score, scale = _fold_scale(_score_first(rest))
+    keeps = sympy.And(*(keep for keep, _ in excluded))
+    finite: dict[_Kind, EmptyRows] = {"added": "uniform", "replaced": "mean"}
+    return Structure(score, scale, keeps, next((finite[kind] for kind in kinds if kind in finite), empty_rows))
+
+
+_Excluded = list[tuple[Any, _Kind]]
+
+
+def _peel(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
+    """The formula without its masks, and for each mask the condition under which a key is kept."""
+    peelers = {"f_where": _peel_where, "f_add": _peel_sum, "f_sub": _peel_difference, "f_mul": _peel_scaled, "f_div": _peel_scaled}
+    peel = peelers.get(name_of(x))
+    return peel(x, kinds) if peel and x.has(s) else (x, [])
+
+
+def _peel_where(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
+    condition, yes, no = x.args
+    for masked, kept, keep in ((yes, no, sympy.Not(condition)), (no, yes, condition)):
+        value = const_value(masked)
+        if value is not None and value <= _REPLACED:
+            kind: _Kind = "infinite" if value == -sympy.oo else "replaced"
+            if kind in kinds:
+                rest, excluded = _peel(kept, kinds)
+                return rest, [*excluded, (keep, kind)]
+    return x, []
+
+
+def _peel_sum(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
+    with_s = [arg for arg in x.args if arg.has(s)]
+    if len(with_s) != 1:
+        return x, []
+    term = x.args[1] if x.args[0] is with_s[0] else x.args[0]
+    rest, excluded = _peel(with_s[0], kinds)
+    mask = _as_mask(term, 1.0, kinds)
+    if mask is not None:
+        return rest, [*excluded, mask]
+    if not excluded:
+        return x, []
+    return call("f_add", *(rest if arg is with_s[0] else arg for arg in x.args)), excluded
+
+
+def _peel_difference(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
+    scored, term = x.args
+    if not scored.has(s) or term.has(s):
+        return x, []
+    rest, excluded = _peel(scored, kinds)
+    mask = _as_mask(term, -1.0, kinds)
+    if mask is not None:
+        return rest, [*excluded, mask]
+    return (call("f_sub", rest, term), excluded) if excluded else (x, [])
+
+
+def _peel_scaled(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
+    """A mask inside a product with a moderate positive constant excludes the same keys."""
+    factors = [const_value(arg) for arg in x.args]
+    scored = x.args[0] if x.args[0].has(s) else x.args[1]
+    factor = next((f for f in factors if f is not None), None)
+    if factor is None or not 1e-4 <= factor <= 1e4 or (name_of(x) == "f_div" and scored is not x.args[0]):
+        return x, []
+    rest, excluded = _peel(scored, kinds)
+    return (call(name_of(x), *(rest if arg is scored else arg for arg in x.args)), excluded) if excluded else (x, [])
+
+
+def _as_mask(term: Any, sign: float, kinds: tuple[_Kind, ...]) -> tuple[Any, _Kind] | None:
+    """The condition under which a term is 0, if elsewhere it excludes the key."""
+    found = two_values(term)
+    if found is None:
+        return None
+    condition, yes, no = found
+    for kept, masked, keep in ((yes, no, condition), (no, yes, sympy.Not(condition))):
+        if kept == 0 and sign * masked <= MASKED:
+            kind: _Kind = "infinite" if sign * masked == -sympy.oo else "added"
+            return (keep, kind) if kind in kinds else None
+    return None
+
+
+def _score_first(score: Any) -> Any:
+    """Sums written with the score first: torch adds alike both ways."""
+    if name_of(score) != "f_add" or not score.has(s):
+        return score
+    first, second = sorted(score.args, key=lambda arg: not arg.has(s))
+    return call("f_add", _score_first(first), second)
+
+
+def _fold_scale(score: Any) -> tuple[Any, float]:
+    """The factor that `s` is multiplied by wherever it occurs, taken out of the formula."""
+    scale = 1.0
+    while (scaled := _scaled_score(score)) is not None:  # `tanh(s / 50)` stays: it is a softcap
+        product, factor = scaled
+        without = score.xreplace({product: sympy.Symbol("scaled")})
+        if without.has(s):
+            break
+        score, scale = without.xreplace({sympy.Symbol("scaled"): s}), scale * factor
+    return score, scale
+
+
+def _scaled_score(score: Any) -> tuple[Any, float] | None:
+    calls = score.atoms(sympy.core.function.AppliedUndef)
+    capped = {x.args[0] for x in calls if name_of(x) == "f_tanh"}
+    products = [x for x in calls - capped if name_of(x) in ("f_mul", "f_div") and s in x.args]
+    for product in sorted(products, key=str):
+        other = product.args[1] if product.args[0] == s else product.args[0]
+        value = const_value(other)
+        if value is not None and value > 0 and (name_of(product) == "f_mul" or product.args[0] == s):
+            return product, value if name_of(product) == "f_mul" else 1.0 / value
+    return None

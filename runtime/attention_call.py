@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime.errors import UnsupportedError
-from autoseq.runtime.formula import additive_terms
 from autoseq.runtime.layout import Layout
 
 
@@ -68,10 +67,6 @@ def attention_function(module: str, compute: Compute) -> Callable[..., Tensor]:
         capture and `sinks` [H] get a gradient if they need one: this rank's share, over its rows or its heads.
         What it sends is the strategy's. Raises UnsupportedError for what is not kept exact, MessageError when a peer is lost.
         """
-        if (score and additive_terms(score) is None) or sinks is not None or dropout_p > 0 or empty_rows != "zero":
-            raise UnsupportedError("Attention with a score that is no sum, sinks, dropout or rows without keys is not served yet.")
-        if any(capture.requires_grad for capture in captures):
-            raise UnsupportedError("A capture of the score needs a gradient, which is not supported yet.")
         q, k, v = checked_inputs(q, k, v)
         settings = (scale, score, predicate, max_ahead, max_behind, empty_rows, dropout_p, q_len, k_len)
         return compute(q, k, v, Terms((captures, sinks, seed), settings, q.shape[1] // k.shape[1], layout, group))

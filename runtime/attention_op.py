@@ -16,20 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoseq.runtime.blockwise import Chunk, Problem
+from autoseq.runtime.blocks import Chunk
+from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.groups import SequenceGroup, group_of
-from autoseq.runtime.kernels import accumulate_dtype
 from autoseq.runtime.layout import Layout, chunk_ranges
 from autoseq.runtime.mask import Mask
+from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.tiles import EmptyRows, Problem
 
 _SETTINGS = (
     "Tensor[] captures, Tensor? sinks, Tensor? seed, float scale, str score, str predicate, SymInt? max_ahead, SymInt? max_behind, "
     "str empty_rows, float dropout_p, SymInt q_len, SymInt k_len, SymInt first_head, SymInt heads_per_kv, str layout, str group"
 )
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)"
+# A custom op cannot leave a result out, so the gradients that not every call asks for come in a list: of the captures numbered in
+# `learned`, then of the sinks.
 _BACKWARD = (
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+    "(int[] learned, bool learns_sinks, Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
@@ -72,28 +76,43 @@ class Call:
         return chunk_ranges(self.group.rank, self.group.size, self.q.shape[2], self.q_len, self.layout)
 
 
-Forward = Callable[[Call], tuple[Tensor, Tensor]]
-"""out [B,H,s,Dv] and lse [B,H,s] over all keys, in the accumulating dtype, for `call.padded_queries`."""
+    @property
+    def all_keys(self) -> list[Chunk]:
+        """The valid keys of every rank."""
+        return [chunk for rank in range(self.group.size) for chunk in self.keys_of(rank)]
 
-Backward = Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""dq, dk, dv in the accumulating dtype from (call, grad_out, out, lse), for `call.queries`."""
+
+ForwardKeys = Callable[[Call, Forward], None]
+"""Brings the keys and values of all ranks to `Forward.add`."""
+
+BackwardKeys = Callable[[Call, Backward], tuple[Tensor, Tensor]]
+"""Brings them to `Backward.add`, and the gradients home: dk, dv of this rank's keys, in the accumulating dtype."""
 
 
-def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
+def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register `autoseq::<name>` and `autoseq::<name>_backward`. Returns the op: (out in q's dtype, lse)."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
         call = _call(q, k, v, *settings)
-        out, lse = forward(call)
+        work = Forward(call.q, k.shape[1], v.shape[3], call.padded_queries, call.all_keys, call.problem)
+        forward(call, work)
+        out, lse = work.result()
         for start, end in call.paddings:
             out[:, :, start:end] = out[:, :, start : start + 1]
         return out.to(q.dtype), lse
 
     def run_backward(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = backward(_call(q, k, v, *settings), grad_out.detach(), out.detach(), lse.detach())
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        learned: list[int], learns_sinks: bool, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings: Any
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        call = _call(q, k, v, *settings)
+        rows = (call.q, out.detach(), lse.detach())
+        work = Backward(grad_out.detach(), *rows, k.shape[1], call.queries, call.all_keys, call.problem, learned)
+        dk, dv = backward(call, work)
+        captures, sinks = settings[:2]
+        shares = [grad.to(captures[i].dtype) for i, grad in zip(learned, work.learned(), strict=True)]
+        if learns_sinks:
+            shares.append(work.dsinks().to(sinks.dtype))
+        return work.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), shares
 
     op = torch.library.custom_op(f"autoseq::{name}", run, mutates_args=(), schema=_FORWARD)
     backward_op = torch.library.custom_op(f"autoseq::{name}_backward", run_backward, mutates_args=(), schema=_BACKWARD)
@@ -101,19 +120,31 @@ def attention_op(name: str, forward: Forward, backward: Backward) -> Callable[..
     backward_op.register_fake(_fake_backward)
 
     def differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse, *captures = ctx.saved_tensors
-        grads = backward_op(grad_out, q, k, v, out, lse, captures, ctx.sinks, ctx.seed, *ctx.settings)
-        return *grads, [None] * len(captures), *[None] * (2 + len(ctx.settings))
+        _, _, _, wanted, learns_sinks, *_ = ctx.needs_input_grad
+        learned = [i for i, needed in enumerate(wanted) if needed]
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        captures, sinks, seed = rest[: len(wanted)], *_restored(rest[len(wanted) :], ctx.present)
+        tensors = (grad_out, q, k, v, out, lse, captures, sinks, seed)
+        dq, dk, dv, shares = backward_op(learned, learns_sinks, *tensors, *ctx.settings)
+        by_capture = dict(zip(learned, shares, strict=False))
+        dsinks = shares[-1] if learns_sinks else None
+        return dq, dk, dv, [by_capture.get(i) for i in range(len(wanted))], dsinks, None, *[None] * len(ctx.settings)
 
     op.register_autograd(differentiate, setup_context=_save)
     return op
 
 
+def _restored(present: list[Tensor], are_present: list[bool]) -> list[Tensor | None]:
+    """Optional tensors from those that were there."""
+    tensors = iter(present)
+    return [next(tensors) if there else None for there in are_present]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, captures, sinks, seed, *settings = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, *captures)
-    ctx.sinks, ctx.seed, ctx.settings = sinks, seed, settings
+    ctx.save_for_backward(q, k, v, out, lse, *captures, *(x for x in (sinks, seed) if x is not None))
+    ctx.present, ctx.settings = [sinks is not None, seed is not None], settings
 
 
 def _call(
@@ -128,7 +159,7 @@ def _call(
     predicate: str,
     max_ahead: int | None,
     max_behind: int | None,
-    empty_rows: str,
+    empty_rows: EmptyRows,
     dropout_p: float,
     q_len: int,
     k_len: int,
@@ -137,8 +168,10 @@ def _call(
     layout: Layout,
     group: str,
 ) -> Call:
-    mask = Mask(max_ahead=max_ahead, max_behind=max_behind, predicate=predicate)
-    problem = Problem(mask, list(captures), scale, score, first_head, heads_per_kv)
+    captures, sinks = [capture.detach() for capture in captures], None if sinks is None else sinks.detach()
+    problem = Problem(
+        Mask(max_ahead, max_behind, predicate), captures, scale, score, sinks, seed, dropout_p, empty_rows, first_head, heads_per_kv
+    )
     return Call(q.detach(), k.detach(), v.detach(), problem, q_len, k_len, layout, group_of(group))
 
 
@@ -148,6 +181,8 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tens
 
 
 def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    learned: list[int], learns_sinks: bool, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    captures, sinks = settings[:2]
+    shared = [captures[i] for i in learned] + ([sinks] if learns_sinks else [])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), [x.new_empty(x.shape) for x in shared]

@@ -15,7 +15,7 @@ Positions broadcast as [B, H, q, k], so a term that mentions only b and k costs 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,34 @@ def evaluate(predicate: str, points: Points, captures: list[Tensor]) -> Tensor:
 
     Raises UnsupportedError for text that is no SymPy boolean over b, h, q, k and c<i>, or that uses an unknown function.
     """
-    value = _evaluated(parse(predicate), predicate, points, captures, None)
+    value = _evaluated(parse(predicate), predicate, _Values(points, captures))
     return torch.as_tensor(value, dtype=torch.bool, device=points.q.device)
 
 
-def evaluate_float(expression: sympy.Basic, points: Points, captures: list[Tensor], s: Tensor | None = None) -> Tensor:
-    """A score, or a part of one, on a block: a tensor that broadcasts to [B, H, q, k]. `s` is the plain score [B, H, q, k]."""
-    return torch.as_tensor(_evaluated(expression, str(expression), points, captures, s), device=points.q.device)
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What one lookup of a block read: the capture's number, the indices and the values there, which broadcast alike."""
+
+    number: int
+    indices: list[Tensor]
+    values: Tensor
+
+
+def evaluate_float(
+    expression: sympy.Basic,
+    points: Points,
+    captures: list[Tensor],
+    s: Tensor | None = None,
+    *,
+    learned: Collection[int] = (),
+    lookups: list[Lookup] | None = None,
+) -> Tensor:
+    """A score, or a part of one, on a block: a tensor that broadcasts to [B, H, q, k]. `s` is the plain score [B, H, q, k].
+
+    What is looked up in the `learned` captures becomes leaves that require grad, appended to `lookups`.
+    """
+    value = _evaluated(expression, str(expression), _Values(points, captures, s, learned, lookups))
+    return torch.as_tensor(value, device=points.q.device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,18 +192,20 @@ def _found(expression: sympy.Basic, unknown: set[sympy.Basic]) -> str:
     return f"it mentions {sorted(map(str, unknown))}" if unknown else f"it is a {type(expression).__name__}"
 
 
-def _evaluated(expression: sympy.Basic, text: str, points: Points, captures: list[Tensor], s: Tensor | None) -> Any:
-    try:
-        return _walk(expression, _Values(points, captures, s))
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{error} In the formula {text!r}.") from error
-
-
 @dataclass(frozen=True, slots=True)
 class _Values:
     points: Points
     captures: list[Tensor]
-    s: Tensor | None
+    s: Tensor | None = None
+    learned: Collection[int] = ()
+    lookups: list[Lookup] | None = None
+
+
+def _evaluated(expression: sympy.Basic, text: str, values: _Values) -> Any:
+    try:
+        return _walk(expression, values)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error} In the formula {text!r}.") from error
 
 
 def _walk(node: Any, values: _Values) -> Any:
@@ -199,8 +222,7 @@ def _walk(node: Any, values: _Values) -> Any:
         return float(node)
     if isinstance(node, AppliedUndef):
         return _apply(node, values)
-    arguments = [_walk(arg, values) for arg in _arguments(node)]
-    return _operation(node)(*arguments)
+    return _operation(node)(*(_walk(arg, values) for arg in arguments(node)))
 
 
 def _apply(node: AppliedUndef, values: _Values) -> Any:
@@ -224,10 +246,14 @@ def _lookup(node: AppliedUndef, values: _Values) -> Tensor:
     indices = [torch.as_tensor(_walk(arg, values), device=tensor.device).long() for arg in node.args]
     # With at least one dim, an element takes part in type promotion as the tensor it stands in would.
     value = torch.atleast_1d(tensor[tuple(indices)]) if indices else tensor
+    if number in values.learned and values.lookups is not None:
+        value = value.detach().requires_grad_()
+        values.lookups.append(Lookup(number, indices, value))
     return value if value.is_floating_point() else value.to(torch.int64)  # arithmetic on small integers would wrap
 
 
-def _arguments(node: Any) -> tuple[Any, ...]:
+def arguments(node: Any) -> tuple[Any, ...]:
+    """What an operation is evaluated on: a fraction's numerator and denominator, else the node's own arguments."""
     # floor(q/3) and q/3 arrive as products with a Rational. One division of two integers rounds at most once, so Eq and
     # floor stay exact; a product with the float 1/3 would not.
     if isinstance(node, sympy.floor | sympy.ceiling):
@@ -241,8 +267,12 @@ def _arguments(node: Any) -> tuple[Any, ...]:
     return node.args
 
 
+def is_true_division(node: Any) -> bool:
+    return node.is_Mul and arguments(node) is not node.args
+
+
 def _operation(node: Any) -> Callable[..., Any]:
-    if node.is_Mul and _arguments(node) is not node.args:
+    if is_true_division(node):
         return _true_divide
     for kind, operation in _OPERATIONS.items():
         if isinstance(node, kind):

@@ -15,8 +15,7 @@ from torch import Tensor
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Call, attention_op
-from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators
-from autoseq.runtime.kernels import accumulate_dtype
+from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.messages import gather_shards, sum_shards
 from autoseq.runtime.packed import pack, unpack
 from autoseq.runtime.strategy import Strategy
@@ -47,28 +46,23 @@ class GatherKV(Strategy):
         }
 
 
-def _forward(call: Call) -> tuple[Tensor, Tensor]:
-    out, lse = new_accumulators(call.q, call.v.shape[3])
+def _forward(call: Call, work: Forward) -> None:
     for rank, shard in enumerate(_gather("gather_kv_attention", call)):
         k, v = unpack(shard, call.k, call.v)
-        forward_chunks(out, lse, call.q, k, v, call.padded_queries, call.keys_of(rank), call.problem)
-    return out, lse
+        work.add(k, v, call.keys_of(rank))
 
 
-def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(call: Call, work: Backward) -> tuple[Tensor, Tensor]:
     op = "gather_kv_attention_backward"
-    dq = call.q.new_zeros(call.q.shape, dtype=accumulate_dtype(call.q.dtype))
     gathered = _gather(op, call)
-    grads = torch.zeros_like(gathered, dtype=dq.dtype)
+    grads = torch.zeros_like(gathered, dtype=work.dq.dtype)
     for rank, (shard, grad) in enumerate(zip(gathered, grads, strict=True)):
-        k, v = unpack(shard, call.k, call.v)
-        dk, dv = unpack(grad, call.k, call.v)
-        k_chunks = call.keys_of(rank)
-        backward_chunks((dq, dk, dv), grad_out, call.q, k, v, out, lse, call.queries, k_chunks, call.problem)
+        (k, v), (dk, dv) = unpack(shard, call.k, call.v), unpack(grad, call.k, call.v)
+        work.add(k, v, call.keys_of(rank), dk, dv)
     own = grads[0] if call.group.size == 1 else sum_shards(op, call.group, grads)
     dk, dv = unpack(own, call.k, call.v)
     # An op's results must not share memory.
-    return dq, dk.clone(), dv.clone()
+    return dk.clone(), dv.clone()
 
 
 def _gather(op: str, call: Call) -> Tensor:

@@ -35,3 +35,10 @@ def keep_mask(seed: Tensor, points: Points, p: float) -> Tensor:
     first = mix(mix(mix(mix(low + high) + points.b) + points.h) + points.q)
     second = mix(mix(mix(mix(low ^ high) + points.b) ^ points.h) ^ points.q)
     return mix((first ^ mix(points.k + 0x632BE5A7)) + second) >= int(p * 2**32)
+
+
+def dropout_weights(seed: Tensor | None, points: Points, p: float, dtype: torch.dtype) -> Tensor:
+    """What dropout multiplies the probabilities of a block by: 0, or 1 / (1 - p) where they are kept."""
+    assert seed is not None
+    kept = keep_mask(seed, points, p).to(dtype)
+    return kept / (1 - p) if p < 1 else kept

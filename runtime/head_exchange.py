@@ -20,8 +20,8 @@ from torch.autograd import Function
 
 from autoseq.runtime.collectives import all_to_all_single
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.kernels import accumulate_dtype
 from autoseq.runtime.layout import Layout, to_global, to_ranked
+from autoseq.runtime.plain import accumulate_dtype
 
 HeadRange = tuple[int, int]
 """Global head indices [start, end)."""

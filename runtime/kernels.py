@@ -10,14 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autoseq.runtime.plain import (
+    accumulate_dtype,
+    plain_scores,
+    score_gradients,
+    softmax,
+    value_gradient,
+    weight_gradient,
+    weighted_values,
+    weights_given,
+)
+
 _aten = torch.ops.aten
 _REFERENCE_ROWS = 512  # rows of scores that the reference holds at once
 _HALVES = (torch.float16, torch.bfloat16)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which out, lse and gradients of `dtype` tensors are summed over blocks."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -118,13 +124,10 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain torch, some rows at a time; results in the accumulating dtype."""
     outs, lses = [], []
-    for start in range(0, q.shape[2], _REFERENCE_ROWS):
-        rows = slice(start, start + _REFERENCE_ROWS)
-        scores, values = _scores(q[:, :, rows], k, v, _rows_of(attn_bias, rows), is_causal, start, scale)
-        lse = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
-        outs.append((weights @ values).flatten(1, 2))
-        lses.append(lse.flatten(1, 2))
+    for rows in _slices(q.shape[2]):
+        weights, lse = softmax(_scores(q, k, attn_bias, is_causal, rows, scale))
+        outs.append(weighted_values(weights, v))
+        lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
@@ -140,40 +143,28 @@ def _reference_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(q.dtype)
-    groups = (k.shape[1], q.shape[1] // k.shape[1])
-    grad_out, out, keys = grad_out.to(dtype), out.to(dtype), k.to(dtype)
     dq, dk, dv = q.new_empty(q.shape, dtype=dtype), torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
-    for start in range(0, q.shape[2], _REFERENCE_ROWS):
-        rows = slice(start, start + _REFERENCE_ROWS)
-        scores, values = _scores(q[:, :, rows], k, v, _rows_of(attn_bias, rows), is_causal, start, scale)
-        weights = torch.exp(scores - lse[:, :, rows].unflatten(1, groups)[..., None])
-        grad = grad_out[:, :, rows].unflatten(1, groups)
-        delta = (grad * out[:, :, rows].unflatten(1, groups)).sum(-1, keepdim=True)
-        grad_scores = weights * (grad @ values.mT - delta) * scale
-        dq[:, :, rows] = (grad_scores @ keys[:, :, None]).flatten(1, 2)
-        dk += (grad_scores.mT @ q[:, :, rows].to(dtype).unflatten(1, groups)).sum(2)
-        dv += (weights.mT @ grad).sum(2)
+    for rows in _slices(q.shape[2]):
+        grad = grad_out[:, :, rows].to(dtype)
+        weights = weights_given(_scores(q, k, attn_bias, is_causal, rows, scale), lse[:, :, rows])
+        delta = (grad * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
+        dq[:, :, rows], share = score_gradients(weights * (weight_gradient(grad, v) - delta), q[:, :, rows], k, scale)
+        dk += share
+        dv += value_gradient(weights, grad, v)
     return dq, dk, dv
 
 
-def _scores(
-    q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, is_causal: bool, first_row: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Scores [B,K,H/K,n,m] of rows that start at `first_row`, and values that broadcast beside them."""
-    dtype = accumulate_dtype(q.dtype)
-    groups = (k.shape[1], q.shape[1] // k.shape[1])
-    scores = (q.to(dtype).unflatten(1, groups) @ k.to(dtype)[:, :, None].mT) * scale
+def _slices(rows: int) -> list[slice]:
+    return [slice(start, min(start + _REFERENCE_ROWS, rows)) for start in range(0, rows, _REFERENCE_ROWS)]
+
+
+def _scores(q: Tensor, k: Tensor, attn_bias: Tensor | None, is_causal: bool, rows: slice, scale: float) -> Tensor:
+    """Scores [B,H,n,m] of some rows."""
+    scores = plain_scores(q[:, :, rows], k, scale)
     if attn_bias is not None:
-        bias = attn_bias.to(dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        scores = scores + bias.unflatten(1, groups)
+        attn_bias = _four_dims(attn_bias)
+        scores = scores + (attn_bias if attn_bias.shape[2] == 1 else attn_bias[:, :, rows]).to(scores.dtype)
     if is_causal:
-        i = torch.arange(first_row, first_row + q.shape[2], device=q.device)
+        i = torch.arange(rows.start, rows.stop, device=q.device)
         scores = scores.masked_fill(torch.arange(k.shape[2], device=q.device) > i[:, None], -torch.inf)
-    return scores, v.to(dtype)[:, :, None]
-
-
-def _rows_of(attn_bias: Tensor | None, rows: slice) -> Tensor | None:
-    if attn_bias is None:
-        return None
-    attn_bias = _four_dims(attn_bias)
-    return attn_bias if attn_bias.shape[2] == 1 else attn_bias[:, :, rows]
+    return scores

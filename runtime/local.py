@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Call, attention_op
-from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators, new_gradients
+from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.strategy import Site, Strategy
 
 
@@ -38,18 +38,14 @@ class Local(Strategy):
         return {"forward_bytes": zero, "backward_bytes": zero, "forward_messages": zero, "backward_messages": zero}
 
 
-def _forward(call: Call) -> tuple[Tensor, Tensor]:
-    out, lse = new_accumulators(call.q, call.v.shape[3])
-    forward_chunks(out, lse, call.q, call.k, call.v, call.padded_queries, call.keys_of(0), call.problem)
-    return out, lse
+def _forward(call: Call, work: Forward) -> None:
+    work.add(call.k, call.v, call.all_keys)
 
 
-def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grads = new_gradients(call.q, call.k, call.v)
-    backward_chunks(
-        grads, grad_out, call.q, call.k, call.v, out, lse, call.queries, call.keys_of(0), call.problem
-    )
-    return grads
+def _backward(call: Call, work: Backward) -> tuple[Tensor, Tensor]:
+    dk, dv = (x.new_zeros(x.shape, dtype=work.dq.dtype) for x in (call.k, call.v))
+    work.add(call.k, call.v, call.all_keys, dk, dv)
+    return dk, dv
 
 
 whole_attention = attention_op("block_attention", _forward, _backward)

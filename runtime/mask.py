@@ -67,15 +67,18 @@ class Mask:
             end = min(end, q_start + q_rows + self.max_ahead)
         return first, max(0, end - first)
 
-    def allowed(self, points: Points, captures: list[Tensor]) -> Tensor | None:
-        """Where attention is allowed, boolean, broadcastable to [B, H, q, k]; None where the whole block is."""
+    def allowed(self, points: Points, captures: list[Tensor], *, bounds: bool = True, predicate: bool = True) -> Tensor | None:
+        """Where attention is allowed, boolean, broadcastable to [B, H, q, k]; None where the whole block is.
+
+        `bounds` and `predicate` say which of them to ask: what is known to hold costs nothing.
+        """
         ahead = points.k - points.q
         terms = []
-        if self.max_ahead is not None:
+        if bounds and self.max_ahead is not None:
             terms.append(ahead <= self.max_ahead)
-        if self.max_behind is not None:
+        if bounds and self.max_behind is not None:
             terms.append(ahead >= -self.max_behind)
-        if self.predicate:
+        if predicate and self.predicate:
             terms.append(evaluate(self.predicate, points, captures))
         if not terms:
             return None

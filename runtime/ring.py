@@ -23,7 +23,7 @@ from torch import Tensor
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Call, attention_op
-from autoseq.runtime.blockwise import backward_chunks, forward_chunks, new_accumulators, new_gradients
+from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.messages import post_to_next
 from autoseq.runtime.packed import pack, unpack
 from autoseq.runtime.strategy import Strategy
@@ -55,24 +55,22 @@ class Ring(Strategy):
         }
 
 
-def _forward(call: Call) -> tuple[Tensor, Tensor]:
-    group, rows = call.group, call.padded_queries
-    out, lse = new_accumulators(call.q, call.v.shape[3])
+def _forward(call: Call, work: Forward) -> None:
+    group = call.group
     here = pack(call.k, call.v)
     spare = torch.empty_like(here)
     for hop in range(group.size):
         message = (here, spare) if hop < group.size - 1 else None
         pending = post_to_next("ring_attention", group, hop, [message])
         k, v = unpack(here, call.k, call.v)
-        forward_chunks(out, lse, call.q, k, v, rows, call.keys_of((group.rank - hop) % group.size), call.problem)
+        work.add(k, v, call.keys_of((group.rank - hop) % group.size))
         pending.wait()
         here, spare = spare, here
-    return out, lse
 
 
-def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    group = call.group
-    dq, own_dk, own_dv = new_gradients(call.q, call.k, call.v)
+def _backward(call: Call, work: Backward) -> tuple[Tensor, Tensor]:
+    group, dtype = call.group, work.dq.dtype
+    own_dk, own_dv = (x.new_zeros(x.shape, dtype=dtype) for x in (call.k, call.v))
     here = pack(call.k, call.v)
     spare = torch.empty_like(here)
     leaving: Tensor | None = None  # dK, dV of the keys that visited at the last hop
@@ -81,13 +79,10 @@ def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[T
         keys = (here, spare) if hop < group.size - 1 else None
         grads = None if leaving is None or arriving is None else (leaving, arriving)
         pending = post_to_next("ring_attention_backward", group, hop, [keys, grads])
-        visiting = torch.zeros_like(here, dtype=dq.dtype) if hop > 0 else None
-        dk_dv = (own_dk, own_dv) if visiting is None else unpack(visiting, call.k, call.v)
+        visiting = torch.zeros_like(here, dtype=dtype) if hop > 0 else None
+        dk, dv = (own_dk, own_dv) if visiting is None else unpack(visiting, call.k, call.v)
         k, v = unpack(here, call.k, call.v)
-        k_chunks = call.keys_of((group.rank - hop) % group.size)
-        backward_chunks(
-            (dq, dk_dv[0], dk_dv[1]), grad_out, call.q, k, v, out, lse, call.queries, k_chunks, call.problem
-        )
+        work.add(k, v, call.keys_of((group.rank - hop) % group.size), dk, dv)
         pending.wait()
         leaving = visiting if visiting is None or arriving is None else visiting.add_(arriving)
         here, spare = spare, here
@@ -96,7 +91,7 @@ def _backward(call: Call, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[T
         post_to_next("ring_attention_backward", group, group.size, [(leaving, arriving)]).wait()
         for own, share in zip((own_dk, own_dv), unpack(arriving, call.k, call.v), strict=True):
             own.add_(share)
-    return dq, own_dk, own_dv
+    return own_dk, own_dv
 
 
 ring_attention = attention_op("ring_attention", _forward, _backward)

@@ -67,8 +67,6 @@ class Strategy(ABC):
 
     def cannot_serve(self, site: Site, group_size: int) -> str | None:
         """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""
-        if site.dropout_p > 0:
-            return f"{self.name} has no dropout inside attention yet (dropout_p={site.dropout_p:g})"
         if self.merges_partial_softmaxes and needs_whole_rows(site.score, site.learned):
             return "a float mask may hide a whole row by its least finite value, and partial softmaxes of such a row do not add up"
         if site.heads % site.kv_heads != 0:

@@ -14,34 +14,22 @@ from dense_attention import Case
 
 
 def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> tuple[Tensor, ...]:
-    """This rank's padded shards of out, dq, dk, dv."""
+    """This rank's padded shards of out, dq, dk, dv, then its shares of the further gradients."""
     q, k, v, grad = case.tensors()
     q, grad = (shard(x, rank, P, layout, padding="edge") for x in (q, grad))
     grad = _without_padding(grad, rank, P, layout, case.q_len)
     # Nothing may ever read a padding key: NaN would show in every row that does.
     k, v = (shard(x, rank, P, layout, padding="nan") for x in (k, v))
-    leaves = tuple(x.requires_grad_() for x in (q, k, v))
-    out = STRATEGIES[strategy].attention(*leaves, captures(case), **call_keywords(case, layout))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    captures, sinks = case.captures(), case.sinks()
+    out = STRATEGIES[strategy].attention(*leaves, captures, sinks, case.dropout_seed(), **call_keywords(case, layout))
+    leaves += [x for x in (*captures, sinks) if x is not None and x.requires_grad]
     return (out.detach(), *torch.autograd.grad(out, leaves, grad))
-
-
-def captures(case: Case) -> list[Tensor]:
-    """The tensors that mask and score look up."""
-    return case.mask_case().captures
 
 
 def call_keywords(case: Case, layout: Layout) -> dict[str, Any]:
     """The keywords of a strategy's call."""
-    return dict(
-        scale=case.scale,
-        empty_rows="zero",
-        dropout_p=0.0,
-        q_len=case.q_len,
-        k_len=case.k_len,
-        layout=layout,
-        group=group_from_mesh(None).name,
-        **case.mask_case().settings(),
-    )
+    return dict(layout=layout, group=group_from_mesh(None).name, **case.settings())
 
 
 def shard(x: Tensor, rank: int, P: int, layout: Layout, *, padding: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autoseq.runtime import blockwise
-from autoseq.runtime.blockwise import Problem, backward_chunks, forward_chunks, merge, new_accumulators, new_gradients, split
+from autoseq.runtime import blocks, blockwise
+from autoseq.runtime.blocks import rectangles, split
+from autoseq.runtime.blockwise import Backward, Forward, merge
 from autoseq.runtime.mask import BlockKind, Mask
-from dense_attention import MASKS, Case, check_close, dense_attention
+from autoseq.runtime.tiles import Problem
+from dense_attention import MASKS, SCORES, Case, check_close, dense_attention
 
 TOLERANCE = 1e-12  # float64; only the order of summation differs
 
@@ -24,7 +27,7 @@ EXTENT = st.tuples(st.integers(0, 12), st.integers(0, 12))
 @settings(deadline=None, max_examples=400, derandomize=True)
 @given(BOUND, BOUND, EXTENT, EXTENT, st.booleans())
 def test_blocks_cover_the_mask_once(
-    max_ahead: int | None, max_behind: int | None, queries: tuple[int, int], keys: tuple[int, int], masked: bool
+    max_ahead: int | None, max_behind: int | None, queries: tuple[int, int], keys: tuple[int, int], tiled: bool
 ) -> None:
     """Every allowed pair is in exactly one block, and a block without a mask tensor holds nothing else."""
     mask = Mask(max_ahead=max_ahead, max_behind=max_behind)
@@ -33,15 +36,15 @@ def test_blocks_cover_the_mask_once(
     allowed &= True if max_ahead is None else k - q <= max_ahead
     allowed &= True if max_behind is None else q - k <= max_behind
     covered = torch.zeros_like(allowed, dtype=torch.int64)
-    with patch.object(blockwise, "TILE", 4):
-        blocks = list(split(mask, *queries, *keys, masked=masked))
-    for block in blocks:
+    with patch.object(blocks, "TILE", 4):
+        found = list(split(mask, *queries, *keys, tiled=tiled))
+    for block in found:
         rows = slice(block.q_offset, block.q_offset + block.q_rows)
         cols = slice(block.k_offset, block.k_offset + block.k_rows)
         part = allowed[rows, cols]
         assert part.shape == (block.q_rows, block.k_rows), "inside the chunks"
-        assert not masked or block.kind is BlockKind.PARTIAL
-        assert block.kind is not BlockKind.PARTIAL or max(part.shape) <= 4, "a mask tensor is never larger than a tile"
+        assert not tiled or block.kind is not BlockKind.CAUSAL
+        assert max(part.shape) <= 4 or not (tiled or block.kind is BlockKind.PARTIAL), "a tensor of scores is never larger than a tile"
         inside = {BlockKind.FULL: torch.ones_like(part), BlockKind.CAUSAL: torch.ones_like(part).tril()}.get(block.kind, part)
         assert (part == inside).all(), block
         covered[rows, cols] += inside
@@ -64,27 +67,47 @@ CALLS = {
 
 @pytest.mark.parametrize(("mask", "block", "kinds"), CALLS.values(), ids=CALLS)
 def test_kernel_calls(mask: Mask, block: tuple[int, int, int, int], kinds: list[str]) -> None:
-    assert sorted(each.kind for each in split(mask, *block, masked=False)) == sorted(kinds)
+    assert sorted(each.kind for each in split(mask, *block, tiled=False)) == sorted(kinds)
+
+
+CASES = {
+    **{mask: Case(13, 17, mask=mask) for mask in MASKS},
+    **{score: Case(13, 17, mask="segments", score=score) for score in SCORES},
+    "sinks": Case(13, 17, mask="key padding", has_sinks=True),
+    "dropout": Case(13, 17, mask="window", dropout_p=0.4),
+    "everything at once": Case(13, 17, mask="prefix", score="two captures that learn", has_sinks=True, dropout_p=0.3, empty_rows="uniform"),
+    **{
+        f"{kind} in rows without keys, {mask}, {score}, dropout {p}": Case(13, 17, mask=mask, score=score, empty_rows=kind, dropout_p=p)
+        for kind in ("nan", "uniform", "nan_fill", "uniform_fill")
+        for mask in ("only the future", "key padding", "every key masked")
+        for score, p in (("plain", 0), ("ALiBi with slopes that learn", 0.3))
+    },
+}
 
 
 @pytest.mark.parametrize("tile", [3, 512])
-@pytest.mark.parametrize("mask", MASKS)
-def test_chunks_in_any_order(mask: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries and keys in zigzag-like chunks, with unused rows between them."""
-    monkeypatch.setattr(blockwise, "TILE", tile)
-    case = Case(13, 17, mask=mask, batch=2, heads=4, kv_heads=2, value_dim=5)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_chunks_in_any_order(case: Case, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys in zigzag-like chunks, with unused rows between them; keys come in two steps."""
+    monkeypatch.setattr(blocks, "TILE", tile)
+    case = replace(case, batch=2, kv_heads=2, value_dim=5)
     q_at, q_chunks = [8, 9, 10, 11, 12, None, *range(8)], [(0, 8, 5), (6, 0, 8)]
     k_at, k_chunks = [*range(5, 17), None, None, *range(5)], [(0, 5, 12), (14, 0, 5)]
+    if case.score == "a dense float mask":  # its rows are not to be cut
+        k_at, k_chunks = [None, *range(17)], [(1, 0, 17)]
     q, k, v, grad = case.tensors()
     q, grad, k, v = place(q, q_at), place(grad, q_at), place(k, k_at), place(v, k_at)
-    masked = case.mask_case()
-    problem = Problem(masked.mask(), masked.captures, case.scale, masked.score)
-
-    out, lse = new_accumulators(q, case.value_dim)
-    forward_chunks(out, lse, q, k, v, q_chunks, k_chunks, problem)
-    grads = new_gradients(q, k, v)
-    backward_chunks(grads, grad, q, k, v, out, lse, q_chunks, k_chunks, problem)
-    results = [take(x, at) for x, at in zip((out, *grads), (q_at, q_at, k_at, k_at), strict=True)]
+    problem = case.problem()
+    forward = Forward(q, 2, case.value_dim, q_chunks, k_chunks, problem)
+    for chunk in k_chunks:
+        forward.add(k, v, [chunk])
+    out, lse = forward.result()
+    backward = Backward(grad, q, out, lse, 2, q_chunks, k_chunks, problem, case.learned())
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for chunk in reversed(k_chunks):
+        backward.add(k, v, [chunk], dk, dv)
+    results = [take(x, at) for x, at in zip((out, backward.dq, dk, dv), (q_at, q_at, k_at, k_at), strict=True)]
+    results += backward.learned() + ([backward.dsinks()] if case.has_sinks else [])
     check_close(tuple(results), dense_attention(case), TOLERANCE)
 
 
@@ -93,13 +116,13 @@ def test_any_run_of_grouped_heads(first: int, count: int) -> None:
     """A rank's heads may start and end within a KV head's group: 9 heads, 3 for each KV head."""
     case = Case(6, 6, mask="head dependent", heads=9, kv_heads=3)
     q, k, v, _ = case.tensors()
-    masked, first_kv, last_kv = case.mask_case(), first // 3, -(-(first + count) // 3)
-    problem = Problem(masked.mask(), [], case.scale, first_head=first, heads_per_kv=3)
+    first_kv, last_kv = first // 3, -(-(first + count) // 3)
+    problem = case.problem(first_head=first)
     mine = q[:, first : first + count]
-    out, lse = new_accumulators(mine, case.value_dim)
-    kv = slice(first_kv, last_kv if count else first_kv)
-    forward_chunks(out, lse, mine, k[:, kv], v[:, kv], [(0, 0, 6)], [(0, 0, 6)], problem)
-    torch.testing.assert_close(out, dense_attention(case)[0][:, first : first + count], rtol=TOLERANCE, atol=TOLERANCE)
+    kv, rows = slice(first_kv, last_kv if count else first_kv), [(0, 0, 6)]
+    forward = Forward(mine, kv.stop - kv.start, case.value_dim, rows, rows, problem)
+    forward.add(k[:, kv], v[:, kv], rows)
+    torch.testing.assert_close(forward.result()[0], dense_attention(case)[0][:, first : first + count], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # lse so far, lse of the block, expected weight of the block
@@ -128,10 +151,27 @@ def test_empty_tiles_of_a_predicate_are_not_computed() -> None:
     doc = torch.arange(4).repeat_interleave(8)[None]
     q = torch.randn(1, 1, 32, 4)
     problem = Problem(Mask(predicate="Eq(c0(b, q), c0(b, k))"), [doc], 1.0)
-    with patch.object(blockwise, "TILE", 8), patch.object(blockwise, "attend", wraps=blockwise.attend) as attend:
-        forward_chunks(*new_accumulators(q, 4), q, q, q, [(0, 0, 32)], [(0, 0, 32)], problem)
+    with patch.object(blocks, "TILE", 8), patch.object(blockwise, "attend", wraps=blockwise.attend) as attend:
+        Forward(q, 1, 4, [(0, 0, 32)], [(0, 0, 32)], problem).add(q, q, [(0, 0, 32)])
     assert attend.call_count == 4
     assert all(call.args[3] is None for call in attend.call_args_list), "a tile that is allowed whole needs no mask tensor"
+
+
+RECTANGLES = {
+    "nothing": ([[False, False]], []),
+    "everything: one": ([[True] * 3] * 2, [(range(2), range(3))]),
+    "documents: a square each": (
+        [[True, True, False], [True, True, False], [False, False, True]],
+        [(range(2), range(2)), (range(2, 3), range(2, 3))],
+    ),
+    "a staircase: one a row": ([[True, False], [True, True]], [(range(1), range(1)), (range(1, 2), range(2))]),
+    "two runs of a row": ([[True, False, True]] * 2, [(range(2), range(1)), (range(2), range(2, 3))]),
+}
+
+
+@pytest.mark.parametrize(("full", "expected"), RECTANGLES.values(), ids=RECTANGLES)
+def test_rectangles(full: list[list[bool]], expected: list[tuple[range, range]]) -> None:
+    assert sorted(rectangles(full), key=str) == sorted(expected, key=str)
 
 
 def place(x: Tensor, at: list[int | None]) -> Tensor:

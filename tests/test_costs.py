@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 
-from attention_job import call_keywords, captures, shard
+from attention_job import call_keywords, shard
 from autoseq.runtime import strategy as symbols
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -38,9 +38,9 @@ def count_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case) 
 
     *qkv, grad = (shard(x, rank, P, layout, padding="edge") for x in case.tensors())
     leaves = [x.requires_grad_() for x in qkv]
-    arguments, keywords = captures(case), call_keywords(case, layout)
+    keywords = call_keywords(case, layout)
     reset_counters()
-    out = STRATEGIES[strategy].attention(*leaves, arguments, **keywords)
+    out = STRATEGIES[strategy].attention(*leaves, case.captures(), **keywords)
     forward = list(counters().values())
     reset_counters()
     torch.autograd.grad(out, leaves, grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from autoseq.runtime.errors import MessageError
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
-from dense_attention import MASKS, Case, check_close, dense_attention, relative_error
+from dense_attention import MASKS, SCORES, Case, check_close, dense_attention, relative_error
 from ranks import run_ranks
 
 SPLIT = ["ulysses", "ring", "gather_kv"]
@@ -48,14 +49,15 @@ SHAPES = {
 
 
 def run(strategy: str, P: int, layout: Layout, case: Case) -> tuple[torch.Tensor, ...]:
-    """Full-length out, dq, dk, dv; padding is checked on the way."""
+    """Full-length out, dq, dk, dv, and the sums of the ranks' shares of other gradients; padding is checked on the way."""
     per_rank = run_ranks(attend_on_rank, P, strategy, layout, case)
     lengths = (case.q_len, case.q_len, case.k_len, case.k_len)
-    for name, shards, n in zip(("out", "dq", "dk", "dv"), zip(*per_rank, strict=True), lengths, strict=True):
-        padding = padding_rows(list(shards), n, layout)
-        assert padding.isfinite().all(), f"padding of {name}"
+    shards, shares = list(zip(*per_rank, strict=True))[:4], list(zip(*per_rank, strict=True))[4:]
+    for name, parts, n in zip(("out", "dq", "dk", "dv"), shards, lengths, strict=True):
+        padding = padding_rows(list(parts), n, layout)
+        assert padding.isfinite().all() or (name == "out" and case.empty_rows.startswith("nan")), f"padding of {name}"
         assert name == "out" or not padding.any(), f"a gradient reached the padding of {name}"
-    return tuple(assemble(list(x), n, layout) for x, n in zip(zip(*per_rank, strict=True), lengths, strict=True))
+    return *(assemble(list(x), n, layout) for x, n in zip(shards, lengths, strict=True)), *(torch.stack(x).sum(0) for x in shares)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,6 +94,64 @@ def test_one_rank(strategy: str, layout: Layout) -> None:
     check_close(run(strategy, 1, layout, case), dense_attention(case), TOLERANCE[case.dtype])
 
 
+WHOLE_ROWS = "a dense float mask"
+
+
+def serving(score: str, names: list[str]) -> list[str]:
+    """The strategies that may compute a score."""
+    return [name for name in names if score != WHOLE_ROWS or not STRATEGIES[name].merges_partial_softmaxes]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_any_score(score: str) -> None:
+    """Three ranks, uneven heads and rows; the captures' gradients are sums of what the ranks find."""
+    case = Case(14, 14, mask="segments", score=score, batch=2, heads=4, kv_heads=2, value_dim=5, seed=5)
+    for strategy, layout in product(serving(score, SPLIT), LAYOUTS):
+        check_close(run(strategy, 3, layout, case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("score", [score for score in SCORES if score != WHOLE_ROWS])
+def test_any_score_across(score: str) -> None:
+    """Cross-attention: the rows of a rank are other positions of queries than of keys."""
+    case = Case(9, 14, mask="causal aligned at the end", score=score, heads=5, kv_heads=5, seed=6)
+    for strategy in SPLIT:
+        check_close(run(strategy, 2, "zigzag", case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+TERMS = {
+    "sinks": dict(has_sinks=True),
+    "sinks, a row without keys": dict(has_sinks=True, mask="every key masked"),
+    "sinks and a softcap": dict(has_sinks=True, score="softcap"),
+    "dropout": dict(dropout_p=0.3),
+    "all is dropped": dict(dropout_p=1 - 1e-9),
+    "dropout, sinks and a table": dict(dropout_p=0.2, has_sinks=True, score="relative bias from a table that learns"),
+    **{
+        f"{kind} in rows without keys, {mask}, {score}, dropout {p}": dict(empty_rows=kind, mask=mask, score=score, dropout_p=p)
+        for kind, score, p in [
+            ("uniform", "plain", 0), ("uniform", "two captures that learn", 0.2), ("uniform_fill", "softcap", 0), ("nan", "plain", 0)
+        ]
+        for mask in ("key padding", "only the future")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_sinks_dropout_and_empty_rows(terms: dict[str, Any]) -> None:
+    """The numbers do not depend on how many ranks there are, nor on which of them computes what."""
+    case = replace(Case(11, 11, batch=2, heads=4, kv_heads=2, value_dim=5, seed=7), **terms)
+    for strategy, P in [("local", 1), ("ring", 1), *product(SPLIT, [2, 3])]:
+        check_close(run(strategy, P, "zigzag", case), dense_attention(case), TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("strategy", SPLIT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("score", ["softcap", "ALiBi with slopes that learn", "relative bias from a table that learns"])
+def test_scores_in_lower_precision(score: str, dtype: torch.dtype, strategy: str) -> None:
+    """bfloat16 rounds what goes in and out, 2^-9 each; a slope's gradient multiplies that by distances of up to 150."""
+    case = Case(150, 150, score=score, heads=4, kv_heads=2, head_dim=32, value_dim=32, dtype=dtype, has_sinks=True, empty_rows="uniform")
+    check_close(run(strategy, 2, "zigzag", case), dense_attention(case), 1e-5 if dtype == torch.float32 else 3e-2)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", SPLIT)
 def test_float32(strategy: str, layout: Layout) -> None:
@@ -116,10 +176,16 @@ def test_bfloat16_error_does_not_grow_with_ranks(strategy: str) -> None:
 def attention_cases(draw: st.DrawFn) -> tuple[str, int, str, Case]:
     kv_heads = draw(st.integers(1, 4))
     q_len = draw(st.integers(1, 40))
+    score = draw(st.sampled_from(sorted(SCORES)))
     case = Case(
         q_len,
         draw(st.sampled_from([q_len, q_len, draw(st.integers(1, 40))])),
         mask=draw(st.sampled_from(sorted(MASKS))),
+        score=score,
+        has_sinks=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0, 0, 0.3])),
+        # A dense float mask that hides everything has rows of the least number where the mask hides something: they are not empty.
+        empty_rows=draw(st.sampled_from(["zero", "nan", "uniform", "nan_fill", "uniform_fill"] if score != WHOLE_ROWS else ["zero"])),
         batch=draw(st.integers(1, 2)),
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
@@ -127,10 +193,10 @@ def attention_cases(draw: st.DrawFn) -> tuple[str, int, str, Case]:
         value_dim=draw(st.integers(1, 9)),
         seed=draw(st.integers(0, 99)),
     )
-    return draw(st.sampled_from(SPLIT)), draw(st.integers(1, 4)), draw(st.sampled_from(LAYOUTS)), case
+    return draw(st.sampled_from(serving(score, SPLIT))), draw(st.integers(1, 4)), draw(st.sampled_from(LAYOUTS)), case
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(attention_cases())
 def test_random_configurations(drawn: tuple[str, int, str, Case]) -> None:
     strategy, P, layout, case = drawn
@@ -166,13 +232,23 @@ def test_an_absent_peer_is_an_error_not_a_hang() -> None:
     assert "raise the timeout of init_process_group" in message
 
 
+DENSE = "f_add(s, c0(b, 0, q, k))"
+LARGE = "f_add(s, f_mul(to_float32(c0(b, k)), const(-10000, 1)))"
 SITE = Site(batch=1, q_len=64, k_len=64, heads=8, kv_heads=2, head_dim=16, value_dim=16, element_bytes=2)
 REASONS = {
     "any strategy serves a plain site": (SITE, 4, SPLIT, None),
     "few heads are no obstacle": (replace(SITE, heads=1, kv_heads=1), 4, SPLIT, None),
     "local serves one rank": (SITE, 1, ["local"], None),
     "local needs the whole sequence": (SITE, 4, ["local"], "whole sequence on one rank, but it is split over 4"),
-    "dropout is refused": (replace(SITE, dropout_p=0.1), 1, ["local", *SPLIT], r"no dropout inside attention yet \(dropout_p=0.1\)"),
+    "dropout, sinks and rows without keys are": (replace(SITE, dropout_p=0.1, has_sinks=True, empty_rows="uniform"), 4, SPLIT, None),
+    "a score that depends on distance": (replace(SITE, score="f_add(s, f_mul(c0(h), to_float32(k - q)))"), 4, SPLIT, None),
+    "a table of distances": (replace(SITE, score="f_add(s, c0(c1(k - q + 5000), h))"), 4, SPLIT, None),
+    "a dense float mask on whole rows": (replace(SITE, score=DENSE), 4, ["ulysses"], None),
+    "a dense float mask on parts of rows": (replace(SITE, score=DENSE), 4, ["ring", "gather_kv"], "partial softmaxes of such a row"),
+    "a dense bias that learns": (replace(SITE, score=DENSE, learned=(0,)), 4, SPLIT, None),
+    "a large constant": (replace(SITE, score=LARGE), 4, ["ring", "gather_kv"], "partial softmaxes of such a row do not add up"),
+    "an infinite one adds up": (replace(SITE, score="f_where(Ne(c0(q, k), 0), s, const(-1, 0))"), 4, SPLIT, None),
+    "a large factor of integers": (replace(SITE, score="f_add(s, to_float32(-10000*(1 - c0(b, k))))"), 4, ["ring"], "partial softmaxes"),
     "heads must be grouped evenly": (replace(SITE, kv_heads=3), 2, SPLIT, "8 query heads are not a multiple of 3 key/value heads"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from attention_job import assemble, call_keywords, captures, shard
+from attention_job import assemble, call_keywords, shard
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case, check_close, dense_attention
@@ -26,19 +26,21 @@ def dynamic_lengths(rank: int, P: int, strategy: str, layout: Layout, cases: lis
     keywords = call_keywords(cases[0], layout)
 
     @torch.compile(backend=counter, fullgraph=True)
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, looked_up: list[torch.Tensor], full: torch.Tensor) -> torch.Tensor:
+    def step(qkv: list[torch.Tensor], looked_up: list[torch.Tensor], sinks: Any, seed: Any, full: torch.Tensor) -> torch.Tensor:
         lengths = dict(q_len=full.shape[0], k_len=full.shape[0])
-        return attention(q * 1.0, k * 1.0, v * 1.0, looked_up, **(keywords | lengths)) * 1.0
+        varied = [x * 1.0 if x.is_floating_point() else x for x in looked_up]
+        return attention(*(x * 1.0 for x in qkv), varied, sinks * 1.0, seed, **(keywords | lengths)) * 1.0
 
     results = []
     for case in cases:
         *qkv, grad = case.tensors()
         leaves = [shard(x, rank, P, layout, padding="edge").requires_grad_() for x in qkv]
         grad = shard(grad, rank, P, layout, padding="nan").nan_to_num(0)
-        looked_up, full = captures(case), torch.empty(case.q_len)
-        for x in (full, *looked_up, *leaves):
+        looked_up, sinks, full = case.captures(), case.sinks(), torch.empty(case.q_len)
+        for x in (full, *leaves, *(c for c in looked_up if case.q_len in c.shape)):
             torch._dynamo.mark_dynamic(x, {1: 0, 2: 1, 4: 2}[x.ndim])
-        out = step(leaves[0], leaves[1], leaves[2], looked_up, full)
+        out = step(leaves, looked_up, sinks, case.dropout_seed(), full)
+        leaves += [x for x in (*looked_up, sinks) if x is not None and x.requires_grad]
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
     assert counter.frame_count == 1, "a new length must not compile again"
     return results
@@ -48,28 +50,32 @@ def dynamic_lengths(rank: int, P: int, strategy: str, layout: Layout, cases: lis
 @pytest.mark.parametrize(("strategy", "P"), [("local", 1), ("ulysses", 2), ("ring", 2), ("gather_kv", 2)])
 def test_traced_with_symbolic_lengths(strategy: str, P: int, layout: Layout) -> None:
     """One compilation serves lengths with and without padding."""
-    first = Case(22, 22, mask="segments", batch=2, heads=6, kv_heads=2, value_dim=5)
+    terms = dict(score="ALiBi with slopes that learn", has_sinks=True, dropout_p=0.2)
+    first = Case(22, 22, mask="segments", batch=2, heads=6, kv_heads=2, value_dim=5, **terms)
     cases = [first, replace(first, q_len=33, k_len=33), replace(first, q_len=24, k_len=24)]
     per_rank = run_ranks(dynamic_lengths, P, strategy, layout, cases)
     for i, case in enumerate(cases):
-        results = tuple(assemble(list(shards), case.q_len, layout) for shards in zip(*(r[i] for r in per_rank), strict=True))
+        parts = list(zip(*(r[i] for r in per_rank), strict=True))
+        results = *(assemble(list(shards), case.q_len, layout) for shards in parts[:4]), *(torch.stack(x).sum(0) for x in parts[4:])
         check_close(results, dense_attention(case), TOLERANCE)
 
 
 @pytest.mark.slow
 def test_through_inductor() -> None:
     """Every strategy's node survives Inductor, forward and backward."""
-    case = Case(13, 13, mask="segments", heads=4, kv_heads=2)
+    terms = dict(score="two captures that learn", has_sinks=True, dropout_p=0.2, empty_rows="uniform")
+    case = Case(13, 13, mask="key padding", heads=4, kv_heads=2, **terms)
     nodes: list[Any] = [torch.compiler.allow_in_graph(strategy.attention) for strategy in STRATEGIES.values()]
     keywords = call_keywords(case, "contiguous") | dict(group="")
-    looked_up = captures(case)
+    looked_up, sinks, seed = case.captures(), case.sinks(), case.dropout_seed()
 
     @torch.compile(fullgraph=True)
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        outs = [node(q, k, v, looked_up, **keywords) for node in nodes]
+        outs = [node(q, k, v, looked_up, sinks, seed, **keywords) for node in nodes]
         return torch.stack(outs).mean(0)
 
     *qkv, grad = case.tensors()
     leaves = [x.requires_grad_() for x in qkv]
     out = step(*leaves)
+    leaves += [x for x in (*looked_up, sinks) if x is not None and x.requires_grad]
     check_close((out.detach(), *torch.autograd.grad(out, leaves, grad)), dense_attention(case), TOLERANCE)

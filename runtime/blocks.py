@@ -1,0 +1,205 @@
+"""Cuts the score matrix of some rows and keys into blocks: as few and as large as the mask allows.
+
+Blocks that are empty are left out. Full and diagonal ones go to a kernel whole. What is left is cut into tiles whose mask is
+evaluated on the spot. The bounds of a mask are decided here, exactly; what a predicate does to each tile, `runtime/intervals.py`
+proves where it can, once for all blocks of an attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import Tensor
+
+from autoseq.runtime.intervals import prove
+from autoseq.runtime.mask import BlockKind, Mask
+
+TILE = 512  # rows and keys of a tile that needs a mask tensor
+
+Chunk = tuple[int, int, int]
+"""(local start, global start, rows): consecutive rows of a local tensor at consecutive global positions."""
+
+Span = tuple[int, int]
+"""(global start, rows)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of the score matrix, as offsets into a pair of chunks: what the bounds do to it, and if the predicate must be asked."""
+
+    q_offset: int
+    q_rows: int
+    k_offset: int
+    k_rows: int
+    kind: BlockKind
+    ask_predicate: bool = False
+
+    def moved(self, q_offset: int, k_offset: int) -> Block:
+        return replace(self, q_offset=self.q_offset + q_offset, k_offset=self.k_offset + k_offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """The cuts of one attention: of some chunks of queries against all chunks of keys, on whichever rank they are."""
+
+    mask: Mask
+    full: Tensor | None  # [heads or 1, query tiles, key tiles]: where the predicate is proven to hold; None without a predicate
+    empty: Tensor | None  # and where it is proven not to
+    q_tiles: dict[Span, range]
+    k_tiles: dict[Span, range]
+    k_len: int
+
+    @classmethod
+    def of(
+        cls, mask: Mask, captures: list[Tensor], batch: int, heads: range, q_chunks: Sequence[Chunk], k_chunks: Sequence[Chunk]
+    ) -> Cuts:
+        """`heads` are global; what the captures say is read once."""
+        q_tiles, k_tiles = _tiles(q_chunks), _tiles(k_chunks)
+        full = empty = None
+        if mask.predicate and q_tiles and k_tiles and len(heads):
+            spans = [[tile for span in tiles for tile in _spans(span)] for tiles in (q_tiles, k_tiles)]
+            full, empty = prove(mask.predicate, captures, batch, heads, *spans)
+        return cls(mask, full, empty, q_tiles, k_tiles, sum(rows for *_, rows in k_chunks))
+
+    def blocks(self, q_chunk: Chunk, k_chunk: Chunk, heads: slice, *, tiled: bool) -> Iterator[Block]:
+        """The blocks of a pair of chunks for some of the heads. `tiled`: none is larger than a tile."""
+        (_, q_start, q_rows), (_, k_start, k_rows) = q_chunk, k_chunk
+        bounds = replace(self.mask, predicate="")
+        if self.full is None or self.empty is None:
+            yield from split(bounds, q_start, q_rows, k_start, k_rows, tiled=tiled)
+            return
+        at = (slice(None), _slice(self.q_tiles[q_chunk[1:]]), _slice(self.k_tiles[k_chunk[1:]]))
+        full, empty = (_of_heads(grid, heads)[at].all(0) for grid in (self.full, self.empty))
+        for rows, keys in rectangles(full.tolist()):
+            q_offset, k_offset, q_end, k_end = rows.start * TILE, keys.start * TILE, rows.stop * TILE, keys.stop * TILE
+            sizes = min(q_end, q_rows) - q_offset, min(k_end, k_rows) - k_offset
+            for block in split(bounds, q_start + q_offset, sizes[0], k_start + k_offset, sizes[1], tiled=tiled):
+                yield block.moved(q_offset, k_offset)
+        for i, j in (~full & ~empty).nonzero().tolist():
+            tile = Block(i * TILE, min(TILE, q_rows - i * TILE), j * TILE, min(TILE, k_rows - j * TILE), BlockKind.PARTIAL, True)
+            kind = bounds.classify(q_start + tile.q_offset, tile.q_rows, k_start + tile.k_offset, tile.k_rows)
+            if kind is not BlockKind.EMPTY:
+                yield replace(tile, kind=BlockKind.FULL if kind is BlockKind.FULL else BlockKind.PARTIAL)
+
+    def rows_in_one_piece(self, q_chunk: Chunk, k_chunk: Chunk) -> Iterator[Block]:
+        """Blocks of few rows and all keys of the chunk, of the size of a tile, for scores whose rows must not be cut."""
+        (_, q_start, q_rows), (_, k_start, k_rows) = q_chunk, k_chunk
+        step = max(1, TILE * TILE // max(1, k_rows))
+        for offset in range(0, q_rows, step):
+            rows = min(step, q_rows - offset)
+            first, count = self.mask.keys_of(q_start + offset, rows, k_start, k_rows)
+            if count:
+                full = self.mask.classify(q_start + offset, rows, first, count) is BlockKind.FULL
+                kind = BlockKind.FULL if full else BlockKind.PARTIAL
+                yield Block(offset, rows, first - k_start, count, kind, bool(self.mask.predicate))
+
+    def possibly_empty_tiles(self, q_chunk: Chunk, heads: slice, *, everywhere: bool) -> list[Span]:
+        """(offset, rows) of the tiles of queries of which some row may see no key at all; or `everywhere`, of all tiles."""
+        _, q_start, q_rows = q_chunk
+        tiles = _spans((0, q_rows))
+        if everywhere:
+            return tiles
+        if self.full is None:
+            return [(offset, rows) for offset, rows in tiles if not self._reached(q_start + offset, rows, 0, self.k_len)]
+        full = _of_heads(self.full, heads)[:, _slice(self.q_tiles[q_chunk[1:]])].all(0).tolist()
+        spans = [tile for span in self.k_tiles for tile in _spans(span)]
+        return [
+            (offset, rows)
+            for (offset, rows), proven in zip(tiles, full, strict=True)
+            if not any(sure and self._reached(q_start + offset, rows, *span) for sure, span in zip(proven, spans, strict=True))
+        ]
+
+    def _reached(self, q_start: int, q_rows: int, k_start: int, k_rows: int) -> bool:
+        """Whether the bounds let each of the rows see one of the keys: as the keys seen are concave in q, only its ends are tried."""
+        return all(self.mask.keys_of(q, 1, k_start, k_rows)[1] > 0 for q in (q_start, q_start + q_rows - 1))
+
+
+def _tiles(chunks: Sequence[Chunk]) -> dict[Span, range]:
+    """The numbers of each chunk's tiles, counted through all chunks. The last row may stand in for padding too: one span, counted once."""
+    numbers: dict[Span, range] = {}
+    count = 0
+    for start, rows in dict.fromkeys(chunk[1:] for chunk in chunks):
+        numbers[start, rows] = range(count, count + -(-rows // TILE))
+        count = numbers[start, rows].stop
+    return numbers
+
+
+def _spans(span: Span) -> list[Span]:
+    """The tiles of a span."""
+    start, rows = span
+    return [(start + offset, min(TILE, rows - offset)) for offset in range(0, rows, TILE)]
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)
+
+
+def _of_heads(grid: Tensor, heads: slice) -> Tensor:
+    return grid if grid.shape[0] == 1 else grid[heads]
+
+
+def rectangles(full: list[list[bool]]) -> list[tuple[range, range]]:
+    """Disjoint rectangles (rows, columns) that cover what is true: runs of a row, as tall as the rows below have the same run."""
+    done: list[tuple[range, range]] = []
+    open_runs: dict[range, int] = {}
+    for i, row in enumerate([*full, []]):
+        runs = _runs(row)
+        done += [(range(first, i), run) for run, first in open_runs.items() if run not in runs]
+        open_runs = {run: open_runs.get(run, i) for run in runs}
+    return done
+
+
+def _runs(row: list[bool]) -> list[range]:
+    edges = [j for j, (before, here) in enumerate(pairwise([False, *row, False])) if before != here]
+    return [range(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def split(bounds: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, *, tiled: bool) -> Iterator[Block]:
+    """Cut a rectangle of the score matrix into the blocks that the bounds leave, large where they are simple.
+
+    `tiled` says that every block needs a tensor of its own size, so that none may be larger than a tile.
+    """
+    kind = bounds.classify(q_start, q_rows, k_start, k_rows)
+    if kind is BlockKind.EMPTY:
+        return
+    if not tiled and kind is not BlockKind.PARTIAL:
+        yield Block(0, q_rows, 0, k_rows, kind)
+    elif not tiled and replace(bounds, max_ahead=None).classify(q_start, q_rows, k_start, k_rows) is BlockKind.FULL:
+        yield from _split_at_diagonal(bounds, q_start, q_rows, k_start, k_rows)
+    else:
+        yield from _split_into_tiles(bounds, q_start, q_rows, k_start, k_rows, tiled)
+
+
+def _split_at_diagonal(bounds: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int) -> Iterator[Block]:
+    """For a block that only `max_ahead` cuts: row i sees keys 0 .. i + shift."""
+    assert bounds.max_ahead is not None
+    shift = bounds.max_ahead - (k_start - q_start)
+    first_row, seen_by_all = max(0, -shift), max(0, shift)
+    side = min(q_rows - first_row, k_rows - seen_by_all)
+    below = first_row + side
+    if seen_by_all:
+        yield Block(first_row, q_rows - first_row, 0, seen_by_all, BlockKind.FULL)
+    yield Block(first_row, side, seen_by_all, side, BlockKind.CAUSAL)
+    if below < q_rows:
+        yield Block(below, q_rows - below, seen_by_all, k_rows - seen_by_all, BlockKind.FULL)
+
+
+def _split_into_tiles(bounds: Mask, q_start: int, q_rows: int, k_start: int, k_rows: int, tiled: bool) -> Iterator[Block]:
+    for q_offset, rows in _spans((0, q_rows)):
+        first, count = bounds.keys_of(q_start + q_offset, rows, k_start, k_rows)
+        full: Block | None = None
+        for key, keys in _spans((first, count)):
+            kind = bounds.classify(q_start + q_offset, rows, key, keys)
+            if kind is BlockKind.EMPTY:
+                continue
+            tile = Block(q_offset, rows, key - k_start, keys, BlockKind.FULL if kind is BlockKind.FULL else BlockKind.PARTIAL)
+            if tiled or kind is not BlockKind.FULL:
+                yield tile
+            elif full is None:
+                full = tile
+            else:
+                full = replace(full, k_rows=full.k_rows + tile.k_rows)
+        if full is not None:
+            yield full

@@ -191,4 +191,4 @@ def _additive(problem: Problem, tile: Tile, q: Tensor) -> Tensor | None:
     if tile.allowed is not None:
         additive = torch.where(tile.allowed, additive, -torch.inf)
     additive = additive[(None,) * (4 - additive.ndim)]
-    return additive.expand(*additive.shape[:2], tile.points.q.shape[-2], tile.points.k.shape[-1]).contiguous()
+    return additive.expand(*additive.shape[:2], *tile.size).contiguous()

@@ -26,18 +26,21 @@ def _weights(tiling: Tiling, empty: Tensor, keys: int, dtype: torch.dtype) -> Te
 
 def _tiles(tiling: Tiling, lse: Tensor, k_chunks: Sequence[Chunk]) -> Iterator[tuple[Tile, Tensor]]:
     """The tiles that hold rows without a key (so far, while keys are still coming) and which rows those are: [B,H,rows,1]."""
-    problem = tiling.problem
-    # -inf can also come out of a score's formula, in any row; what the program computes there is NaN.
-    everywhere = problem.empty_rows.startswith("nan") and bool(problem.score)
-    for tile in tiling.possibly_empty(k_chunks, everywhere=everywhere):
+    for tile in tiling.possibly_empty(k_chunks, everywhere=_everywhere(tiling.problem)):
         empty = (lse[tile.rows] == -torch.inf)[..., None]
         # Looking at the values would make a GPU wait.
         if lse.device.type != "cpu" or bool(empty.any()):
             yield tile, empty
 
 
-def _are_possible(problem: Problem) -> bool:
-    return problem.empty_rows != "zero" and problem.sinks is None
+def _everywhere(problem: Problem) -> bool:
+    """-inf can also come out of a score's formula, in any row; what the program computes there is NaN."""
+    return problem.empty_rows.startswith("nan") and bool(problem.score)
+
+
+def _are_possible(tiling: Tiling) -> bool:
+    problem = tiling.problem
+    return problem.empty_rows != "zero" and problem.sinks is None and tiling.may_have_empty_rows(everywhere=_everywhere(problem))
 
 
 class EmptyRowsForward:
@@ -46,16 +49,18 @@ class EmptyRowsForward:
     def __init__(self, tiling: Tiling, out: Tensor, lse: Tensor) -> None:
         self._tiling, self._out, self._lse = tiling, out, lse
         self._filling: Tensor | None = None
+        self._possible = _are_possible(tiling)
+        self._are_nan = tiling.problem.empty_rows.startswith("nan")
 
     def add(self, v: Tensor, k_chunks: Sequence[Chunk]) -> None:
         """To be called when the accumulators have seen the same keys."""
         problem = self._tiling.problem
-        if not _are_possible(problem) or problem.empty_rows.startswith("nan"):
+        if not self._possible or self._are_nan:
             return
         for tile, empty in _tiles(self._tiling, self._lse, k_chunks):
             if self._filling is None:
                 self._filling = torch.zeros_like(self._out)
-            weights = _weights(self._tiling, empty, tile.points.k.shape[-1], self._out.dtype)
+            weights = _weights(self._tiling, empty, tile.size[1], self._out.dtype)
             if problem.dropout_p > 0:
                 weights = weights * dropout_weights(problem.seed, tile.points, problem.dropout_p, weights.dtype)
             self._filling[tile.rows] += weighted_values(weights, v[tile.keys])
@@ -63,7 +68,7 @@ class EmptyRowsForward:
     def filled(self) -> Tensor:
         """`out` with its empty rows."""
         empty = (self._lse == -torch.inf)[..., None]
-        if _are_possible(self._tiling.problem) and self._tiling.problem.empty_rows.startswith("nan"):
+        if self._possible and self._are_nan:
             return self._out.masked_fill(empty, torch.nan)
         return self._out if self._filling is None else torch.where(empty, self._filling, self._out)
 
@@ -76,7 +81,7 @@ class EmptyRowsBackward:
     ) -> None:
         self._tiling, self._q, self._grad_out, self._out, self._lse, self._captures = tiling, q, grad_out, out, lse, captures
         # One look at all rows, where a GPU waits once, and most programs have none.
-        self._any = _are_possible(tiling.problem) and bool((lse == -torch.inf).any())
+        self._any = _are_possible(tiling) and bool((lse == -torch.inf).any())
 
     def without_nan(self, out: Tensor) -> Tensor:
         """`out` for the other rows: a NaN would go through a weight of 0."""
@@ -89,7 +94,7 @@ class EmptyRowsBackward:
         problem = self._tiling.problem
         for tile, empty in _tiles(self._tiling, self._lse, k_chunks):
             grad_out = torch.where(empty, self._grad_out[tile.rows].to(dq.dtype), 0.0)
-            weights = _weights(self._tiling, empty, tile.points.k.shape[-1], dq.dtype)
+            weights = _weights(self._tiling, empty, tile.size[1], dq.dtype)
             kept = None
             if problem.dropout_p > 0:
                 kept = dropout_weights(problem.seed, tile.points, problem.dropout_p, dq.dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -83,6 +83,7 @@ UNDECIDED = Verdict(torch.tensor(False), torch.tensor(False))
 class _Prover:
     symbols: dict[str, Range]
     captures: list[Tensor]
+    copied: dict[int, Tensor] = field(default_factory=dict)  # captures on the CPU
 
     def boolean(self, node: Any) -> Verdict:
         if node in (sympy.true, sympy.false):
@@ -135,7 +136,9 @@ class _Prover:
         indices = [self.number(arg) for arg in node.args]
         if self.captures[number].numel() > _LARGEST_CAPTURE or sum(not index.exact for index in indices) > 1:
             return UNKNOWN
-        return _looked_up(_on_cpu(self.captures[number]), indices)
+        if number not in self.copied:
+            self.copied[number] = _on_cpu(self.captures[number])
+        return _looked_up(self.copied[number], indices)
 
     def _first_that_holds(self, node: Any, value: Callable[[Any], Any], default: Any, choose: Callable[..., Any]) -> Any:
         result = default

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Literal
 
@@ -59,15 +59,26 @@ HeadRun = tuple[slice, slice, int]
 Index = tuple[slice, slice, slice]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tile:
     """Some rows and some keys of some heads: where they are, and what of them is allowed."""
 
     rows: Index  # of q, out and lse
     keys: Index  # of k and v
-    causal: bool  # row i may see keys 0..i
-    allowed: Tensor | None  # bool, broadcastable to [B,H,rows,keys]; None: everything
-    points: Points
+    indices: tuple[int, range, range, range]  # the batch, then global heads, query and key positions
+    device: torch.device
+    causal: bool = False  # row i may see keys 0..i
+    allowed: Tensor | None = None  # bool, broadcastable to [B,H,rows,keys]; None: everything
+
+    @cached_property
+    def points(self) -> Points:
+        batch, heads, *positions = self.indices
+        return Points.of(batch, heads, *(torch.arange(at.start, at.stop, device=self.device) for at in positions))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many rows and keys."""
+        return len(self.indices[2]), len(self.indices[3])
 
 
 class Tiling:
@@ -97,6 +108,11 @@ class Tiling:
                         if tile is not None:
                             yield tile
 
+    def may_have_empty_rows(self, *, everywhere: bool) -> bool:
+        """Whether `possibly_empty` has any tile."""
+        pairs = ((run, chunk) for run in self._runs for chunk in self._q_chunks)
+        return any(self._cuts.possibly_empty_tiles(chunk, run[0], everywhere=everywhere) for run, chunk in pairs)
+
     def possibly_empty(self, k_chunks: Sequence[Chunk], *, everywhere: bool) -> Iterator[Tile]:
         """All tiles of these keys, as if nothing were masked, for the rows that the mask may leave without any, or for all rows."""
         for run in self._small_runs():
@@ -120,16 +136,15 @@ class Tiling:
             if not bool(allowed.any()):
                 return None
             allowed = None if bool(allowed.all()) else allowed
-        return Tile(tile.rows, tile.keys, False, allowed, tile.points)
+        return replace(tile, causal=False, allowed=allowed)
 
     def _made(self, run: HeadRun, q_chunk: Chunk, k_chunk: Chunk, block: Block) -> Tile:
         heads, kv_heads, first_head = run
         rows, q_at = _span(q_chunk, block.q_offset, block.q_rows)
         keys, k_at = _span(k_chunk, block.k_offset, block.k_rows)
-        positions = (torch.arange(at.start, at.stop, device=self._q.device) for at in (q_at, k_at))
-        points = Points.of(self._q.shape[0], range(first_head, first_head + heads.stop - heads.start), *positions)
-        every = slice(None)
-        return Tile((every, heads, rows), (every, kv_heads, keys), block.kind is BlockKind.CAUSAL, None, points)
+        every, global_heads = slice(None), range(first_head, first_head + heads.stop - heads.start)
+        indices = (self._q.shape[0], global_heads, q_at, k_at)
+        return Tile((every, heads, rows), (every, kv_heads, keys), indices, self._q.device, block.kind is BlockKind.CAUSAL)
 
     def _small_runs(self) -> Iterator[HeadRun]:
         """Runs with so few KV heads that the scores of a tile stay small."""

@@ -86,10 +86,14 @@ def site_text(node: fx.Node) -> str:
 def bounds_text(ahead: Any, behind: Any) -> list[str]:
     parts = []
     if ahead is not None:
-        parts.append("(k <= q)" if ahead == 0 else f"(k <= q {'+' if ahead > 0 else '-'} {abs(ahead)})")
+        parts.append(f"(k <= q{_shift(ahead)})")
     if behind is not None:
-        parts.append(f"(k > q - {behind + 1})")
+        parts.append(f"(k > q{_shift(-behind - 1)})")
     return parts
+
+
+def _shift(by: Any) -> str:
+    return "" if by == 0 else f" + {by}" if by > 0 else f" - {-by}"
 
 
 def _named(atom: Any, captures: Sequence[fx.Node]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import sympy
 
 from autoseq.passes.formula.floats import MASKED, two_values
-from autoseq.passes.formula.values import call, const_value, name_of, s
+from autoseq.passes.formula.values import call, const, const_value, name_of, s
 
 EmptyRows = Literal["zero", "nan", "uniform", "mean"]
 _Kind = Literal["infinite", "added", "replaced"]
@@ -72,12 +72,8 @@ def _peel_sum(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
         return x, []
     term = x.args[1] if x.args[0] is with_s[0] else x.args[0]
     rest, excluded = _peel(with_s[0], kinds)
-    mask = _as_mask(term, 1.0, kinds)
-    if mask is not None:
-        return rest, [*excluded, mask]
-    if not excluded:
-        return x, []
-    return call("f_add", *(rest if arg is with_s[0] else arg for arg in x.args)), excluded
+    added, masks = _peel_term(term, 1.0, kinds)
+    return (rest if const_value(added) == 0 else call("f_add", rest, added)), [*excluded, *masks]
 
 
 def _peel_difference(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
@@ -85,10 +81,8 @@ def _peel_difference(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
     if not scored.has(s) or term.has(s):
         return x, []
     rest, excluded = _peel(scored, kinds)
-    mask = _as_mask(term, -1.0, kinds)
-    if mask is not None:
-        return rest, [*excluded, mask]
-    return (call("f_sub", rest, term), excluded) if excluded else (x, [])
+    taken, masks = _peel_term(term, -1.0, kinds)
+    return (rest if const_value(taken) == 0 else call("f_sub", rest, taken)), [*excluded, *masks]
 
 
 def _peel_scaled(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
@@ -102,17 +96,26 @@ def _peel_scaled(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
     return (call(name_of(x), *(rest if arg is scored else arg for arg in x.args)), excluded) if excluded else (x, [])
 
 
-def _as_mask(term: Any, sign: float, kinds: tuple[_Kind, ...]) -> tuple[Any, _Kind] | None:
-    """The condition under which a term is 0, if elsewhere it excludes the key."""
+def _peel_term(term: Any, sign: float, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
+    """What is added to a score, without the masks in it: `where(c, bias, min)` is the bias, and keys are kept where c holds."""
+    if name_of(term) == "f_add":
+        first, second = (_peel_term(arg, sign, kinds) for arg in term.args)
+        if first[1] or second[1]:
+            parts = [part for part, _ in (first, second) if const_value(part) != 0]
+            total = call("f_add", *parts) if len(parts) == 2 else parts[0] if parts else const(0.0)
+            return total, [*first[1], *second[1]]
     found = two_values(term)
-    if found is None:
-        return None
-    condition, yes, no = found
-    for kept, masked, keep in ((yes, no, condition), (no, yes, sympy.Not(condition))):
-        if kept == 0 and sign * masked <= MASKED:
-            kind: _Kind = "infinite" if sign * masked == -sympy.oo else "added"
-            return (keep, kind) if kind in kinds else None
-    return None
+    if found is not None:
+        term = call("f_where", found[0], const(found[1]), const(found[2]))
+    if name_of(term) == "f_where":
+        condition, yes, no = term.args
+        for masked, kept, keep in ((yes, no, sympy.Not(condition)), (no, yes, condition)):
+            value = const_value(masked)
+            kind: _Kind = "infinite" if value is not None and abs(value) == sympy.oo else "added"
+            if value is not None and sign * value <= MASKED and kind in kinds:
+                rest, excluded = _peel_term(kept, sign, kinds)
+                return rest, [*excluded, (keep, kind)]
+    return term, []
 
 
 def _score_first(score: Any) -> Any:

@@ -151,11 +151,12 @@ def test_rows_without_keys_keep_what_they_get(mask: Callable[[Tensor, Tensor], T
     def fn(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
         return soft(mask(q @ k.mT, causal() & padding[:, None, None])) @ v
 
-    traced = trace(fn, floats(B, H, S, D), floats(B, H, T, D, seed=1), floats(B, H, T, D, seed=2), PADDED)
+    inputs = (floats(B, H, S, D), floats(B, H, T, D, seed=1), floats(B, H, T, D, seed=2), PADDED)
+    traced = trace(fn, *inputs)
     (site,) = read(traced.normal)
     assert (site.kwargs["empty_rows"], site.kwargs["score"]) == (empty_rows, "")
     assert site.meta["attention"]["mask"] == "(k <= q) & Ne(padding(b, k), 0)"
-    torch.testing.assert_close(run(traced.normal, traced.inputs), [fn(*traced.inputs)], equal_nan=True)
+    torch.testing.assert_close(run(traced.normal, traced.inputs), [fn(*inputs)], equal_nan=True)
 
 
 def read(gm: fx.GraphModule) -> list[fx.Node]:

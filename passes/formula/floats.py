@@ -38,8 +38,14 @@ def may_mask(value: Any) -> bool:
 
 
 def requires_grad(node: fx.Node) -> bool:
-    """Whether autograd follows a node."""
-    return bool(node.meta.get("requires_grad")) or bool(node.meta["val"].requires_grad)
+    """Whether autograd follows a node: as the trace saw it, or, for a node of our own making, as its operands tell."""
+    if "requires_grad" in node.meta:
+        return bool(node.meta["requires_grad"])
+    traced = node.meta.get("tensor_meta")
+    if traced is not None:
+        return bool(traced.requires_grad)
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and (val.requires_grad or any(requires_grad(n) for n in node.all_input_nodes))
 
 
 def constant(reader: Reader, node: fx.Node, index: Index) -> Any:

@@ -69,7 +69,7 @@ def build_program(
     observe: Callable[[str, fx.GraphModule], None] | None = None,
 ) -> Program | None:
     """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole."""
-    open_regions(gm)
+    open_regions(gm, inputs)
     keep_meaning(gm)
     floats = specialize_floats(gm, inputs)
     fake = fake_inputs(gm, inputs)

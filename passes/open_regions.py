@@ -1,4 +1,4 @@
-"""Open higher-order regions: the body of an activation-checkpoint call joins the graph around it.
+"""Open higher-order regions: the body of a call that holds a graph joins the graph around it, where every pass sees it.
 
 First stage of the pipeline, on Dynamo's graph. A model with gradient checkpointing hides its attention inside
 `tag_activation_checkpoint` subgraphs, where no other pass would see it (and where other systems lose their collectives).
@@ -7,84 +7,86 @@ First stage of the pipeline, on Dynamo's graph. A model with gradient checkpoint
                                                              y = softmax(h)     # meta: recompute
 
 Legal because the operator computes exactly its body; what it adds, the wish to recompute, is kept as the node tags that
-AOTAutograd's partitioner reads (`recompute`, `ac_graph_id`), the same tags the operator itself would set.
+AOTAutograd's partitioner reads (`recompute`, `ac_graph_id`), the same tags the operator itself would set. Each other kind of
+region has a file of its own, `open_*.py`, that says why opening it is legal.
 """
 
 import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from autoseq.passes.inline import inline, replace_items
+from autoseq.passes.open_flex import open_flex
+from autoseq.passes.open_vmap import open_vmaps
 from autoseq.passes.source import source_line
 from autoseq.runtime.errors import UnsupportedError
 
-_CHECKPOINT = "tag_activation_checkpoint"
 _region_ids = itertools.count(1)
+_Values = Mapping[fx.Node, Any]
+_Opener = Callable[[fx.GraphModule, fx.Node, _Values], None]
 
 
-def open_regions(gm: fx.GraphModule) -> int:
-    """Inline every checkpoint region of `gm`, nested ones included; returns how many were opened."""
-    opened = 0
-    while (node := _first_region(gm)) is not None:
-        _open(gm, node)
+def open_regions(gm: fx.GraphModule, inputs: Sequence[Any] = ()) -> int:
+    """Open every region of `gm`, nested ones included; returns how many were opened.
+
+    `inputs` are the values of the first call, where there are any: some regions look into theirs.
+    """
+    opened, values = 0, dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
+    while (found := _first_region(gm)) is not None:
+        node, opener = found
+        with gm.graph.inserting_before(node):
+            opener(gm, node, values)
+        _drop_bodies(gm)
         opened += 1
+    opened += open_vmaps(gm)
+    gm.recompile()
     return opened
 
 
-def _first_region(gm: fx.GraphModule) -> fx.Node | None:
+def _first_region(gm: fx.GraphModule) -> tuple[fx.Node, _Opener] | None:
     for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == _CHECKPOINT:
-            return node
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _OPENERS:
+            return node, _OPENERS[node.target.name()]
     return None
 
 
-def _open(gm: fx.GraphModule, region: fx.Node) -> None:
-    body_ref = region.args[0]
-    assert isinstance(body_ref, fx.Node)
-    body = gm.get_submodule(str(body_ref.target))
-    assert isinstance(body, fx.GraphModule)
+def _drop_bodies(gm: fx.GraphModule) -> None:
+    """Remove the graphs that nothing holds any more: tracing would take their tensors for inputs of the program."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if not node.users:
+            gm.graph.erase_node(node)
+    held = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule) and name not in held:
+            gm.delete_submodule(name)
+
+
+def _open_checkpoint(gm: fx.GraphModule, region: fx.Node, values: _Values) -> None:
+    body = _body(gm, region)
     if "_checkpoint_context_fn" in body.meta:
         raise UnsupportedError(
             f"the selective activation checkpointing (context_fn) at {source_line(region)} is not supported yet; use plain checkpointing"
         )
-    region_id = next(_region_ids)
-    operands = dict(zip(body.graph.find_nodes(op="placeholder"), region.args[1:], strict=True))
-    with gm.graph.inserting_before(region):
-        for node in body.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                _replace_results(region, fx.map_arg(node.args[0], lambda n: operands[n]))
-                break
-            copied = gm.graph.node_copy(node, lambda n: operands[n])
-            if node.op == "get_attr":
-                copied.target = _hoist_attribute(gm, body, str(node.target), region_id)
-            copied.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-            copied.meta.setdefault("ac_graph_id", region_id)
-            operands[node] = copied
-    gm.graph.erase_node(region)
-    if not body_ref.users:
-        gm.graph.erase_node(body_ref)
-    gm.recompile()
+    region_id, before = next(_region_ids), set(gm.graph.nodes)
+    results = inline(gm, body, region.args[1:])
+    for node in gm.graph.nodes:
+        if node not in before:
+            node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+            node.meta.setdefault("ac_graph_id", region_id)
+    replace_items(region, results)
 
 
-def _hoist_attribute(gm: fx.GraphModule, body: fx.GraphModule, target: str, region_id: int) -> str:
-    value: object = body
-    for atom in target.split("."):
-        value = getattr(value, atom)
-    name = f"region{region_id}_{target.replace('.', '_')}"
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        gm.register_buffer(name, value, persistent=False)
-    else:
-        setattr(gm, name, value)
-    return name
+def _body(gm: fx.GraphModule, region: fx.Node) -> fx.GraphModule:
+    body = gm.get_submodule(str(region.args[0].target))  # type: ignore[union-attr]
+    assert isinstance(body, fx.GraphModule)
+    return body
 
 
-def _replace_results(region: fx.Node, results: object) -> None:
-    """Users of a region are `getitem`s of its result tuple."""
-    assert isinstance(results, (tuple, list))
-    for user in list(region.users):
-        assert user.target.__name__ == "getitem", user.format_node()  # type: ignore[union-attr]
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-        user.graph.erase_node(user)
+_OPENERS: dict[str, _Opener] = {
+    "tag_activation_checkpoint": _open_checkpoint,
+    "flex_attention": open_flex,
+}

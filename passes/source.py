@@ -1,20 +1,32 @@
 """Where a node comes from in the user's model: the words every message and report uses."""
 
+import os
 import re
 
+import torch
 from torch import fx
 
+_TORCH = os.path.dirname(torch.__file__)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>.+)\n\s*(?P<code>.*)')
 
 
 def source_line(node: fx.Node) -> str:
-    """`file.py:12 in forward: code` of the innermost frame, or the node's name if tracing kept no frame."""
+    """`file.py:12 in forward: code` of the innermost frame that is not torch's own, or the node's name if tracing kept no frame."""
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     if not frames:
         return f"(no source line) {node.name}"
-    innermost = frames[-1]
+    innermost = next((frame for frame in reversed(frames) if not _in_torch(frame)), frames[-1])
     short = "/".join(innermost["file"].split("/")[-2:])
     return f"{short}:{innermost['line']} in {innermost['name'].strip()}: {innermost['code'].strip()}"
+
+
+def has_source_line(node: fx.Node) -> bool:
+    """Whether tracing kept a frame that is not torch's own."""
+    return not all(_in_torch(frame) for frame in _FRAME.finditer(node.meta.get("stack_trace") or ""))
+
+
+def _in_torch(frame: re.Match[str]) -> bool:
+    return frame["file"].startswith(_TORCH)
 
 
 def module_path(node: fx.Node) -> str:

@@ -38,7 +38,7 @@ def trace(fn: Callable[..., Any], *args: Any, dynamic: bool = False) -> Traced:
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         before = copy.deepcopy(gm)
-        num_opened = open_regions(gm)
+        num_opened = open_regions(gm, inputs)
         real = [x.node.hint if isinstance(x, torch.SymInt) else x for x in inputs]
         seen.append(Traced(before, gm, num_opened, normalize(gm, fake_inputs(gm, inputs)), real))
         return stop

@@ -26,8 +26,12 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     The result takes the same inputs in the same order and returns the same outputs. Tensors that `gm` held as
     attributes stay attributes.
     """
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    wanted = [x.requires_grad for x in tensors]
     exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
     assert isinstance(exported, fx.GraphModule)
+    for x, requires_grad in zip(tensors, wanted, strict=True):
+        x.requires_grad_(requires_grad)  # the trace lets a target that is broadcast beside a prediction need a gradient
     _name_placeholders(exported, gm, signature)
     _restore_attributes(exported, gm, signature)
     _restore_mutations(exported, signature)

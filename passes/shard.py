@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoseq.passes.attention_site import is_attention
 from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, fits, locate, operand_at, place_in, product, tensor_operands
-from autoseq.passes.find_attention import is_attention
 from autoseq.passes.find_sequence import factors_of
+from autoseq.passes.local_move import moved_results
 from autoseq.passes.local_node import LocalNode
 from autoseq.passes.rules import Rule, rule_for
 from autoseq.passes.sizes import Sizes, hint
@@ -133,6 +134,8 @@ class _Sharder:
 
     def _keep(self, node: fx.Node) -> None:
         """Copy a node that placement does not touch: inputs, attributes, sizes, grad-mode calls, items of a tuple."""
+        if node in self.values:
+            return  # an item that was made with its tuple
         if node.target in _SIZE_READS:
             size = self.sizes.argument(node.meta["val"])  # the size of a sharded tensor is still the global one
             self.values[node] = _Value(size, None, {})
@@ -146,6 +149,9 @@ class _Sharder:
 
     def plain(self, node: fx.Node) -> Any:
         return self.values[node].node
+
+    def mark_of(self, node: fx.Node) -> Mark | None:
+        return self.values[node].mark
 
     def _set(self, node: fx.Node, made: fx.Node, mark: Any) -> None:
         for key, item in node.meta.items():
@@ -252,10 +258,13 @@ class _Sharder:
     def _operator(self, node: fx.Node) -> None:
         factors, rule = (None, None) if _writes(node) else (factors_of(node), rule_for(node))
         place = self._place(node, factors) if factors else None
-        if place is None or factors is None or rule is None:
-            self._run_whole(node, "no sharding rule" if factors is None else "the sequence must be whole here")
-        else:
+        if place is not None and factors is not None and rule is not None:
             self._set(node, *LocalNode(self, node, factors, rule, place).run())
+        elif (moved := moved_results(self, node)) is not None:
+            for result, made, mark in moved:
+                self._set(result, made, mark)
+        else:
+            self._run_whole(node, "no sharding rule" if factors is None else "the sequence must be whole here")
 
     def _place(self, node: fx.Node, factors: Factors) -> Place | None:
         """The factor to shard: the one that the result's mark or else a sharded operand's names, if the rule allows it."""

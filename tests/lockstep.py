@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import Function
 
-from autoseq.runtime import collectives, rows
+from autoseq.runtime import collectives, moves, rows
 from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.layout import rank_positions
 
@@ -145,8 +145,32 @@ def _few_rows(xs: Values, P: int, *, start: int, count: int, dim: int, outer: in
     return [x.unflatten(dim, (outer, length, -1)).narrow(dim + 1, start, count).flatten(dim, dim + 2) for x in wholes]
 
 
+def _arranged(parts: list[Values], P: int, *, pieces: Any, shards: Any, fill: float, dim: int, length: int, **sharding: Any) -> Values:
+    """Every part made whole, laid out and cut: what `arrange_rows` must come to, whichever way its rows go."""
+    copies = [list(column) for column in zip(*parts, strict=True)]
+    wholes = [
+        xs if shard is None else _all_gather_varying(xs, P, **{**sharding, "dim": dim, "length": shard[0], "local": shard[1]})
+        for xs, shard in zip(copies, shards, strict=True)
+    ]
+    shape = list(wholes[0][0].shape)
+    shape[dim] = length
+    results = [torch.full(shape, fill, dtype=x.dtype) for x in wholes[0]]
+    for number, start, at, count in pieces:
+        results = [r.slice_scatter(x.narrow(dim, start, count), dim, at, at + count) for r, x in zip(results, wholes[number], strict=True)]
+    return _own(results, P, dim=dim, length=length, **sharding)
+
+
+def _own(xs: Values, P: int, **sharding: Any) -> Any:
+    """Each rank's rows of a value that stands for all ranks' alike: the gradient goes back to the rank's own copy alone."""
+    return _Collective.apply(lambda v: _cut(v, P, **sharding), lambda g: [_spread(x, rank, P, **sharding) for rank, x in enumerate(g)], *xs)
+
+
+def _spread(grad: Tensor, rank: int, P: int, **sharding: Any) -> Tensor:
+    return _joined([grad if other == rank else torch.zeros_like(grad) for other in range(P)], P, **sharding)[0]
+
+
 _COLLECTIVES: dict[Any, Callable[..., Any]] = {
     collectives.take_shard: _take_shard, collectives.all_gather: _all_gather, collectives.all_gather_varying: _all_gather_varying,
     collectives.vary: _vary, collectives.all_reduce: _all_reduce, rows.drop_last_rows: _drop_last_rows,
-    rows.few_rows: _few_rows,
+    rows.few_rows: _few_rows, moves.arrange_rows: _arranged,
 }  # fmt: skip

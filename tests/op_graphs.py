@@ -1,10 +1,12 @@
 """One operator in a graph of its own, sharded along any dim of any of its tensors, on all ranks, against the operator itself.
 
 What the table of rules is tested by. The outcome of a rule is written as one letter a dim: `r`, rows stay where they are;
-`s`, the ranks' sums are added; `w`, the dim is gathered and the operator runs whole; `.`, the dim has size 1.
+`s`, the ranks' sums are added; `m`, rows move to other ranks; `w`, the dim is gathered and the operator runs whole; `.`, the dim
+has size 1.
 """
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +15,10 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-from autoseq.passes.factors import Mark, fits, locate, place_in
-from autoseq.passes.find_sequence import MARK, factors_of, node_tensors
+from autoseq.passes.factors import MARK, Mark
+from autoseq.passes.find_sequence import carry, node_tensors
 from autoseq.passes.shard import shard
-from autoseq.runtime import collectives, rows
+from autoseq.runtime import collectives, moves, rows
 from autoseq.runtime.layout import Layout
 from lockstep import GROUP, run_lockstep
 
@@ -67,20 +69,9 @@ class OpGraph:
 
     def mark(self, start: Start) -> None:
         """Mark one tensor, then what the operator's factors carry it to, as `find_sequence` does."""
-        mark = Mark(start.dim, start.outer, start.inner, start.length)
-        self.tensors[start.tensor].meta[MARK] = mark
-        factors = factors_of(self.node)
-        if factors is None or start.alone:
-            return
-        sides = (*factors.operands, *factors.results)
-        dims = sides[start.tensor]
-        place = None if dims is None else locate(dims, factors.sizes, mark)
-        if place is None or not factors.passes(place.factor):
-            return
-        for tensor, dims in zip(self.tensors, sides, strict=True):
-            found = place_in(dims, factors.sizes, place) if tensor is not None and dims is not None else None
-            if found is not None and MARK not in tensor.meta and fits(tensor.meta["val"].shape, found):
-                tensor.meta[MARK] = found
+        self.tensors[start.tensor].meta[MARK] = Mark(start.dim, start.outer, start.inner, start.length)
+        if not start.alone:
+            carry(self.node, deque())
 
     def sharded(self, P: int, layout: Layout) -> tuple[str, fx.GraphModule]:
         """The local graph, and the letter of what became of the marked dim."""
@@ -90,9 +81,11 @@ class OpGraph:
             shard(gm, group=GROUP, group_size=P, layout=layout, gather_outputs=True)
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
+        targets = {node.target for node in gm.graph.nodes}
+        if moves.arrange_rows in targets:
+            return "m", gm
         if any(result.target is collectives.all_gather for result in gm.graph.output_node().all_input_nodes):
             return "r", gm
-        targets = {node.target for node in gm.graph.nodes}
         return ("s" if targets & {collectives.all_reduce, rows.cross_entropy, rows.nll_loss, rows.few_rows} else "w"), gm
 
 

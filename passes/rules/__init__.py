@@ -15,10 +15,10 @@ aten = torch.ops.aten
 
 
 def _pointwise(node: fx.Node) -> Factors | None:
-    """Every operand broadcasts against every other: `..., ..., ... -> ...`."""
-    operands = operand_shapes(node)
-    spread = Pattern(((None,),) * len(operands), (True,) * len(operands), ((None,),), frozenset(), frozenset())
-    return bind(spread, operands, result_shapes(node))
+    """Every operand broadcasts against every other: `..., ..., ... -> ...`; every result (`broadcast_tensors`) has that shape."""
+    operands, results = operand_shapes(node), result_shapes(node)
+    spread = Pattern(((None,),) * len(operands), (True,) * len(operands), ((None,),) * len(results), frozenset(), frozenset())
+    return bind(spread, operands, results)
 
 
 def _like_first(node: fx.Node) -> Factors | None:
@@ -33,6 +33,7 @@ _POINTWISE = Rule(_pointwise)
 _ALSO_POINTWISE = {
     aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.detach.default, aten.to.dtype, aten.to.dtype_layout,
     aten.alias.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+    aten.broadcast_tensors.default,
 }  # fmt: skip
 _PATTERNS = {  # operators that read only their operand's shape, and those that draw
     op: Rule(_pointwise, unread=frozenset({0})) for op in (

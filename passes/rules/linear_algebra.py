@@ -61,7 +61,7 @@ def _embedding(node: fx.Node) -> Factors | None:
     return bind_node(parse_pattern("v! e, ... -> ... e"), node)
 
 
-RULES = {
+PRODUCTS = {
     aten.linear.default: Rule(pattern("... i, o i, [o] -> ... o")),
     aten.matmul.default: Rule(_matmul),
     aten.mm.default: Rule(pattern("m k, k n -> m n")),
@@ -69,6 +69,9 @@ RULES = {
     aten.addmm.default: Rule(_addmm),
     aten.baddbmm.default: Rule(pattern("b m n, b m k, b k n -> b m n")),
     aten.einsum.default: Rule(_einsum, local=_local_einsum),
+}
+RULES = {
+    **PRODUCTS,
     aten.layer_norm.default: Rule(_norm),
     aten.rms_norm.default: Rule(_norm),
     aten.embedding.default: Rule(_embedding),

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from autoseq.passes.factors import Dims, Factors, Size, parse_pattern, reshape_dims
+from autoseq.passes.rules.moves import keeps_most
 from autoseq.passes.rules.rule import (
     LocalEmitter,
     Rule,
@@ -23,6 +24,7 @@ from autoseq.passes.sizes import hint, same_size
 from autoseq.runtime import rows
 
 aten = torch.ops.aten
+_FEW = 8  # rows that are sent to every rank; more are moved
 
 
 def _reshape(node: fx.Node) -> Factors | None:
@@ -56,16 +58,17 @@ def _swapped(node: fx.Node, rank: int) -> list[int]:
 
 
 def _slice(node: fx.Node) -> Factors | None:
-    """Cutting a dim needs it whole, but for two ways: the end is cut, or few rows are taken.
+    """Cutting a dim needs it whole, but for two ways: a little of the end is cut, or few rows are taken.
 
-    Cutting only the end keeps rows where they are. Few rows are sent to every rank by the ranks that have them.
+    Cutting only the end keeps rows where they are. Few rows are sent to every rank by the ranks that have them. What is
+    between, half of a sequence, `moves` lays out anew.
     """
     shape, result = first_val(node).shape, result_shapes(node)[0]
     dim = as_dim(argument(node, 1, "dim", 0), len(shape))
     names = plain_dims(len(shape))
     sizes: dict[str, Size] = {}
     old = dims_of(shape, names, sizes)
-    if _keeps_start(node) and not same_size(result[dim], 1) and not same_size(result[dim], 0):
+    if _keeps_start(node, shape[dim], result[dim]) and not same_size(result[dim], 1) and not same_size(result[dim], 0):
         shorter = frozenset() if same_size(shape[dim], result[dim]) else frozenset({f"d{dim}"})
         return Factors((old,), (old,), sizes, cut=shorter)
     cut = list(old)
@@ -77,13 +80,14 @@ def _slice(node: fx.Node) -> Factors | None:
     return Factors((old,), (tuple(cut),), sizes, frozenset({f"d{dim}", "cut"}))
 
 
-def _keeps_start(node: fx.Node) -> bool:
-    return argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+def _keeps_start(node: fx.Node, size: Size, taken: Size) -> bool:
+    from_start = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+    return from_start and not (isinstance(size, int) and isinstance(taken, int) and not keeps_most(taken, size))
 
 
 def _takes_few_rows(node: fx.Node, size: Size, taken: Size) -> bool:
     """Whether summing `taken` rows over ranks is less than gathering all: it sends each of them twice."""
-    return argument(node, 4, "step", 1) == 1 and isinstance(taken, int) and 0 < 4 * taken <= hint(size)
+    return argument(node, 4, "step", 1) == 1 and isinstance(taken, int) and 0 < 4 * taken <= hint(size) and taken <= _FEW
 
 
 def _from_front(index: Any, size: Size) -> Size:
@@ -100,7 +104,7 @@ def _local_slice(node: fx.Node, local: LocalEmitter) -> fx.Node:
         return local.emit(node.target, local.args, local.kwargs)  # type: ignore[arg-type]
     if same_size(shape[dim], result[dim]):
         return local.args[0]
-    if _keeps_start(node) and not same_size(result[dim], 1):
+    if _keeps_start(node, shape[dim], result[dim]) and not same_size(result[dim], 1):
         return local.emit(rows.drop_last_rows, (local.args[0],), {**local.sharding(0), "length": local.size(result[dim])})
     return local.emit(rows.few_rows, (local.args[0],), {
         "start": local.size(_from_front(argument(node, 2, "start"), shape[dim])), "count": result[dim], **local.sharding(0)})

@@ -1,0 +1,84 @@
+"""One node that moves rows along the sequence: what `shard` emits where both sides are sharded, each as a sequence of its own.
+
+    cat([text, image], 1)     →     arrange_rows([text, image], pieces=[(0, 0, 0, 77), (1, 0, 77, 4096)], …)
+
+Parts that are whole on every rank give the rows that a rank needs; sharded ones exchange them.
+"""
+
+import operator
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from autoseq.passes.factors import MARK, Mark, operand_at, tensor_operands
+from autoseq.passes.rules.moves import Move, moves_of
+from autoseq.passes.sizes import same_size
+from autoseq.runtime import moves as runtime_moves
+from autoseq.runtime.layout import Layout, local_length
+
+
+class Placements(Protocol):
+    """The local graph so far, and the values of the global graph in the placements that a node needs."""
+
+    graph: fx.Graph
+    P: int
+    layout: Layout
+
+    def mark_of(self, node: fx.Node) -> Mark | None:
+        """How a value is sharded."""
+        ...
+
+    def plain(self, node: fx.Node) -> Any:
+        """A value as it is."""
+        ...
+
+    def varied(self, node: fx.Node) -> fx.Node:
+        """A value whole, for use beside sharded ones."""
+        ...
+
+    def sharding(self, val: torch.Tensor, mark: Mark) -> dict[str, Any]:
+        """The keyword arguments of the collectives."""
+        ...
+
+
+def moved_results(placements: Placements, node: fx.Node) -> list[tuple[fx.Node, fx.Node, Mark]] | None:
+    """Each result of a node as (result, its local node, its mark), or None if the node is no move from shards to shards."""
+    moves = moves_of(node)
+    results = result_nodes(node)
+    if moves is None or not results or not all(_lies_along(results[i].meta.get(MARK), moves[i].dim) for i in results):
+        return None
+    operands = [operand_at(node, path) for path in tensor_operands(node)]
+    if not any(x is not None and _shard(placements, x, moves[0].dim) is not None for x in operands):
+        return None
+    return [(result, _emit(placements, node, moves[i], result), result.meta[MARK]) for i, result in results.items()]
+
+
+def result_nodes(node: fx.Node) -> dict[int, fx.Node]:
+    """A node's results that are used, by their index: itself, or the `getitem`s of a tuple."""
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return {0: node}
+    return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
+
+
+def _lies_along(mark: Mark | None, dim: int) -> bool:
+    return mark is not None and mark.dim == dim and same_size(mark.outer, 1) and same_size(mark.inner, 1) and isinstance(mark.base, int)
+
+
+def _shard(placements: Placements, x: fx.Node, dim: int) -> tuple[int, int] | None:
+    """The (length, local rows) of an operand that is sharded along `dim`."""
+    mark = placements.mark_of(x)
+    if mark is None or not _lies_along(mark, dim):
+        return None
+    return int(x.meta["val"].shape[dim]), int(local_length(mark.base, placements.P, placements.layout))
+
+
+def _emit(placements: Placements, node: fx.Node, move: Move, result: fx.Node) -> fx.Node:
+    operands = [x for path in tensor_operands(node) if (x := operand_at(node, path)) is not None]
+    shards = [_shard(placements, x, move.dim) for x in operands]
+    parts = [placements.varied(x) if shard is None else placements.plain(x) for x, shard in zip(operands, shards, strict=True)]
+    keywords = placements.sharding(result.meta["val"], result.meta[MARK])
+    made = placements.graph.call_function(
+        runtime_moves.arrange_rows, (parts,), {"pieces": move.pieces, "shards": shards, "fill": move.fill, **keywords})
+    made.meta.update({k: v for k, v in result.meta.items() if k not in ("val", "tensor_meta", MARK)})
+    return made

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime.blocks import Chunk
+from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.formula import looked_up
 from autoseq.runtime.hashing import dropout_weights
 from autoseq.runtime.plain import plain_scores, score_gradients, value_gradient, weight_gradient, weighted_values
 from autoseq.runtime.score import CaptureGradients, Score
@@ -43,6 +45,17 @@ def _are_possible(tiling: Tiling) -> bool:
     return problem.empty_rows != "zero" and problem.sinks is None and tiling.may_have_empty_rows(everywhere=_everywhere(problem))
 
 
+def _check_finite(problem: Problem) -> None:
+    """Where scores are -inf already, adding the least finite number does not make all columns of an empty row alike."""
+    for number in looked_up(problem.score):
+        capture = problem.captures[number]
+        if capture.is_floating_point() and bool((capture == -torch.inf).any()):
+            raise UnsupportedError(
+                f"What is added to the attention's scores, of shape {tuple(capture.shape)}, holds -inf, and the attention's mask hides "
+                "keys by the least finite number instead. A row that they hide together is not kept exact: use one of them."
+            )
+
+
 class EmptyRowsForward:
     """Sums the values that empty rows get, beside the accumulators `out` and `lse`."""
 
@@ -51,6 +64,8 @@ class EmptyRowsForward:
         self._filling: Tensor | None = None
         self._possible = _are_possible(tiling)
         self._are_nan = tiling.problem.empty_rows.startswith("nan")
+        if tiling.problem.empty_rows.startswith("uniform"):
+            _check_finite(tiling.problem)
 
     def add(self, v: Tensor, k_chunks: Sequence[Chunk]) -> None:
         """To be called when the accumulators have seen the same keys."""

@@ -15,6 +15,7 @@ Positions broadcast as [B, H, q, k], so a term that mentions only b and k costs 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,21 @@ def _may_hide_rows(node: Any, learned: tuple[int, ...]) -> bool:
 
 def _is_large(node: Any) -> bool:
     return node.is_Integer and abs(int(node)) >= _LARGE
+
+
+@functools.lru_cache(maxsize=256)
+def makes_infinity(score: str) -> bool:
+    """Whether a score may be -inf by what is written in it, whatever it looks up."""
+    constants = [node for node in parse_score(score).atoms(AppliedUndef) if _name(node) == "const"]
+    logarithms = {"f_log", "f_log2"} & {_name(node) for node in parse_score(score).atoms(AppliedUndef)}
+    return bool(logarithms) or any(math.isinf(constant(*map(int, node.args))) for node in constants)
+
+
+@functools.lru_cache(maxsize=256)
+def looked_up(score: str) -> tuple[int, ...]:
+    """The numbers of the captures that a score looks up."""
+    numbers = {capture_number(node) for node in parse_score(score).atoms(AppliedUndef)}
+    return tuple(sorted(number for number in numbers if number is not None))
 
 
 def capture_number(node: Any) -> int | None:

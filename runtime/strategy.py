@@ -14,7 +14,7 @@ from typing import ClassVar
 import sympy
 from torch import Tensor
 
-from autoseq.runtime.formula import needs_whole_rows
+from autoseq.runtime.formula import makes_infinity, needs_whole_rows
 from autoseq.runtime.layout import Layout, local_length
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
@@ -69,6 +69,8 @@ class Strategy(ABC):
         """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""
         if self.merges_partial_softmaxes and needs_whole_rows(site.score, site.learned):
             return "a float mask may hide a whole row by its least finite value, and partial softmaxes of such a row do not add up"
+        if site.empty_rows.startswith("uniform") and makes_infinity(site.score):
+            return "a mask of the least finite number beside scores of -inf has rows of which neither decides alone"
         if site.heads % site.kv_heads != 0:
             return f"{site.heads} query heads are not a multiple of {site.kv_heads} key/value heads"
         return None

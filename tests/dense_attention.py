@@ -220,6 +220,11 @@ def _two_that_learn(case: Case, generator: torch.Generator) -> ScoreCase:
     )
 
 
+def _without_s(case: Case, _: torch.Generator) -> ScoreCase:
+    table = (torch.arange(case.q_len)[:, None] + torch.arange(case.k_len)).remainder(3).double()
+    return ScoreCase("to_float32(Mod(q + k, 3))", [], lambda s: table.expand(s.shape))
+
+
 SCORES: dict[str, Callable[[Case, torch.Generator], ScoreCase]] = {
     "plain": lambda case, _: ScoreCase(),
     "softcap": lambda case, _: ScoreCase("f_mul(f_tanh(f_div(s, const(3, 2))), const(3, 2))", [], lambda s: (s / 1.5).tanh() * 1.5),
@@ -230,10 +235,14 @@ SCORES: dict[str, Callable[[Case, torch.Generator], ScoreCase]] = {
     "a dense bias that learns": lambda case, generator: _dense_bias(case, generator, learned=(0,)),
     "keys hidden by -inf": _hidden_by_infinity,
     "two captures that learn": _two_that_learn,
-    "a score without s": lambda case, _: ScoreCase(
-        "to_float32(Mod(q + k, 3))", [], lambda s: (_distance(case) + 2 * torch.arange(case.q_len)[:, None]).remainder(3) + 0 * s
-    ),
+    "a score without s": _without_s,
 }
+
+
+def kinds_beside(score: str) -> list[EmptyRows]:
+    """What rows without keys may get, with a score: where it hides keys itself, a finite mask beside it is refused or not the last word."""
+    kinds: list[EmptyRows] = ["zero", "nan", "nan_fill"]
+    return ["zero"] if score == "a dense float mask" else kinds if score == "keys hidden by -inf" else [*kinds, "uniform", "uniform_fill"]
 
 
 def dense_attention(case: Case) -> tuple[Tensor, ...]:

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention_job import assemble, shard
 from autoseq.runtime import blocks, blockwise
-from autoseq.runtime.blocks import rectangles, split
+from autoseq.runtime.blocks import Chunk, rectangles, split
 from autoseq.runtime.blockwise import Backward, Forward, merge
+from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.mask import BlockKind, Mask
 from autoseq.runtime.tiles import Problem
-from dense_attention import MASKS, SCORES, Case, check_close, dense_attention
+from dense_attention import MASKS, SCORES, Case, check_close, dense_attention, kinds_beside
 
 TOLERANCE = 1e-12  # float64; only the order of summation differs
 
@@ -109,6 +111,64 @@ def test_chunks_in_any_order(case: Case, tile: int, monkeypatch: pytest.MonkeyPa
     results = [take(x, at) for x, at in zip((out, backward.dq, dk, dv), (q_at, q_at, k_at, k_at), strict=True)]
     results += backward.learned() + ([backward.dsinks()] if case.has_sinks else [])
     check_close(tuple(results), dense_attention(case), TOLERANCE)
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> tuple[Case, int, int, Layout]:
+    """A case, the size of a tile, the number of ranks that are played and their layout."""
+    kv_heads = draw(st.integers(1, 2))
+    score = draw(st.sampled_from([score for score in SCORES if score != "a dense float mask"]))
+    case = Case(
+        draw(st.integers(1, 20)),
+        draw(st.integers(1, 20)),
+        mask=draw(st.sampled_from(sorted(MASKS))),
+        score=score,
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * draw(st.integers(1, 2)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 5)),
+        value_dim=draw(st.integers(1, 5)),
+        seed=draw(st.integers(0, 99)),
+        has_sinks=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0, 0.3])),
+        empty_rows=draw(st.sampled_from(kinds_beside(score))),
+    )
+    return case, draw(st.sampled_from([1, 2, 4, 7, 512])), draw(st.integers(1, 3)), draw(st.sampled_from(["contiguous", "zigzag"]))
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(drawn_cases())
+def test_random_attention(drawn: tuple[Case, int, int, Layout]) -> None:
+    """Every rank's rows, one after the other in one process, so that tiles of any size can be tried."""
+    case, tile, P, layout = drawn
+    q, k, v, grad = case.tensors()
+    q, grad = (shard_all(x, P, layout, "edge") for x in (q, grad))
+    k, v = (shard_all(x, P, layout, "nan") for x in (k, v))
+    problem, k_chunks = case.problem(), [chunks_of(rank, P, case.k_len, layout) for rank in range(P)]
+    every, results = [chunk for chunks in k_chunks for chunk in chunks], []
+    dks, dvs = [torch.zeros_like(x) for x in k], [torch.zeros_like(x) for x in v]
+    with patch.object(blocks, "TILE", tile):
+        for rank, (query, grad_out) in enumerate(zip(q, grad, strict=True)):
+            rows = chunks_of(rank, P, case.q_len, layout)
+            forward = Forward(query, case.kv_heads, case.value_dim, rows, every, problem)
+            for keys, values, chunks in zip(k, v, k_chunks, strict=True):
+                forward.add(keys, values, chunks)
+            out, lse = forward.result()
+            backward = Backward(grad_out, query, out, lse, case.kv_heads, rows, every, problem, case.learned())
+            for keys, values, chunks, dk, dv in zip(k, v, k_chunks, dks, dvs, strict=True):
+                backward.add(keys, values, chunks, dk, dv)
+            results.append((out, backward.dq, *backward.learned(), *([backward.dsinks()] if case.has_sinks else [])))
+    outs, dqs, *shares = zip(*results, strict=True)
+    whole = [assemble(list(x), n, layout) for x, n in ((outs, case.q_len), (dqs, case.q_len), (dks, case.k_len), (dvs, case.k_len))]
+    check_close((*whole, *(torch.stack(x).sum(0) for x in shares)), dense_attention(case), 1e-10)
+
+
+def chunks_of(rank: int, P: int, n: int, layout: Layout) -> list[Chunk]:
+    return [chunk for chunk in chunk_ranges(rank, P, local_length(n, P, layout), n, layout) if chunk[2] > 0]
+
+
+def shard_all(x: Tensor, P: int, layout: Layout, padding: str) -> list[Tensor]:
+    return [shard(x, rank, P, layout, padding=padding) for rank in range(P)]
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 9), (0, 4), (4, 5), (1, 1), (1, 4), (3, 3), (2, 0)])

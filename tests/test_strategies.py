@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attention_job import assemble, attend_on_rank, call_keywords, padding_rows
-from autoseq.runtime.errors import MessageError
+from autoseq.runtime.errors import MessageError, UnsupportedError
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
-from dense_attention import MASKS, SCORES, Case, check_close, dense_attention, relative_error
+from dense_attention import MASKS, SCORES, Case, check_close, dense_attention, kinds_beside, relative_error
 from ranks import run_ranks
 
 SPLIT = ["ulysses", "ring", "gather_kv"]
@@ -184,8 +184,7 @@ def attention_cases(draw: st.DrawFn) -> tuple[str, int, str, Case]:
         score=score,
         has_sinks=draw(st.booleans()),
         dropout_p=draw(st.sampled_from([0, 0, 0.3])),
-        # A dense float mask that hides everything has rows of the least number where the mask hides something: they are not empty.
-        empty_rows=draw(st.sampled_from(["zero", "nan", "uniform", "nan_fill", "uniform_fill"] if score != WHOLE_ROWS else ["zero"])),
+        empty_rows=draw(st.sampled_from(kinds_beside(score))),
         batch=draw(st.integers(1, 2)),
         heads=kv_heads * draw(st.integers(1, 3)),
         kv_heads=kv_heads,
@@ -232,7 +231,17 @@ def test_an_absent_peer_is_an_error_not_a_hang() -> None:
     assert "raise the timeout of init_process_group" in message
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_infinite_and_finite_masks_together_are_refused(strategy: str) -> None:
+    case = Case(4, 4, score="a dense bias", empty_rows="uniform")
+    x, *_ = case.tensors()
+    bias = torch.zeros(1, 4, 4, 4).index_fill(3, torch.tensor([1]), -torch.inf)
+    with pytest.raises(UnsupportedError, match=r"of shape \(1, 4, 4, 4\), holds -inf.*least finite number instead.*use one of them"):
+        STRATEGIES[strategy].attention(x, x, x, [bias], **call_keywords(case, "contiguous") | dict(group=""))
+
+
 DENSE = "f_add(s, c0(b, 0, q, k))"
+INFINITE = "f_where(Ne(c0(q, k), 0), s, const(-1, 0))"
 LARGE = "f_add(s, f_mul(to_float32(c0(b, k)), const(-10000, 1)))"
 SITE = Site(batch=1, q_len=64, k_len=64, heads=8, kv_heads=2, head_dim=16, value_dim=16, element_bytes=2)
 REASONS = {
@@ -247,7 +256,8 @@ REASONS = {
     "a dense float mask on parts of rows": (replace(SITE, score=DENSE), 4, ["ring", "gather_kv"], "partial softmaxes of such a row"),
     "a dense bias that learns": (replace(SITE, score=DENSE, learned=(0,)), 4, SPLIT, None),
     "a large constant": (replace(SITE, score=LARGE), 4, ["ring", "gather_kv"], "partial softmaxes of such a row do not add up"),
-    "an infinite one adds up": (replace(SITE, score="f_where(Ne(c0(q, k), 0), s, const(-1, 0))"), 4, SPLIT, None),
+    "an infinite one adds up": (replace(SITE, score=INFINITE), 4, SPLIT, None),
+    "but not beside the least finite number": (replace(SITE, score=INFINITE, empty_rows="uniform"), 1, ["local"], "neither decides alone"),
     "a large factor of integers": (replace(SITE, score="f_add(s, to_float32(-10000*(1 - c0(b, k))))"), 4, ["ring"], "partial softmaxes"),
     "heads must be grouped evenly": (replace(SITE, kv_heads=3), 2, SPLIT, "8 query heads are not a multiple of 3 key/value heads"),
 }

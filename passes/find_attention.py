@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from autoseq.passes.attention_site import LeftWhole, add_site, is_attention, like
+from autoseq.passes.check_rewrites import check_rewrite
 from autoseq.passes.heads import unrepeated
 from autoseq.passes.products import open_baddbmm
 from autoseq.passes.read_scores import read_written_out
@@ -60,7 +61,10 @@ def _rewrite_written_out(softmax: fx.Node) -> bool:
     if frame is None:
         return False
     old = frame.below.node
-    old.replace_all_uses_with(read_written_out(frame))
+    nodes = set(old.graph.nodes)
+    new = read_written_out(frame)
+    check_rewrite(frame, new, nodes, read_written_out)
+    old.replace_all_uses_with(new)
     old.graph.erase_node(old)
     return True
 

@@ -18,13 +18,14 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autoseq.passes.attention_site import is_attention
-from autoseq.passes.check_formulas import CannotShrink, check_reading, check_structure
+from autoseq.passes.check_formulas import check_reading, check_structure
 from autoseq.passes.formula import Reader
 from autoseq.passes.formula.text import lookup_function, parse
 from autoseq.passes.formula.values import Index, capture_number, captures_in, is_bool, is_capture, k, q, s
 from autoseq.passes.mask_bounds import split, tighter
 from autoseq.passes.mask_text import site_text
 from autoseq.passes.score_structure import structure
+from autoseq.passes.shrink import CannotShrink
 from autoseq.passes.sizes import hint, num_bytes, same_size
 from autoseq.passes.source import source_line
 

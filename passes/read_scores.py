@@ -6,7 +6,6 @@ import sympy
 from torch import fx
 
 from autoseq.passes.attention_site import add_site
-from autoseq.passes.check_formulas import CannotShrink, check_reading
 from autoseq.passes.formula import Known, NotAtItsIndex, Reader
 from autoseq.passes.formula.values import capture_number, captures_in, h, is_capture, s
 from autoseq.passes.heads import Canonical, Layout, layout_of, unrepeated
@@ -16,25 +15,28 @@ from autoseq.passes.softmax_attention import Frame, NotUnderstood
 
 
 def read_written_out(frame: Frame) -> fx.Node:
-    """The `attention` of a frame, in front of its value product and in its form. Raises NotUnderstood; the graph is then as it was."""
+    """The `attention` of a frame, in front of its value product and in its form. Raises NotUnderstood."""
     layout = layout_of(frame)
     reader = Reader(Known(frame.above.node, layout.index(layout.product, frame.above.node.meta["val"].shape), s), limits={h: layout.heads})
     formula = _read(frame, layout, reader)
     sinks = _sinks(frame, layout, reader)
     canonical = Canonical(frame.below.node, layout.batch, layout.heads)
+    query, key, value = _operands(frame, layout, canonical)
+    site = add_site(
+        frame.below.node, query, key, value, captures=reader.captures, sinks=sinks, scale=1.0, empty_rows=frame.empty_rows,
+        score="" if formula == s else sympy.sstr(formula), dropout_p=frame.dropout_p,
+    )  # fmt: skip
+    return canonical.result(site, layout.result)
+
+
+def _operands(frame: Frame, layout: Layout, canonical: Canonical) -> tuple[fx.Node, fx.Node, fx.Node]:
     above = frame.above if frame.above.dims[-1] == "col" else swapped(frame.above)
     query = canonical.operand(above.left, layout.left, layout.product, "q")
     key = canonical.operand(above.right, layout.right, layout.product, "k")
     value = canonical.operand(frame.below.right, layout.value, layout.result, "k")
     key, value = unrepeated(key, value, layout.heads)
     _check_operands(query, key, value)
-    captures = reader.captures
-    _check(frame, layout, reader, query, key)
-    site = add_site(
-        frame.below.node, query, key, value, captures=captures, sinks=sinks, scale=1.0, score="" if formula == s else sympy.sstr(formula),
-        empty_rows=frame.empty_rows, dropout_p=frame.dropout_p,
-    )  # fmt: skip
-    return canonical.result(site, layout.result)
+    return query, key, value
 
 
 def _read(frame: Frame, layout: Layout, reader: Reader) -> Any:
@@ -84,16 +86,3 @@ def _check_operands(query: fx.Node, key: fx.Node, value: fx.Node) -> None:
     dtypes = {x.meta["val"].dtype for x in (query, key, value)}
     if len(dtypes) != 1:
         raise NotUnderstood(f"its queries, keys and values have dtypes {', '.join(sorted(map(str, dtypes)))}")
-
-
-def _check(frame: Frame, layout: Layout, reader: Reader, query: fx.Node, key: fx.Node) -> None:
-    """Hold the formula to the scores' own making."""
-    try:
-        check_reading(
-            frame.scores, reader, lambda shape: layout.index(layout.scores, shape), q_len=query.meta["val"].shape[2],
-            k_len=key.meta["val"].shape[2], batch=layout.batch, heads=layout.heads,
-        )  # fmt: skip
-    except CannotShrink as error:
-        raise NotUnderstood(f"the formula of its scores could not be checked: {error}") from error
-
-

@@ -14,9 +14,10 @@ import sympy
 from autoseq.passes.formula.floats import MASKED, two_values
 from autoseq.passes.formula.values import call, const, const_value, name_of, s
 
-EmptyRows = Literal["zero", "nan", "uniform", "mean"]
-_Kind = Literal["infinite", "added", "replaced"]
+EmptyRows = Literal["zero", "nan", "nan_fill", "uniform", "uniform_fill"]
+_Kind = Literal["infinite", "infinite_fill", "added", "replaced"]
 
+_INFINITE: tuple[_Kind, ...] = ("infinite", "infinite_fill")
 _REPLACED = -1e8
 """A score that is replaced by this or less takes no probability beside any real one, which is no less than a few thousands below 0."""
 
@@ -33,15 +34,22 @@ class Structure:
 
 def structure(formula: Any, empty_rows: EmptyRows) -> Structure:
     """Take a score formula apart. `empty_rows` is what a row of -inf alone gives where the formula comes from."""
-    rest, excluded = _peel(formula, ("infinite", "added", "replaced"))
-    kinds = {kind for _, kind in excluded}
-    if len(kinds) > 1 or sum(kind == "added" for _, kind in excluded) > 1:  # two finite masks add up to -inf where they meet
-        rest, excluded = _peel(formula, ("infinite",))
-        kinds = {kind for _, kind in excluded}
+    rest, excluded = _peel(formula, (*_INFINITE, "added", "replaced"))
+    kinds = [kind for _, kind in excluded]
+    # Finite masks are one of a kind: two that are added make -inf where they meet.
+    if kinds.count("added") > 1 or len({*kinds} - {*_INFINITE}) + any(kind in _INFINITE for kind in kinds) > 1:
+        rest, excluded = _peel(formula, _INFINITE)
+        kinds = [kind for _, kind in excluded]
     score, scale = _fold_scale(_score_first(rest))
     keeps = sympy.And(*(keep for keep, _ in excluded))
-    finite: dict[_Kind, EmptyRows] = {"added": "uniform", "replaced": "mean"}
-    return Structure(score, scale, keeps, next((finite[kind] for kind in kinds if kind in finite), empty_rows))
+    return Structure(score, scale, keeps, _empty_rows({*kinds}, empty_rows))
+
+
+def _empty_rows(kinds: set[_Kind], plain: EmptyRows) -> EmptyRows:
+    """`_fill`: the score was replaced, so that the row's gradient ends at the values."""
+    if kinds & {"added", "replaced"}:
+        return "uniform" if "added" in kinds else "uniform_fill"
+    return "nan_fill" if plain == "nan" and kinds == {"infinite_fill"} else plain
 
 
 _Excluded = list[tuple[Any, _Kind]]
@@ -59,7 +67,7 @@ def _peel_where(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
     for masked, kept, keep in ((yes, no, sympy.Not(condition)), (no, yes, condition)):
         value = const_value(masked)
         if value is not None and value <= _REPLACED:
-            kind: _Kind = "infinite" if value == -sympy.oo else "replaced"
+            kind: _Kind = "infinite_fill" if value == -sympy.oo else "replaced"
             if kind in kinds:
                 rest, excluded = _peel(kept, kinds)
                 return rest, [*excluded, (keep, kind)]

@@ -140,9 +140,10 @@ PADDED = torch.ones(B, T, dtype=torch.bool).index_put((torch.tensor(0), torch.ar
 """The first element of the batch is padded on the left, so its first causal rows see nothing at all."""
 
 EMPTY = [
-    pytest.param(lambda s, m: s.masked_fill(~m, -torch.inf), "nan", id="-inf alone"),
-    pytest.param(lambda s, m: s.masked_fill(~m, MIN), "mean", id="replaced by the least number"),
+    pytest.param(lambda s, m: s.masked_fill(~m, -torch.inf), "nan_fill", id="replaced by -inf"),
+    pytest.param(lambda s, m: s.masked_fill(~m, MIN), "uniform_fill", id="replaced by the least number"),
     pytest.param(lambda s, m: s + torch.where(m, 0.0, MIN), "uniform", id="the least number added"),
+    pytest.param(lambda s, m: s + torch.where(m, 0.0, -torch.inf), "nan", id="-inf added"),
 ]
 
 

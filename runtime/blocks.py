@@ -83,10 +83,10 @@ class Cuts:
             if kind is not BlockKind.EMPTY:
                 yield replace(tile, kind=BlockKind.FULL if kind is BlockKind.FULL else BlockKind.PARTIAL)
 
-    def rows_in_one_piece(self, q_chunk: Chunk, k_chunk: Chunk) -> Iterator[Block]:
+    def whole_rows(self, q_chunk: Chunk, k_chunk: Chunk) -> Iterator[Block]:
         """Blocks of few rows and all keys of the chunk, of the size of a tile, for scores whose rows must not be cut."""
         (_, q_start, q_rows), (_, k_start, k_rows) = q_chunk, k_chunk
-        step = max(1, TILE * TILE // max(1, k_rows))
+        step = rows_in_one_piece(k_rows)
         for offset in range(0, q_rows, step):
             rows = min(step, q_rows - offset)
             first, count = self.mask.keys_of(q_start + offset, rows, k_start, k_rows)
@@ -114,6 +114,11 @@ class Cuts:
     def _reached(self, q_start: int, q_rows: int, k_start: int, k_rows: int) -> bool:
         """Whether the bounds let each of the rows see one of the keys: as the keys seen are concave in q, only its ends are tried."""
         return all(self.mask.keys_of(q, 1, k_start, k_rows)[1] > 0 for q in (q_start, q_start + q_rows - 1))
+
+
+def rows_in_one_piece(k_rows: int) -> int:
+    """How many whole rows are taken at once: about a tile's elements, but enough rows for a matrix product to be one."""
+    return max(min(64, TILE), TILE * TILE // max(1, k_rows))
 
 
 def _tiles(chunks: Sequence[Chunk]) -> dict[Span, range]:

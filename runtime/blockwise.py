@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.empty_rows import EmptyRowsBackward, EmptyRowsForward
-from autoseq.runtime.formula import additive_terms, evaluate_float, needs_whole_rows
+from autoseq.runtime.formula import evaluate_float
 from autoseq.runtime.hashing import dropout_weights
 from autoseq.runtime.kernels import attend, attend_backward
 from autoseq.runtime.plain import (
@@ -30,6 +30,7 @@ from autoseq.runtime.plain import (
     weights_given,
 )
 from autoseq.runtime.score import CaptureGradients, Score
+from autoseq.runtime.score_facts import additive_terms, needs_whole_rows
 from autoseq.runtime.tiles import Problem, Tile, Tiling
 
 

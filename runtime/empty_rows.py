@@ -13,10 +13,10 @@ from torch import Tensor
 
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.errors import UnsupportedError
-from autoseq.runtime.formula import looked_up
 from autoseq.runtime.hashing import dropout_weights
 from autoseq.runtime.plain import plain_scores, score_gradients, value_gradient, weight_gradient, weighted_values
 from autoseq.runtime.score import CaptureGradients, Score
+from autoseq.runtime.score_facts import looked_up
 from autoseq.runtime.tiles import Problem, Tile, Tiling
 
 

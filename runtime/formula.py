@@ -15,7 +15,6 @@ Positions broadcast as [B, H, q, k], so a term that mentions only b and k costs 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -110,78 +109,14 @@ def parse_score(score: str) -> sympy.Basic:
     return expression
 
 
-@functools.lru_cache(maxsize=256)
-def additive_terms(score: str) -> tuple[sympy.Basic, ...] | None:
-    """The terms t of a score that is `s + t + ...`, in the order they are added; None for any other score."""
-    terms, expression = [], parse_score(score)
-    while expression != SCORE:
-        if _name(expression) != "f_add":
-            return None
-        with_s = [arg for arg in expression.args if SCORE in arg.free_symbols]
-        if len(with_s) != 1:
-            return None
-        terms += [arg for arg in expression.args if arg is not with_s[0]]
-        expression = with_s[0]
-    return tuple(reversed(terms))
-
-
-@functools.lru_cache(maxsize=256)
-def needs_whole_rows(score: str, learned: tuple[int, ...] = ()) -> bool:
-    """Whether a score may be a mask in disguise: very large negative numbers, beside which s and a row's own sum are rounded away.
-
-    The parts of such a row's softmax do not add up, so it is computed in one piece. It may hide in a constant, or in a tensor over
-    queries and keys that nobody learns (`learned` are the captures that get a gradient).
-    """
-    return _may_hide_rows(parse_score(score), learned)
-
-
-_LARGE = 1000
-
-
-def _may_hide_rows(node: Any, learned: tuple[int, ...]) -> bool:
-    number = capture_number(node)
-    if number is not None:
-        # What is looked up within an index is an integer: then the outer tensor is a table, and not one entry for each pair.
-        by_lookup = any(capture_number(inner) is not None for arg in node.args for inner in arg.atoms(AppliedUndef))
-        dense = {SYMBOLS["q"], SYMBOLS["k"]} <= node.free_symbols
-        return number not in learned and dense and not by_lookup
-    if _name(node) == "const":
-        return _LARGE <= abs(constant(*map(int, node.args))) < float("inf")
-    if isinstance(node, AppliedUndef):
-        return any(_may_hide_rows(arg, learned) for arg in node.args)
-    if isinstance(node, sympy.logic.boolalg.Boolean):
-        return False
-    # A large summand is a distance; a large factor or choice may be what a mask is multiplied by.
-    parts = [arg for arg in node.args if not (node.is_Add and arg.is_Integer)]
-    return _is_large(node) or any(_may_hide_rows(part, learned) for part in parts)
-
-
-def _is_large(node: Any) -> bool:
-    return node.is_Integer and abs(int(node)) >= _LARGE
-
-
-@functools.lru_cache(maxsize=256)
-def makes_infinity(score: str) -> bool:
-    """Whether a score may be -inf by what is written in it, whatever it looks up."""
-    constants = [node for node in parse_score(score).atoms(AppliedUndef) if _name(node) == "const"]
-    logarithms = {"f_log", "f_log2"} & {_name(node) for node in parse_score(score).atoms(AppliedUndef)}
-    return bool(logarithms) or any(math.isinf(constant(*map(int, node.args))) for node in constants)
-
-
-@functools.lru_cache(maxsize=256)
-def looked_up(score: str) -> tuple[int, ...]:
-    """The numbers of the captures that a score looks up."""
-    numbers = {capture_number(node) for node in parse_score(score).atoms(AppliedUndef)}
-    return tuple(sorted(number for number in numbers if number is not None))
-
-
 def capture_number(node: Any) -> int | None:
     """i if the node looks up capture c<i>, else None."""
-    name = _name(node)
+    name = function_name(node)
     return int(name[1:]) if name[:1] == "c" and name[1:].isdigit() else None
 
 
-def _name(node: Any) -> str:
+def function_name(node: Any) -> str:
+    """The name of a lookup or float function, else nothing."""
     return node.func.__name__ if isinstance(node, AppliedUndef) else ""
 
 
@@ -242,7 +177,7 @@ def _walk(node: Any, values: _Values) -> Any:
 
 
 def _apply(node: AppliedUndef, values: _Values) -> Any:
-    name = _name(node)
+    name = function_name(node)
     if name == "const":
         return constant(*map(int, node.args))
     if name in FLOAT_FUNCTIONS:
@@ -253,9 +188,9 @@ def _apply(node: AppliedUndef, values: _Values) -> Any:
 def _lookup(node: AppliedUndef, values: _Values) -> Tensor:
     number = capture_number(node)
     if number is None:
-        raise UnsupportedError(f"{_name(node)} cannot be evaluated.")
+        raise UnsupportedError(f"{function_name(node)} cannot be evaluated.")
     if number >= len(values.captures):
-        raise UnsupportedError(f"{_name(node)} names no captured tensor: there are {len(values.captures)}.")
+        raise UnsupportedError(f"{function_name(node)} names no captured tensor: there are {len(values.captures)}.")
     tensor = values.captures[number].detach()
     if len(node.args) != tensor.ndim:
         raise UnsupportedError(f"{node} has {len(node.args)} indices, but the captured tensor has shape {tuple(tensor.shape)}.")

@@ -14,8 +14,8 @@ from typing import ClassVar
 import sympy
 from torch import Tensor
 
-from autoseq.runtime.formula import makes_infinity, needs_whole_rows
 from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
 # e bytes of an element, a bytes of an accumulator (4, or 8 for float64).

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from autoseq.runtime import blocks
 from autoseq.runtime.blocks import Block, Chunk, Cuts
-from autoseq.runtime.formula import Points, additive_terms, needs_whole_rows
+from autoseq.runtime.formula import Points
 from autoseq.runtime.mask import BlockKind, Mask
+from autoseq.runtime.score_facts import additive_terms, needs_whole_rows
 
 EmptyRows = Literal["zero", "nan", "uniform", "nan_fill", "uniform_fill"]
 """What a row gets whose keys are all excluded: 0, or the softmax of one number in all columns, -inf ("nan") or finite ("uniform").
@@ -99,10 +100,10 @@ class Tiling:
         """The tiles of these keys that are not empty. `plain`: small enough for a tensor of scores."""
         tiled = plain or bool(additive_terms(self.problem.score))
         whole = needs_whole_rows(self.problem.score)
-        for run in self._small_runs() if plain else self._runs:
+        for run in self._small_runs(k_chunks) if plain else self._runs:
             for q_chunk in self._q_chunks:
                 for k_chunk in k_chunks:
-                    cut = self._cuts.rows_in_one_piece if whole else partial(self._cuts.blocks, heads=run[0], tiled=tiled)
+                    cut = self._cuts.whole_rows if whole else partial(self._cuts.blocks, heads=run[0], tiled=tiled)
                     for block in cut(q_chunk, k_chunk):
                         tile = self._tile(run, q_chunk, k_chunk, block)
                         if tile is not None:
@@ -115,7 +116,7 @@ class Tiling:
 
     def possibly_empty(self, k_chunks: Sequence[Chunk], *, everywhere: bool) -> Iterator[Tile]:
         """All tiles of these keys, as if nothing were masked, for the rows that the mask may leave without any, or for all rows."""
-        for run in self._small_runs():
+        for run in self._small_runs(k_chunks):
             for q_chunk in self._q_chunks:
                 for q_offset, rows in self._cuts.possibly_empty_tiles(q_chunk, run[0], everywhere=everywhere):
                     for k_chunk in k_chunks:
@@ -146,12 +147,15 @@ class Tiling:
         indices = (self._q.shape[0], global_heads, q_at, k_at)
         return Tile((every, heads, rows), (every, kv_heads, keys), indices, self._q.device, block.kind is BlockKind.CAUSAL)
 
-    def _small_runs(self) -> Iterator[HeadRun]:
+    def _small_runs(self, k_chunks: Sequence[Chunk]) -> Iterator[HeadRun]:
         """Runs with so few KV heads that the scores of a tile stay small."""
+        keys = max((rows for *_, rows in k_chunks), default=0)
+        whole = needs_whole_rows(self.problem.score)
+        elements = keys * blocks.rows_in_one_piece(keys) if whole else blocks.TILE**2
         for heads, kv_heads, first_head in self._runs:
             count = kv_heads.stop - kv_heads.start
             ratio = (heads.stop - heads.start) // count
-            step = max(1, _PLAIN_ELEMENTS // max(1, self._q.shape[0] * ratio * blocks.TILE**2))
+            step = max(1, _PLAIN_ELEMENTS // max(1, self._q.shape[0] * ratio * elements))
             for kv in range(0, count, step):
                 end = min(kv + step, count)
                 own = slice(heads.start + kv * ratio, heads.start + end * ratio)

@@ -206,15 +206,39 @@ def test_merge(before: float, block: float, weight: float) -> None:
     torch.testing.assert_close(lse, torch.logaddexp(torch.tensor(before), torch.tensor(block)).view(1, 1, 1))
 
 
-def test_empty_tiles_of_a_predicate_are_not_computed() -> None:
-    """Documents of one tile each: only the tiles on the diagonal reach the kernel."""
-    doc = torch.arange(4).repeat_interleave(8)[None]
-    q = torch.randn(1, 1, 32, 4)
-    problem = Problem(Mask(predicate="Eq(c0(b, q), c0(b, k))"), [doc], 1.0)
+SAME = "Eq(c0(b, q), c0(b, k))"
+DOCUMENTS = torch.arange(4).repeat_interleave(8)[None]
+KEPT = torch.arange(32)[None] < 20
+
+# Mask and what it looks up; then the rows and keys of each kernel call on 32 rows in tiles of 8, and what it is told of the mask.
+PREDICATES: dict[str, tuple[Mask, list[Tensor], list[tuple[int, int, str]]]] = {
+    "documents of a tile: those on the diagonal": (Mask(predicate=SAME), [DOCUMENTS], [(8, 8, "full")] * 4),
+    "documents of two tiles: one call each": (Mask(predicate=SAME), [DOCUMENTS // 2], [(16, 16, "full")] * 2),
+    "causal documents of two tiles: one causal call each": (Mask(0, None, SAME), [DOCUMENTS // 2], [(16, 16, "causal")] * 2),
+    "one causal document": (Mask(0, None, SAME), [DOCUMENTS * 0], [(32, 32, "causal")]),
+    "chunks of two tiles": (Mask(predicate="Eq(floor(q/16), floor(k/16))"), [], [(16, 16, "full")] * 2),
+    "key padding: tiles with both are evaluated": (
+        Mask(predicate="Ne(c0(b, k), 0)"), [KEPT], [(32, 16, "full"), *[(8, 8, "masked")] * 4]
+    ),
+    "a prefix of a tile": (
+        Mask(predicate="(k <= q) | (k < 8)"), [], [(16, 8, "full"), (8, 16, "full"), (8, 24, "full")] + [(8, 8, "masked")] * 3
+    ),
+    "the same by a tensor nobody can bound": (
+        Mask(predicate="Ne(c0(q, k), 0)"), [(torch.arange(32)[:, None] // 16 == torch.arange(32) // 16)], [(8, 8, "full")] * 8
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mask", "captures", "expected"), PREDICATES.values(), ids=PREDICATES)
+def test_kernel_calls_of_a_predicate(mask: Mask, captures: list[Tensor], expected: list[tuple[int, int, str]]) -> None:
+    """What is proven empty is left out, what is proven full goes without a mask and together with its neighbours."""
+    q, rows = torch.randn(1, 1, 32, 4), [(0, 0, 32)]
     with patch.object(blocks, "TILE", 8), patch.object(blockwise, "attend", wraps=blockwise.attend) as attend:
-        Forward(q, 1, 4, [(0, 0, 32)], [(0, 0, 32)], problem).add(q, q, [(0, 0, 32)])
-    assert attend.call_count == 4
-    assert all(call.args[3] is None for call in attend.call_args_list), "a tile that is allowed whole needs no mask tensor"
+        Forward(q, 1, 4, rows, rows, Problem(mask, captures, 1.0)).add(q, q, rows)
+    calls = [call.args for call in attend.call_args_list]
+    told = ["masked" if bias is not None else "causal" if causal else "full" for *_, bias, causal, _ in calls]
+    found = [(q.shape[2], k.shape[2], mask) for (q, k, *_), mask in zip(calls, told, strict=True)]
+    assert sorted(found) == sorted(expected)
 
 
 RECTANGLES = {

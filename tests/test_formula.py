@@ -13,8 +13,9 @@ from torch import Tensor
 
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.float_functions import FLOAT_FUNCTIONS
-from autoseq.runtime.formula import Points, additive_terms, evaluate_float, needs_whole_rows, parse_score
+from autoseq.runtime.formula import Points, evaluate_float, parse_score
 from autoseq.runtime.score import CaptureGradients, Score
+from autoseq.runtime.score_facts import additive_terms, needs_whole_rows
 
 X, Y = torch.tensor([-2.5, -0.5, 0.0, 0.5, 2.0]), torch.tensor([1.5, -0.5, 3.0, 2.0, -1.0])
 POINTS = Points.of(1, range(1), torch.arange(1), torch.arange(5))

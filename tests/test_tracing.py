@@ -10,6 +10,7 @@ import torch
 
 from attention_job import assemble, call_keywords, shard
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.local import whole_attention
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case, check_close, dense_attention
 from ranks import run_ranks
@@ -79,3 +80,12 @@ def test_through_inductor() -> None:
     out = step(*leaves)
     leaves += [x for x in (*looked_up, sinks) if x is not None and x.requires_grad]
     check_close((out.detach(), *torch.autograd.grad(out, leaves, grad)), dense_attention(case), TOLERANCE)
+
+
+def test_the_op_is_what_it_says() -> None:
+    """torch's own checks: schema, fakes and autograd agree with what the op does, with symbolic shapes too."""
+    terms = dict(score="two captures that learn", has_sinks=True, dropout_p=0.2, empty_rows="uniform", dtype=torch.float32)
+    case = Case(9, 9, mask="segments", batch=2, heads=4, kv_heads=2, **terms)
+    q, k, v = (x.requires_grad_() for x in case.tensors()[:3])
+    tensors = (q, k, v, case.captures(), case.sinks(), case.dropout_seed())
+    torch.library.opcheck(whole_attention, (*tensors, *case.settings().values(), 0, 2, "contiguous", ""))

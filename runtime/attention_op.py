@@ -10,6 +10,7 @@ one schema, and with it one fake, one autograd formula and one treatment of padd
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +95,10 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys) -> Cal
 
     def run(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
         call = _call(q, k, v, *settings)
-        work = Forward(call.q, k.shape[1], v.shape[3], call.padded_queries, call.all_keys, call.problem)
-        forward(call, work)
-        out, lse = work.result()
+        with _without_autocast(q):
+            work = Forward(call.q, k.shape[1], v.shape[3], call.padded_queries, call.all_keys, call.problem)
+            forward(call, work)
+            out, lse = work.result()
         for start, end in call.paddings:
             out[:, :, start:end] = out[:, :, start : start + 1]
         return out.to(q.dtype), lse
@@ -106,8 +108,9 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys) -> Cal
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         call = _call(q, k, v, *settings)
         rows = (call.q, out.detach(), lse.detach())
-        work = Backward(grad_out.detach(), *rows, k.shape[1], call.queries, call.all_keys, call.problem, learned)
-        dk, dv = backward(call, work)
+        with _without_autocast(q):
+            work = Backward(grad_out.detach(), *rows, k.shape[1], call.queries, call.all_keys, call.problem, learned)
+            dk, dv = backward(call, work)
         captures, sinks = settings[:2]
         shares = [grad.to(captures[i].dtype) for i, grad in zip(learned, work.learned(), strict=True)]
         if learns_sinks:
@@ -132,6 +135,12 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys) -> Cal
 
     op.register_autograd(differentiate, setup_context=_save)
     return op
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast has had its say on q, k and v; inside, it would round the scores that are computed in float32."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _restored(present: list[Tensor], are_present: list[bool]) -> list[Tensor | None]:

@@ -172,6 +172,22 @@ def test_bfloat16_error_does_not_grow_with_ranks(strategy: str) -> None:
     assert max(errors[4]) <= 1.2 * max(errors[2])
 
 
+def test_autocast_rounds_the_inputs_and_no_more() -> None:
+    """The same bits as attention to the rounded inputs: scores and weights stay float32, forward and backward."""
+    case = Case(20, 20, score="softcap", dtype=torch.float32)
+    *qkv, grad = case.tensors()
+    keywords = call_keywords(case, "contiguous") | dict(group="")
+    results = []
+    for inside in (True, False):
+        leaves = [(x if inside else x.bfloat16()).detach().requires_grad_() for x in qkv]
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            out = STRATEGIES["local"].attention(*leaves, [], **keywords)
+            grads = torch.autograd.grad(out, leaves, grad.bfloat16())
+        results.append((out.detach(), *(x.bfloat16() for x in grads)))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
 @st.composite
 def attention_cases(draw: st.DrawFn) -> tuple[str, int, str, Case]:
     kv_heads = draw(st.integers(1, 4))

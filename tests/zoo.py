@@ -18,17 +18,22 @@ OTHER_LENGTH = 37  # of a second sequence: 19 rows a rank, 20 under zigzag
 
 CAUSAL = "k <= q"
 WINDOW = "(k <= q) & (k > q - 8)"
+SOFTCAP = ", score tanh(s/50)*50"
+T5_BUCKETS = {  # 12 of them, the far ones logarithmic: both sides in the encoder, what lies behind in the decoder
+    "encoder": "6*where(k > q, 1, 0) + where(Abs(k - q) < 3, Abs(k - q), Min(5, log(Abs(k - q)/3)/1.99243*3 + 3))",
+    "decoder": "where(Min(0, k - q) > -6, -Min(0, k - q), Min(11, log(-Min(0, k - q)/6)/1.29928*6 + 6))",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One model: how it is made and called; the mask of each attention, in order; the operators that are gathered, and the
-    parameters whose gradient is zero but for rounding (a bias that shifts all scores of a row alike)."""
+    """One model: how it is made and called; the mask (and score) of each attention, in order; the operators that are gathered,
+    and the parameters whose gradient is zero but for rounding (a bias that shifts all scores of a row alike)."""
 
     make: Callable[[str], nn.Module]
     batch: Callable[[], dict[str, Any]]
     masks: tuple[str, ...]
-    attention: tuple[str, ...] = ("sdpa",)
+    attention: tuple[str, ...] = ("sdpa", "eager")
     sequence_sizes: frozenset[int] = frozenset({15, 16, LENGTH})
     fallbacks: tuple[str, ...] = ()
     zero_gradients: tuple[str, ...] = ()
@@ -78,6 +83,10 @@ _DISPATCH = ("aten.sort.default", "aten.index.Tensor", "aten.index.Tensor")  # t
 
 def ids(length: int = LENGTH, seed: int = 1) -> Tensor:
     return torch.randint(2, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+def t5_score(side: str) -> str:
+    return f", score s + {side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight({T5_BUCKETS[side]}, h)"
 
 
 def language(use_cache: bool = False) -> Callable[[], dict[str, Any]]:
@@ -159,13 +168,17 @@ def loss_of(output: Any) -> Tensor:
 
 ZOO: dict[str, Entry] = {
     "llama": Entry(decoder("Llama"), language(), (CAUSAL,)),
-    "llama with a cache": Entry(decoder("Llama"), language(use_cache=True), (CAUSAL,)),
+    "llama with a cache": Entry(decoder("Llama"), language(use_cache=True), (CAUSAL,), ("sdpa",)),
     "qwen3": Entry(decoder("Qwen3", head_dim=10), language(), (CAUSAL,)),
     "mistral": Entry(decoder("Mistral", sliding_window=8), language(), (WINDOW,)),
     "gemma3": Entry(decoder("Gemma3", "Gemma3TextConfig", **_TWO_KINDS), language(), (WINDOW, CAUSAL)),
+    "gemma2": Entry(decoder("Gemma2", **_TWO_KINDS), language(), (WINDOW + SOFTCAP, CAUSAL + SOFTCAP), ("eager",)),
+    "mpt": Entry(
+        hugging_face("MptForCausalLM", "MptConfig", **_TOKENS, d_model=32, n_layers=1, n_heads=4, max_seq_len=64),
+        language(), (CAUSAL + ", score s + mul_2(0, h, 0, k + 35)",), ("eager",)),
     "gpt2": Entry(
         hugging_face("GPT2LMHeadModel", "GPT2Config", **_TOKENS, n_embd=32, n_layer=1, n_head=4, n_positions=128, attn_pdrop=0.0,
-                     embd_pdrop=0.0, resid_pdrop=0.0, loss_type="ForCausalLM"),
+                     embd_pdrop=0.0, resid_pdrop=0.0),
         language(), (CAUSAL,)),
     "gpt_neox": Entry(decoder("GPTNeoX", attention_dropout=0.0, hidden_dropout=0.0), language(), (CAUSAL,)),
     "opt": Entry(
@@ -178,6 +191,12 @@ ZOO: dict[str, Entry] = {
     "bert that classifies": Entry(
         encoder("BertForSequenceClassification", "BertConfig", vocab_size=VOCABULARY, max_position_embeddings=128),
         sentences, ("all",), zero_gradients=("key.bias",)),
+    "t5": Entry(
+        hugging_face("T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1,
+                     num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, relative_attention_max_distance=22,
+                     relative_attention_num_buckets=12),
+        translation, ("all" + t5_score("encoder"), CAUSAL + t5_score("decoder"), "all"),
+        sequence_sizes=frozenset({15, 16, LENGTH, 19, 20, OTHER_LENGTH})),
     "vit": Entry(
         encoder("ViTForImageClassification", "ViTConfig", image_size=(28, 16), patch_size=4, num_labels=5),
         images, ("all",), zero_gradients=("k_proj.bias",)),
@@ -188,9 +207,15 @@ ZOO: dict[str, Entry] = {
         speech, ("all",)),
     "deepseek_v3": Entry(
         decoder("DeepseekV3", num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=4, kv_lora_rank=14, q_lora_rank=22,
-                qk_rope_head_dim=4, v_head_dim=6, qk_nope_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=0),
+                qk_rope_head_dim=4, v_head_dim=6, qk_nope_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2,
+                first_k_dense_replace=0),
         language(), (CAUSAL,), fallbacks=_DISPATCH),
     "mixtral": Entry(decoder("Mixtral", **_EXPERTS), language(), (CAUSAL,), fallbacks=_DISPATCH),
-    "mixtral with batched experts": Entry(decoder("Mixtral", **_EXPERTS, experts_implementation="batched_mm"), language(), (CAUSAL,)),
+    "mixtral with batched experts": Entry(
+        decoder("Mixtral", **_EXPERTS, experts_implementation="batched_mm"), language(), (CAUSAL,), ("sdpa",)),
+    "gpt_oss": Entry(
+        decoder("GptOss", **{**_TWO_KINDS, **_EXPERTS}, experts_implementation="grouped_mm"),
+        language(), tuple(f"{mask}, sinks model.layers.{i}.self_attn.sinks" for i, mask in enumerate((WINDOW, CAUSAL))), ("eager",),
+        fallbacks=_DISPATCH * 2),
     "nn.TransformerEncoder": Entry(tagger(batch_first=True), tagging(), ("all", "all"), ("",)),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from autoseq.passes.formula.text import lookup_function, parse
 from autoseq.passes.formula.values import Index, capture_number, captures_in, is_bool, is_capture, k, q, s
 from autoseq.passes.mask_bounds import split, tighter
 from autoseq.passes.mask_text import site_text
-from autoseq.passes.score_structure import structure
+from autoseq.passes.score_structure import may_be_infinite, structure
 from autoseq.passes.shrink import CannotShrink
 from autoseq.passes.sizes import hint, num_bytes, same_size
 from autoseq.passes.source import source_line
@@ -70,16 +70,16 @@ def _read(node: fx.Node, checked: dict[tuple[fx.Node, str], bool]) -> list[Dense
     node.kwargs = {
         **node.kwargs, "scale": _product(node.kwargs["scale"], found.scale), "max_ahead": ahead, "max_behind": behind,
         "predicate": "" if rest is sympy.true else sympy.sstr(rest), "score": "" if score == s else sympy.sstr(score),
-        "empty_rows": found.empty_rows if rest is not sympy.true or _may_be_empty(node, ahead, behind) else "zero",
+        "empty_rows": found.empty_rows if rest is not sympy.true or _may_be_empty(node, ahead, behind, score) else "zero",
     }  # fmt: skip
     return [_dense(node, kept[i]) for i in _dense_lookups([rest, score])]
 
 
-def _may_be_empty(node: fx.Node, ahead: Any, behind: Any) -> bool:
-    """Whether bounds alone may leave a row without keys: else every row has key 0, or the key at its own position."""
+def _may_be_empty(node: fx.Node, ahead: Any, behind: Any, score: Any) -> bool:
+    """Whether bounds and score alone may leave a row without keys: else every row has key 0, or the key at its own position."""
     q_len, k_len = (x.meta["val"].shape[2] for x in node.args[:2])  # type: ignore[union-attr]
     has_own = (ahead is None or ahead >= 0) and (behind is None or (behind >= 0 and statically_known_true(q_len <= k_len)))
-    return not has_own
+    return not has_own or may_be_infinite(score)
 
 
 def _product(scale: Any, factor: float) -> Any:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import sympy
+from sympy.core.function import AppliedUndef
 
 from autoseq.passes.formula.floats import MASKED, two_values
-from autoseq.passes.formula.values import call, const, const_value, name_of, s
+from autoseq.passes.formula.values import call, const, const_value, is_capture, name_of, s
 
 EmptyRows = Literal["zero", "nan", "nan_fill", "uniform", "uniform_fill"]
 _Kind = Literal["infinite", "infinite_fill", "added", "replaced"]
@@ -50,6 +51,23 @@ def _empty_rows(kinds: set[_Kind], plain: EmptyRows) -> EmptyRows:
     if kinds & {"added", "replaced"}:
         return "uniform" if "added" in kinds else "uniform_fill"
     return "nan_fill" if plain == "nan" and kinds == {"infinite_fill"} else plain
+
+
+_POLES = {"f_log", "f_log2", "f_exp", "f_exp2", "f_div", "f_pow", "f_rsqrt"}
+
+
+def may_be_infinite(score: Any) -> bool:
+    """Whether a score itself may be -inf: by a constant, by an operation with poles, or by what it looks up."""
+    calls = score.atoms(AppliedUndef)
+    names = {name_of(x) for x in calls}
+    overflows = any(value is not None and abs(value) >= -MASKED for value in map(const_value, calls))
+    return overflows or bool((names & _POLES) - _tamed(score)) or any(map(is_capture, calls))
+
+
+def _tamed(score: Any) -> set[str]:
+    """Divisions by constants have no poles."""
+    divisions = [x for x in score.atoms(AppliedUndef) if name_of(x) == "f_div"]
+    return {"f_div"} if all(const_value(x.args[1]) for x in divisions) else set()
 
 
 _Excluded = list[tuple[Any, _Kind]]
@@ -147,7 +165,7 @@ def _fold_scale(score: Any) -> tuple[Any, float]:
 
 
 def _scaled_score(score: Any) -> tuple[Any, float] | None:
-    calls = score.atoms(sympy.core.function.AppliedUndef)
+    calls = score.atoms(AppliedUndef)
     capped = {x.args[0] for x in calls if name_of(x) == "f_tanh"}
     products = [x for x in calls - capped if name_of(x) in ("f_mul", "f_div") and s in x.args]
     for product in sorted(products, key=str):

@@ -63,7 +63,7 @@ class Lookup:
     """What one lookup of a block read: the capture's number, the indices and the values there, which broadcast alike."""
 
     number: int
-    indices: list[Tensor]
+    indices: list[int | Tensor]
     values: Tensor
 
 
@@ -194,13 +194,18 @@ def _lookup(node: AppliedUndef, values: _Values) -> Tensor:
     tensor = values.captures[number].detach()
     if len(node.args) != tensor.ndim:
         raise UnsupportedError(f"{node} has {len(node.args)} indices, but the captured tensor has shape {tuple(tensor.shape)}.")
-    indices = [torch.as_tensor(_walk(arg, values), device=tensor.device).long() for arg in node.args]
+    indices = [_index(_walk(arg, values), tensor.device) for arg in node.args]
     # With at least one dim, an element takes part in type promotion as the tensor it stands in would.
     value = torch.atleast_1d(tensor[tuple(indices)]) if indices else tensor
     if number in values.learned and values.lookups is not None:
         value = value.detach().requires_grad_()
         values.lookups.append(Lookup(number, indices, value))
     return value if value.is_floating_point() else value.to(torch.int64)  # arithmetic on small integers would wrap
+
+
+def _index(value: Any, device: torch.device) -> int | Tensor:
+    # A tensor without dims would be read as a number, for which a GPU waits.
+    return torch.atleast_1d(value.to(device, torch.int64)) if isinstance(value, Tensor) else int(value)
 
 
 def arguments(node: Any) -> tuple[Any, ...]:

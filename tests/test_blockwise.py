@@ -113,6 +113,39 @@ def test_chunks_in_any_order(case: Case, tile: int, monkeypatch: pytest.MonkeyPa
     check_close(tuple(results), dense_attention(case), TOLERANCE)
 
 
+def undecided(
+    _: str, captures: list[Tensor], batch: int, heads: range, q_spans: list[object], k_spans: list[object]
+) -> tuple[Tensor, Tensor]:
+    """In the place of `prove`: every tile is to be evaluated."""
+    return (torch.zeros(1, len(q_spans), len(k_spans), dtype=torch.bool),) * 2
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_device_is_not_waited_for(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device what looks at a value fails, and so does what mixes devices.
+
+    Left are one look at the captures before anything runs, and one at whether any row was empty.
+    """
+    problem, learned = case.problem(), case.learned()
+    sinks, seed = (None if x is None else x.to("meta") for x in (problem.sinks, problem.seed))
+    problem = replace(problem, captures=[c.to("meta") for c in problem.captures], sinks=sinks, seed=seed)
+    q, k, v, grad = (x.to("meta") for x in replace(case, kv_heads=2).tensors())
+    q_chunks, k_chunks, looks = [(0, 0, 13)], [(0, 0, 17)], []
+    monkeypatch.setattr(blocks, "TILE", 5)
+    monkeypatch.setattr(blocks, "prove", undecided)
+    # `append` returns nothing: the captures hold no infinity. Then: some row was empty.
+    monkeypatch.setattr(Tensor, "__bool__", lambda x: bool(looks.append(x)))
+    forward = Forward(q, 2, 8, q_chunks, k_chunks, problem)
+    forward.add(k, v, k_chunks)
+    out, lse = forward.result()
+    monkeypatch.setattr(Tensor, "__bool__", lambda x: not looks.append(x))
+    backward = Backward(grad, q, out, lse, 2, q_chunks, k_chunks, problem, learned)
+    backward.add(k, v, k_chunks, torch.zeros_like(k), torch.zeros_like(v))
+    results = [out, backward.dq, *backward.learned(), *([backward.dsinks()] if case.has_sinks else [])]
+    assert all(x.device.type == "meta" for x in results)
+    assert len(looks) <= len(case.score_case().captures) + 1
+
+
 @st.composite
 def drawn_cases(draw: st.DrawFn) -> tuple[Case, int, int, Layout]:
     """A case, the size of a tile, the number of ranks that are played and their layout."""

@@ -14,6 +14,7 @@ from torch import fx
 
 from autoseq.agreement import agree_on_inputs, agree_on_program
 from autoseq.options import Options, parse_options
+from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name
 from autoseq.passes.tidy import leave_gradients_unsummed
@@ -136,7 +137,9 @@ def _called_from_outside() -> bool:
 def _draws(program: Program) -> bool:
     tagged = torch.Tag.nondeterministic_seeded
     overloads = [n.target for n in program.before.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    return torch.ops.aten.dropout.default in overloads or any(tagged in op.tags for op in overloads)
+    if torch.ops.aten.dropout.default in overloads or any(tagged in op.tags for op in overloads):
+        return True
+    return any(FUNCTIONS[node.args[3]].draws for node in program.before.nodes if node.target is AUTOGRAD_FUNCTION)
 
 
 class _Runner:

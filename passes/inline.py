@@ -103,7 +103,14 @@ def casting(values: Sequence[Any], dtype: torch.dtype | None) -> AbstractContext
 
 def example(value: Any) -> Any:
     """The fake value of a node of Dynamo's graph (or of a body that joined it); anything else is its own example."""
-    return value.meta["example_value"] if isinstance(value, fx.Node) else value
+    if not isinstance(value, fx.Node):
+        return value
+    if "example_value" not in value.meta:  # Dynamo made this node between two others, such as `w.T` for a backward
+        args, kwargs = fx.map_arg(value.args, example), fx.map_arg(value.kwargs, example)
+        with example_mode(value.all_input_nodes), torch.no_grad():
+            target: Any = getattr(type(args[0]), str(value.target)) if value.op == "call_method" else value.target
+            value.meta["example_value"] = target(*args, **kwargs)
+    return value.meta["example_value"]
 
 
 def carry(old: fx.Node, new: fx.Node) -> fx.Node:

@@ -2,48 +2,27 @@
 
     y = linear(x, w).float()        # bfloat16 under autocast    →    y = aten._to_copy(linear(x, w), dtype=float32)
     y = x.data                      # no gradient                →    y = aten.detach(x)
-    y = MyFunction.apply(x)         # its own backward           →    UnsupportedError
+    y = MyFunction.apply(x)         # its own backward           →    y = autoseq.autograd_function([x], …)
 
 The trace runs above autocast, where `linear` still gives float32 and the cast looks idle; autocast is applied when the local
 graph is compiled, and the explicit copy is then a real cast. Legal because a copy in the same dtype has the same values, and
-because `.data` is `detach` for a program that does not write to it. A custom backward would be lost: only its forward is traced.
+because `.data` is `detach` for a program that does not write to it. A custom backward is `keep_autograd_functions`' matter.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from autoseq.passes.source import source_line
-from autoseq.runtime.errors import UnsupportedError
+from autoseq.passes.keep_autograd_functions import keep_autograd_functions
 
 aten = torch.ops.aten
 _METHOD_DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def keep_meaning(gm: fx.GraphModule) -> int:
-    """Rewrite the casts and detaches that tracing would drop; returns how many. Raises for a custom backward."""
-    _refuse_custom_backwards(gm)
-    kept = _keep_detaches(gm) + (_keep_casts(gm) if _under_autocast(gm) else 0)
+    """Rewrite the casts, detaches and custom backwards that tracing would drop; returns how many."""
+    kept = keep_autograd_functions(gm) + _keep_detaches(gm) + (_keep_casts(gm) if _under_autocast(gm) else 0)
     gm.recompile()
     return kept
-
-
-def _refuse_custom_backwards(gm: fx.GraphModule) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for node in _nodes_of_all_graphs(gm):
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "autograd_function_apply":
-            raise UnsupportedError(
-                f"the custom autograd.Function at {source_line(node)} has a backward of its own, which is not supported yet. "
-                "Use an equivalent without it where the model offers one, or run it under torch.no_grad()."
-            )
-
-
-def _nodes_of_all_graphs(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            yield from module.graph.nodes
 
 
 def _keep_detaches(gm: fx.GraphModule) -> int:

@@ -7,6 +7,7 @@ whole since the trace is taken before autograd, in-place writes to inputs come b
 and autocast regions stay as the calls that enter and leave them. Every node keeps its source line.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     """
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     wanted = [x.requires_grad for x in tensors]
-    exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
+    with warnings.catch_warnings():
+        # `autograd_function` is to stay whole; torch says of each operator outside its own namespace that it does.
+        warnings.filterwarnings("ignore", message="At pre-dispatch tracing, we assume")
+        exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
     assert isinstance(exported, fx.GraphModule)
     for x, requires_grad in zip(tensors, wanted, strict=True):
         x.requires_grad_(requires_grad)  # the trace lets a target that is broadcast beside a prediction need a gradient

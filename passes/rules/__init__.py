@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.factors import Factors, Pattern, bind
 from autoseq.passes.rules import linear_algebra, lookups, losses, reductions, shapes
 from autoseq.passes.rules.rule import LocalEmitter, Rule, operand_shapes, result_shapes
@@ -19,6 +20,11 @@ def _pointwise(node: fx.Node) -> Factors | None:
     operands, results = operand_shapes(node), result_shapes(node)
     spread = Pattern(((None,),) * len(operands), (True,) * len(operands), ((None,),) * len(results), frozenset(), frozenset())
     return bind(spread, operands, results)
+
+
+def _row_wise(node: fx.Node) -> Factors | None:
+    """A custom autograd function whose two bodies are pointwise."""
+    return _pointwise(node) if FUNCTIONS[str(node.args[3])].row_wise else None
 
 
 def _like_first(node: fx.Node) -> Factors | None:
@@ -46,6 +52,7 @@ _DRAWS = {
 }  # fmt: skip
 TABLE: dict[object, Rule] = {
     **linear_algebra.RULES, **shapes.RULES, **lookups.RULES, **reductions.RULES, **losses.RULES, **_PATTERNS, **_DRAWS,
+    AUTOGRAD_FUNCTION: Rule(_row_wise),
     aten.type_as.default: Rule(_like_first, unread=frozenset({1})), aten.expand_as.default: Rule(_pointwise, unread=frozenset({1})),
 }  # fmt: skip
 

@@ -70,9 +70,17 @@ def _is_large(node: Any) -> bool:
 @functools.lru_cache(maxsize=256)
 def makes_infinity(score: str) -> bool:
     """Whether a score may be -inf by what is written in it, whatever it looks up."""
-    constants = [node for node in parse_score(score).atoms(AppliedUndef) if function_name(node) == "const"]
-    logarithms = {"f_log", "f_log2"} & {function_name(node) for node in parse_score(score).atoms(AppliedUndef)}
-    return bool(logarithms) or any(math.isinf(constant(*map(int, node.args))) for node in constants)
+    return _makes_infinity(parse_score(score))
+
+
+def _makes_infinity(node: Any) -> bool:
+    if isinstance(node, AppliedUndef):
+        name = function_name(node)
+        if capture_number(node) is not None or name == "to_int":
+            return False  # an index is an integer, whatever it is made of
+        if name in ("f_log", "f_log2") or (name == "const" and math.isinf(constant(*map(int, node.args)))):
+            return True
+    return any(_makes_infinity(part) for part in node.args)
 
 
 @functools.lru_cache(maxsize=256)

@@ -136,8 +136,8 @@ def _only_condition(formula: Any) -> Any:
     if len(conditions) != 1:
         return None
     condition = conditions.pop()
-    rest = substitute_condition(formula, condition, True)
-    unknown = rest.free_symbols or any(is_capture(x) for x in rest.atoms(AppliedUndef))
+    rests = [substitute_condition(formula, condition, value) for value in (True, False)]
+    unknown = any(rest.free_symbols or any(is_capture(x) for x in rest.atoms(AppliedUndef)) for rest in rests)
     return None if unknown else condition
 
 
@@ -191,6 +191,8 @@ RULES: dict[Any, Callable[..., Any]] = {
        ("add", "mul", "sub", "div")},
     **{getattr(aten, name).default: _elementwise(f"f_{name}", 1) for name in _UNARY},
     aten.pow.Tensor_Scalar: _elementwise("f_pow"), aten.pow.Tensor_Tensor: _elementwise("f_pow"), aten.pow.Scalar: _elementwise("f_pow"),
+    aten.reciprocal.default: lambda reader, node, index: call(
+        "f_div", const(1.0), reader.float_operand(node.args[0], index, node.meta["val"].dtype)),
     aten.rsub.Scalar: _reversed("f_sub"), aten.square.default: lambda reader, node, index: call(
         "f_pow", reader.float_operand(node.args[0], index, node.meta["val"].dtype), const(2.0)),
     **dict.fromkeys((aten.minimum.default, aten.min.other), _elementwise("f_minimum")),

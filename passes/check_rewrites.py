@@ -25,7 +25,8 @@ def check_rewrite(frame: Frame, result: fx.Node, old_nodes: set[fx.Node], rewrit
 
     `old_nodes` are those of the graph before the rewrite.
     """
-    site, leaves = _made_of(result, old_nodes)
+    site, made_of = _made_of(result, old_nodes)
+    leaves = [node for node in made_of if node is not frame.sink]  # that it is alike in all rows has to be read again
     query, key = (x.meta["val"] for x in site.args[:2])  # type: ignore[union-attr]
     try:
         small = shrink(

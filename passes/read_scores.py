@@ -3,6 +3,7 @@
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from autoseq.passes.attention_site import add_site
@@ -13,14 +14,16 @@ from autoseq.passes.products import swapped
 from autoseq.passes.sizes import same_size
 from autoseq.passes.softmax_attention import Frame, NotUnderstood
 
+aten = torch.ops.aten
+
 
 def read_written_out(frame: Frame) -> fx.Node:
     """The `attention` of a frame, in front of its value product and in its form. Raises NotUnderstood."""
     layout = layout_of(frame)
     reader = Reader(Known(frame.above.node, layout.index(layout.product, frame.above.node.meta["val"].shape), s), limits={h: layout.heads})
     formula = _read(frame, layout, reader)
-    sinks = _sinks(frame, layout, reader)
     canonical = Canonical(frame.below.node, layout.batch, layout.heads)
+    sinks = _sinks(frame, layout, reader, canonical)
     query, key, value = _operands(frame, layout, canonical)
     site = add_site(
         frame.below.node, query, key, value, captures=reader.captures, sinks=sinks, scale=1.0, empty_rows=frame.empty_rows,
@@ -67,15 +70,17 @@ def _made_of(product: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _sinks(frame: Frame, layout: Layout, reader: Reader) -> fx.Node | None:
+def _sinks(frame: Frame, layout: Layout, reader: Reader, canonical: Canonical) -> fx.Node | None:
     """The sinks [H], if there are any: one value a head, whatever the row."""
     if frame.sink is None:
         return None
     at = layout.index(layout.scores, frame.scores.meta["val"].shape)
     value = reader.at(frame.sink, (*at[:-1], sympy.Integer(0)))
-    if not is_capture(value) or value.args != (h,):
+    if is_capture(value) and value.args == (h,):
+        return reader.captures[capture_number(value)]
+    if not value.free_symbols <= {h} or layout.scores != ("b", "h", "q", "k"):
         raise NotUnderstood("a column is appended to its scores that is not one number a head")
-    return reader.captures[capture_number(value)]
+    return canonical.emit(aten.select.int, canonical.emit(aten.select.int, canonical.emit(aten.select.int, frame.sink, 0, 0), 1, 0), 1, 0)
 
 
 def _check_operands(query: fx.Node, key: fx.Node, value: fx.Node) -> None:

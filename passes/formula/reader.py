@@ -93,9 +93,10 @@ class Reader:
         return any(square.meta["val"].dtype != torch.bool for square in squares)
 
     def _is_better_captured(self, value: Any, index: Index) -> bool:
-        """A float over queries or keys alone is a small tensor: it is computed once and looked up, unless it is a mask."""
-        symbols = sympy.Tuple(*index).free_symbols
-        return bool(symbols) and not {q, k} <= symbols and not is_capture(value) and not value.has(s) and not floats.may_mask(value)
+        """Floats made of data over queries or keys alone are a small tensor: computed once and looked up, unless they are a mask."""
+        if not captures_in(value) or is_capture(value) or value.has(s) or {q, k} <= sympy.Tuple(*index).free_symbols:
+            return False
+        return not floats.may_mask(value) and floats.two_values(value) is None
 
     def _loses_stop(self, node: fx.Node, value: Any) -> bool:
         """Whether the formula would give a gradient to what the program gives none (read under no_grad)."""

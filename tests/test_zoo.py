@@ -23,6 +23,9 @@ MODELS = pytest.mark.parametrize(
      for name, entry in zoo.ZOO.items() for attention in entry.attention],
 )  # fmt: skip
 
+# BLOOM's GELU is an autograd function of its own: Dynamo makes an instance of its class, and torch warns of what Dynamo does.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 
 @cache
 def inspected(name: str, attention: str) -> Inspection:

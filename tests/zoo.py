@@ -173,6 +173,10 @@ ZOO: dict[str, Entry] = {
     "mistral": Entry(decoder("Mistral", sliding_window=8), language(), (WINDOW,)),
     "gemma3": Entry(decoder("Gemma3", "Gemma3TextConfig", **_TWO_KINDS), language(), (WINDOW, CAUSAL)),
     "gemma2": Entry(decoder("Gemma2", **_TWO_KINDS), language(), (WINDOW + SOFTCAP, CAUSAL + SOFTCAP), ("eager",)),
+    "bloom": Entry(
+        hugging_face("BloomForCausalLM", "BloomConfig", **_TOKENS, hidden_size=32, n_layer=1, n_head=4, hidden_dropout=0.0,
+                     attention_dropout=0.0),
+        language(), (CAUSAL + ", score s + pow(0.25, Mod(h, 4) + 1)*k",), ("eager",)),
     "mpt": Entry(
         hugging_face("MptForCausalLM", "MptConfig", **_TOKENS, d_model=32, n_layers=1, n_heads=4, max_seq_len=64),
         language(), (CAUSAL + ", score s + mul_2(0, h, 0, k + 35)",), ("eager",)),
@@ -218,4 +222,6 @@ ZOO: dict[str, Entry] = {
         language(), tuple(f"{mask}, sinks model.layers.{i}.self_attn.sinks" for i, mask in enumerate((WINDOW, CAUSAL))), ("eager",),
         fallbacks=_DISPATCH * 2),
     "nn.TransformerEncoder": Entry(tagger(batch_first=True), tagging(), ("all", "all"), ("",)),
+    "nn.TransformerEncoder, sequence first, padded": Entry(
+        tagger(batch_first=False), tagging(padded=True), ("Eq(padding(b, k), 0)",) * 2, ("",)),
 }  # fmt: skip

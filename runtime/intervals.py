@@ -45,7 +45,8 @@ def prove(
         "k": Range(k_low, k_high),
     }
     verdict = _Prover(symbols, captures).boolean(parse(predicate))
-    return tuple(_over_batch(each, len(q_spans), len(k_spans)) for each in (verdict.always, verdict.never))  # type: ignore
+    tiles = len(q_spans), len(k_spans)
+    return _over_batch(verdict.always, *tiles), _over_batch(verdict.never, *tiles)
 
 
 def _ends(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,8 @@ def undecided(
     _: str, captures: list[Tensor], batch: int, heads: range, q_spans: list[object], k_spans: list[object]
 ) -> tuple[Tensor, Tensor]:
     """In the place of `prove`: every tile is to be evaluated."""
-    return (torch.zeros(1, len(q_spans), len(k_spans), dtype=torch.bool),) * 2
+    nothing = torch.zeros(1, len(q_spans), len(k_spans), dtype=torch.bool)
+    return nothing, nothing
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

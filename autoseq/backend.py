@@ -18,6 +18,7 @@ from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name
 from autoseq.passes.tidy import leave_gradients_unsummed
+from autoseq.passes.traceable_masks import let_masks_through
 from autoseq.program import Program, build_program, fake_inputs, mark_trainable
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
@@ -25,6 +26,9 @@ from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 
 log = logging.getLogger("autoseq")
+
+let_masks_through()
+
 
 def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """Compile one Dynamo graph with its sequence split over ranks; see `Options` for `options`.
@@ -152,6 +156,8 @@ class _Runner:
         self._outputs = program.sharding.outputs if program else []
         self._layout: Layout = program.plan.layout if program else "contiguous"
         self._floats = program.floats if program else {}
+        self._contents = program.contents if program else {}
+        self._versions: dict[int, tuple[int, int]] = {}
         self._draws = program is not None and _draws(program)
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
@@ -163,6 +169,7 @@ class _Runner:
             agree_on_inputs(self._group, self._names, args, draws=self._draws)
             self._agreed = True
         self._check_floats(args)
+        self._check_contents(args)
         results = list(self._compiled(*args))
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:
@@ -176,6 +183,17 @@ class _Runner:
                     f"the program was compiled for {self._names[index]} = {assumed:g} and is called with {args[index].item():g}. With "
                     "dynamic=True Dynamo makes Python floats inputs; leave dynamic unset, or torch._dynamo.reset() and compile again."
                 )
+
+    def _check_contents(self, args: Sequence[Any]) -> None:
+        """A buffer that was read as a mask is still what it was; looked at again only after it was written to or replaced."""
+        for index, content in self._contents.items():
+            version = (id(args[index]), args[index]._version)
+            if self._versions.get(index) != version and not torch.equal(args[index], content):
+                raise UnsupportedError(
+                    f"the buffer {self._names[index]} was read as a mask when the program was compiled, and holds other values now. "
+                    "Call torch._dynamo.reset() after changing it, or pass the mask as an input."
+                )
+            self._versions[index] = version
 
     def _wrap(self, out: ShardedOutput, results: Sequence[Any]) -> torch.Tensor:
         def size(of: RunTimeSize) -> int:

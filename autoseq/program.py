@@ -17,6 +17,7 @@ from autoseq.options import Options
 from autoseq.passes.attention_site import LeftWhole
 from autoseq.passes.find_attention import find_attention
 from autoseq.passes.find_sequence import find_sequence
+from autoseq.passes.formula.held import CONTENT, READ
 from autoseq.passes.keep_meaning import keep_meaning
 from autoseq.passes.lower import lower
 from autoseq.passes.normalize import drop_noops, normalize
@@ -45,6 +46,7 @@ class Program:
     before: fx.Graph
     inputs: list[object]
     floats: dict[int, float]
+    contents: dict[int, torch.Tensor]  # of inputs that were read as masks
     plan: Plan
     sharding: Sharding
     dense_masks: tuple[DenseMask, ...]
@@ -77,6 +79,8 @@ def build_program(
     mark_trainable(normal, inputs)
     records = run_passes(normal, _READ, observe=observe)
     sites = find_sites(normal)
+    placeholders = normal.graph.find_nodes(op="placeholder")
+    contents = {i: node.meta[CONTENT].clone() for i, node in enumerate(placeholders) if READ in node.meta}
     found, left_whole = records["find_attention"].result
     if not sites:
         if is_fragment:
@@ -89,7 +93,8 @@ def build_program(
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
     assert records["lower"].result == found, f"{found} attention sites were found, {records['lower'].result} rewritten"
     sharding: Sharding = records["shard"].result
-    program = Program(normal, before, fake, floats, plan, sharding, tuple(records["read_masks"].result[1]), tuple(left_whole))
+    dense_masks = tuple(records["read_masks"].result[1])
+    program = Program(normal, before, fake, floats, contents, plan, sharding, dense_masks, tuple(left_whole))
     _tell(program, options, group)
     return program
 
@@ -118,8 +123,10 @@ def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple
 
 
 def mark_trainable(gm: fx.GraphModule, inputs: Sequence[object]) -> None:
-    """Note on each input whether it needs a gradient and whether it is a parameter."""
+    """Note on each input whether it needs a gradient and whether it is a parameter; a buffer's content is known."""
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if node.meta.get("is_buffer"):
+            node.meta[CONTENT] = value
         node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
         node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
 
@@ -175,6 +182,8 @@ def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
         f"{f.op} at {f.source} runs on gathered values ({f.reason}); {f.bytes_per_rank:,} bytes a rank" for f in program.fallbacks
     ]
     if group.size > 1:
+        told = {f.source for f in program.fallbacks}
+        lines += [f"the attention at {w.source} is left as it is written: {w.reason}" for w in program.left_whole if w.source not in told]
         lines += [f"the mask of the attention at {d.source} is held whole: {d.reason}; {d.num_bytes:,} bytes" for d in program.dense_masks]
     if lines and options.strict:
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))

@@ -43,12 +43,13 @@ class Layout:
     heads: int
 
     def index(self, tags: Tags, sizes: Sequence[Size]) -> Index:
-        """The index of a tensor with these dims at (b, h, q, k); r's size says how heads split into groups."""
+        """The index of a tensor with these dims at (b, h, q, k); r's size says how heads split into groups. In a dim of 1 it is 0."""
+        zero = sympy.Integer(0)
+        row, head = (zero if same_size(self.batch, 1) else b), (zero if self.heads == 1 else h)
         groups = dict(zip(tags, sizes, strict=True)).get("r")
-        limits = {h: self.heads}
-        group, member = divide(h, int(groups), limits) if groups is not None else (None, None)
-        at = {"b": b, "h": h, "q": q, "k": k, "n": b * self.heads + h, "g": group, "r": member}
-        return tuple(sympy.sympify(at[tag]) for tag in tags)
+        group, member = divide(head, int(groups), {h: self.heads}) if groups is not None else (zero, zero)
+        at = {"b": row, "h": head, "q": q, "k": k, "n": row * self.heads + head, "g": group, "r": member}
+        return tuple(zero if same_size(size, 1) else sympy.sympify(at[tag]) for tag, size in zip(tags, sizes, strict=True))
 
 
 def layout_of(frame: Frame) -> Layout:

@@ -16,7 +16,7 @@ from torch import fx
 from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
 from autoseq.passes.sizes import same_shape, same_size
-from autoseq.passes.source import input_name
+from autoseq.passes.source import input_name, is_buffer
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ def _name_placeholders(exported: fx.GraphModule, gm: fx.GraphModule, signature: 
     """Carry the user's names (`L['input_ids']`) over as metadata: messages and reports speak of them."""
     user_inputs = exported.graph.find_nodes(op="placeholder")[len(signature.parameters) + len(signature.buffers):]
     for new, old in zip(user_inputs, gm.graph.find_nodes(op="placeholder"), strict=True):
-        new.meta["source_name"] = input_name(old)
+        new.meta.update(source_name=input_name(old), is_buffer=is_buffer(old))
 
 
 def _restore_attributes(exported: fx.GraphModule, gm: fx.GraphModule, signature: GraphSignature) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import SymInt, fx
 
+from autoseq.passes.formula.held import CONTENT, content_of
 from autoseq.passes.sizes import hint
 
 aten = torch.ops.aten
@@ -60,8 +61,7 @@ class _Copier:
 
     def __init__(self, leaves: set[fx.Node], lengths: dict[int, int]) -> None:
         self.leaves, self.lengths = leaves, lengths
-        self.module = fx.GraphModule(torch.nn.Module(), fx.Graph())
-        self.graph = self.module.graph
+        self.graph = fx.Graph()
         self.of: dict[fx.Node, fx.Node] = {}
         near = {length + d: short + d for length, short in lengths.items() for d in (-1, 1)}
         self._shorter = near | lengths
@@ -88,8 +88,9 @@ class _Copier:
             made = self.graph.placeholder(node.name)
             made.meta["val"] = self._size(val)
             return made
-        if node.op == "get_attr" and not val.dim():  # type: ignore[union-attr]
-            return self._held(node)
+        content = content_of(node) if node not in self.leaves else None
+        if content is not None:
+            return self._held(node, content)
         if node in self.leaves or node.op != "call_function":
             made = self.graph.placeholder(node.name)
             made.meta["val"] = self._random(val)
@@ -99,11 +100,11 @@ class _Copier:
         made.meta["val"] = self._run(made)
         return made
 
-    def _held(self, node: fx.Node) -> fx.Node:
-        value = getattr(node.graph.owning_module, str(node.target))
-        self.module.register_buffer(str(node.target), value)
-        made = self.graph.get_attr(str(node.target))
-        made.meta["val"] = value
+    def _held(self, node: fx.Node, content: torch.Tensor) -> fx.Node:
+        """A tensor whose content is known, or the first part of it."""
+        value = content[tuple(slice(self._size(size)) for size in content.shape)]
+        made = self.graph.placeholder(node.name)
+        made.meta.update({"val": value, CONTENT: value})
         return made
 
     def _mapped(self, args: Any, kwargs: Any) -> tuple[Any, Any]:

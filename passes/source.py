@@ -44,6 +44,13 @@ def input_name(placeholder: fx.Node) -> str:
     return _dotted(name) or str(placeholder.target)
 
 
+def is_buffer(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a module's buffer, which is the same tensor at every call."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = "" if source is None else source.name if isinstance(source.name, str) else source.name()
+    return re.search(r"\._buffers\['\w+'\]$", name) is not None
+
+
 def _dotted(path: str) -> str:
     """`L['self']._modules['layers']._modules['0']` as `layers.0`."""
     path = re.sub(r"^L\['(self|fn|model|mod|kwargs)'\]", "", path)

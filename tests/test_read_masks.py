@@ -189,7 +189,7 @@ DATA = [
     pytest.param(lambda m: causal() & m[:, None, None], PADDING.bool(), "(k <= q) & Ne(m(b, k), 0)", id="padding, bools"),
     pytest.param(lambda m: gathered(m), PADDING.bool(), "(k <= q) & Ne(m(b, k), 0)", id="padding, gathered"),
     pytest.param(lambda m: m[:, None, None, :].bool().expand(2, 1, S, S), PADDING, "Ne(m(b, k), 0)", id="padding alone, expanded"),
-    pytest.param(lambda m: causal() & m[:, None, None].bool(), PADDING.to(torch.uint8), "(k <= q) & Ne(unsqueeze_2(b, 0, 0, k), 0)",
+    pytest.param(lambda m: causal() & m[:, None, None].bool(), PADDING.to(torch.uint8), "(k <= q) & Ne(m(b, k), 0)",
                  id="padding, uint8"),
     pytest.param(lambda m: 1 - m[:, None, None] < 1, PADDING, "(1 - m(b, k) < 1)", id="1 - padding"),
     pytest.param(lambda m: causal() & same(m), DOCUMENTS, "(k <= q) & Eq(m(b, q), m(b, k))",

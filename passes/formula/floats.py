@@ -9,7 +9,6 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
-from torch._subclasses import FakeTensor
 
 from autoseq.passes.formula.values import Index, Unreadable, call, const, const_value, convert, is_capture, name_of
 from autoseq.runtime.formula import Points, evaluate_float
@@ -46,15 +45,6 @@ def requires_grad(node: fx.Node) -> bool:
         return bool(traced.requires_grad)
     val = node.meta.get("val")
     return isinstance(val, torch.Tensor) and (val.requires_grad or any(requires_grad(n) for n in node.all_input_nodes))
-
-
-def constant(reader: Reader, node: fx.Node, index: Index) -> Any:
-    """A tensor of one element that the graph holds by itself."""
-    value = getattr(node.graph.owning_module, str(node.target))
-    if isinstance(value, FakeTensor) or value.dim() or value.requires_grad:
-        raise Unreadable(node)
-    number = value.item()
-    return const(number) if value.is_floating_point() else sympy.sympify(number)
 
 
 def _fill(value_of: Callable[[fx.Node], Any]) -> Callable[..., Any]:

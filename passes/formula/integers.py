@@ -11,6 +11,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch import fx
 
+from autoseq.passes.formula.floats import fold
 from autoseq.passes.formula.values import INTEGER_BITS, Index, Unreadable, as_bool, as_int
 from autoseq.passes.sizes import same_size
 
@@ -55,7 +56,7 @@ def _cast(reader: Reader, node: fx.Node, index: Index) -> Any:
     integers = {source.meta["val"].dtype, node.meta["val"].dtype}
     if integers == set(INTEGER_BITS) and value.has(AppliedUndef):
         raise Unreadable(value)  # what is looked up may be cut off, or computed with in the wrong width
-    return value
+    return fold(as_bool(value)) if node.meta["val"].dtype == torch.bool else value
 
 
 def _elementwise(combine: Callable[..., Any], *, booleans: bool = False) -> Callable[..., Any]:
@@ -125,7 +126,7 @@ def _compare(relation: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(compared, sympy.core.relational.Relational):
             return compared
         numerator, denominator = (compared.lhs - compared.rhs).as_numer_denom()
-        return compared if denominator == 1 else compared.func(numerator, 0)
+        return fold(compared if denominator == 1 else compared.func(numerator, 0))
 
     return rule
 

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from autoseq.passes.formula import floats, integers, movement
+from autoseq.passes.formula import floats, held, integers, movement
 from autoseq.passes.formula.values import (
     FLOAT_NAMES,
     INTEGER_BITS,
@@ -73,7 +73,7 @@ class Reader:
         dtype = node.meta["val"].dtype
         rule = movement.RULES.get(node.target) if self._only_movement else _rule(node)
         try:
-            value = rule(self, node, index) if rule and _is_readable(dtype) else self.capture(node, index)
+            value = rule(self, node, index) if rule and _is_readable(node, rule) else self.capture(node, index)
         except NotAtItsIndex:
             raise
         except Unreadable:
@@ -85,7 +85,7 @@ class Reader:
             return self.capture(node, index)
         if dtype == torch.bool:
             return as_bool(value)
-        return as_int(value) if fits(as_int(value), dtype, self.limits) else self.capture(node, index)
+        return as_int(value) if dtype not in INTEGER_BITS or fits(as_int(value), dtype, self.limits) else self.capture(node, index)
 
     def _is_made_of_a_square(self, value: Any) -> bool:
         """Numbers over queries and keys have to be held: then rather what is made of them, at best a truth value."""
@@ -153,13 +153,16 @@ def scalar(value: Any) -> Any:
     return sympy.sympify(value)
 
 
-def _is_readable(dtype: torch.dtype) -> bool:
-    return dtype == torch.bool or dtype in INTEGER_BITS or dtype in FLOAT_NAMES
+def _is_readable(node: fx.Node, rule: _Rule) -> bool:
+    """Arithmetic in narrow integers wraps around, so of those only what moves elements is read."""
+    dtype = node.meta["val"].dtype
+    computes = rule is not held.held and node.target not in movement.RULES
+    return dtype == torch.bool or dtype in INTEGER_BITS or dtype in FLOAT_NAMES or (not computes and not dtype.is_complex)
 
 
 def _rule(node: fx.Node) -> _Rule | None:
-    if node.op == "get_attr":
-        return floats.constant
+    if node.op == "get_attr" or held.CONTENT in node.meta:
+        return held.held
     if node.op != "call_function" or node.target is operator.getitem:
         return None
     if node.target in movement.RULES:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
@@ -26,7 +27,8 @@ from autoseq.runtime.formula import arguments, capture_number, is_true_division,
 
 _EXACT = 2.0**53
 _EXACT_IN_ANY_FLOAT = 256  # the integers that every float dtype holds
-_LARGEST_CAPTURE = 2**20  # elements of a capture that is copied and searched
+_LARGEST_CAPTURE = 2**22  # elements of a capture that is copied and searched
+_LONGEST_SEARCH = 2**25  # elements that one lookup of all tiles may search
 
 
 def prove(
@@ -154,7 +156,9 @@ def _on_cpu(capture: Tensor) -> Tensor:
 
 
 def _looked_up(values: Tensor, indices: list[Range]) -> Range:
-    """The range of values[indices], of which at most one is a range: answered by a table of minima over runs of 2^j."""
+    """The range of values[indices], of which at most one is a range."""
+    if values.numel() == 0:
+        return UNKNOWN
     wide = _without_rounded(Range(values.double(), values.double())).low
     ranged = next((axis for axis, index in enumerate(indices) if not index.exact), None)
     inside = functools.reduce(torch.logical_and, [_inside(i, n) for i, n in zip(indices, values.shape, strict=True)], torch.tensor(True))
@@ -162,11 +166,13 @@ def _looked_up(values: Tensor, indices: list[Range]) -> Range:
     if ranged is None:
         near = wide[tuple(others)], wide[tuple(others)]
     else:
-        span = _position(indices[ranged].low, inside), _position(indices[ranged].high, inside)
-        near = _least(wide.movedim(ranged, -1), others, span), -_least(-wide.movedim(ranged, -1), others, span)
+        span = torch.broadcast_tensors(_position(indices[ranged].low, inside), _position(indices[ranged].high, inside))
+        if int((span[1] - span[0] + 1).sum()) > _LONGEST_SEARCH:
+            return UNKNOWN
+        along = wide.movedim(ranged, -1)
+        near = _over_runs(np.minimum, along, others, *span), _over_runs(np.maximum, along, others, *span)
     # An index that may lie outside is an overestimate of one that does not, or counts from the end: then it can be any element.
-    far = (wide.amin(), wide.amax()) if wide.numel() else (UNKNOWN.low, UNKNOWN.high)
-    low, high = (torch.where(inside, at, anywhere) for at, anywhere in zip(near, far, strict=True))
+    low, high = (torch.where(inside, at, anywhere) for at, anywhere in zip(near, (wide.amin(), wide.amax()), strict=True))
     return Range(low, high, exact=ranged is None and bool(inside.all()))
 
 
@@ -183,18 +189,13 @@ def _position(index: Tensor, inside: Tensor) -> Tensor:
     return torch.where(inside, index, 0.0).long()
 
 
-def _least(values: Tensor, others: list[Tensor], span: tuple[Tensor, Tensor]) -> Tensor:
-    """The least of values[*others, first..last]."""
-    first, last = torch.broadcast_tensors(*span)
-    lengths = last - first + 1
-    level = (lengths.double().log2() + 1e-9).floor().long()
-    tables = [values]
-    for j in range(int(level.max()) if level.numel() else 0):
-        half = tables[-1]
-        # Runs that would reach past the end are never asked for.
-        tables.append(torch.minimum(half, half.roll(-(2**j), -1)))
-    table = torch.stack(tables)
-    return torch.minimum(table[(level, *others, first)], table[(level, *others, last - 2**level + 1)])
+def _over_runs(extreme: np.ufunc, values: Tensor, others: list[Tensor], first: Tensor, last: Tensor) -> Tensor:
+    """The extreme of values[*others, first..last]."""
+    ends = torch.stack([first, last + 1], -1).reshape(-1).numpy()
+    # `reduceat` reduces between each two ends, of which every other pair is a run; a run may end where the values do.
+    padded = np.concatenate([values.numpy(), values[..., :1].numpy()], -1)
+    runs = torch.from_numpy(extreme.reduceat(padded, ends, axis=-1)[..., ::2])
+    return runs[(*others, torch.arange(first.numel()).view(first.shape))]
 
 
 def _point(value: float) -> Range:

@@ -20,6 +20,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from autoseq.passes.inline import inline, replace_items
+from autoseq.passes.open_encoder_layer import open_encoder_layers
 from autoseq.passes.open_flex import open_flex
 from autoseq.passes.open_vmap import open_vmaps
 from autoseq.passes.source import source_line
@@ -42,7 +43,7 @@ def open_regions(gm: fx.GraphModule, inputs: Sequence[Any] = ()) -> int:
             opener(gm, node, values)
         _drop_bodies(gm)
         opened += 1
-    opened += open_vmaps(gm)
+    opened += open_vmaps(gm) + open_encoder_layers(gm)
     gm.recompile()
     return opened
 

@@ -179,7 +179,7 @@ ZOO: dict[str, Entry] = {
         language(), (CAUSAL + ", score s + pow(0.25, Mod(h, 4) + 1)*k",), ("eager",)),
     "mpt": Entry(
         hugging_face("MptForCausalLM", "MptConfig", **_TOKENS, d_model=32, n_layers=1, n_heads=4, max_seq_len=64),
-        language(), (CAUSAL + ", score s + mul_2(0, h, 0, k + 35)",), ("eager",)),
+        language(), (CAUSAL + ", score s + (k - 28)*1/pow(2, (h + 1)*2)*1",), ("eager",)),
     "gpt2": Entry(
         hugging_face("GPT2LMHeadModel", "GPT2Config", **_TOKENS, n_embd=32, n_layer=1, n_head=4, n_positions=128, attn_pdrop=0.0,
                      embd_pdrop=0.0, resid_pdrop=0.0),

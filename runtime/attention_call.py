@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.tiles import EmptyRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def attention_function(module: str, compute: Compute) -> Callable[..., Tensor]:
         predicate: str,
         max_ahead: int | None,
         max_behind: int | None,
-        empty_rows: str,
+        empty_rows: EmptyRows,
         dropout_p: float,
         q_len: int,
         k_len: int,

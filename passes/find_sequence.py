@@ -15,9 +15,9 @@ from torch import fx
 
 from autoseq.passes.attention_site import is_attention
 from autoseq.passes.factors import MARK, Factors, Mark, Size, fits, locate, operand_at, place_in, tensor_operands
-from autoseq.passes.local_move import result_nodes
 from autoseq.passes.rules import linear_algebra, rule_for
 from autoseq.passes.rules.moves import keeps_most, moves_of
+from autoseq.passes.rules.rule import result_nodes
 from autoseq.passes.sizes import same_size
 
 aten = torch.ops.aten

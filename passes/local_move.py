@@ -5,41 +5,15 @@
 Parts that are whole on every rank give the rows that a rank needs; sharded ones exchange them.
 """
 
-import operator
-from typing import Any, Protocol
-
-import torch
 from torch import fx
 
 from autoseq.passes.factors import MARK, Mark, operand_at, tensor_operands
+from autoseq.passes.placements import Placements
 from autoseq.passes.rules.moves import Move, moves_of
+from autoseq.passes.rules.rule import result_nodes
 from autoseq.passes.sizes import same_size
 from autoseq.runtime import moves as runtime_moves
-from autoseq.runtime.layout import Layout, local_length
-
-
-class Placements(Protocol):
-    """The local graph so far, and the values of the global graph in the placements that a node needs."""
-
-    graph: fx.Graph
-    P: int
-    layout: Layout
-
-    def mark_of(self, node: fx.Node) -> Mark | None:
-        """How a value is sharded."""
-        ...
-
-    def plain(self, node: fx.Node) -> Any:
-        """A value as it is."""
-        ...
-
-    def varied(self, node: fx.Node) -> fx.Node:
-        """A value whole, for use beside sharded ones."""
-        ...
-
-    def sharding(self, val: torch.Tensor, mark: Mark) -> dict[str, Any]:
-        """The keyword arguments of the collectives."""
-        ...
+from autoseq.runtime.layout import local_length
 
 
 def moved_results(placements: Placements, node: fx.Node) -> list[tuple[fx.Node, fx.Node, Mark]] | None:
@@ -52,13 +26,6 @@ def moved_results(placements: Placements, node: fx.Node) -> list[tuple[fx.Node, 
     if not any(x is not None and _shard(placements, x, moves[0].dim) is not None for x in operands):
         return None
     return [(result, _emit(placements, node, moves[i], result), result.meta[MARK]) for i, result in results.items()]
-
-
-def result_nodes(node: fx.Node) -> dict[int, fx.Node]:
-    """A node's results that are used, by their index: itself, or the `getitem`s of a tuple."""
-    if not isinstance(node.meta["val"], (list, tuple)):
-        return {0: node}
-    return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
 
 
 def _lies_along(mark: Mark | None, dim: int) -> bool:

@@ -5,42 +5,15 @@ local rows is summed over ranks. It is the `LocalEmitter` that a rule with its o
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import fx
 
 from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, operand_at, place_in, tensor_operands
+from autoseq.passes.placements import Placements
 from autoseq.passes.rules import Rule
-from autoseq.passes.sizes import Sizes
 from autoseq.runtime import collectives, rows
-from autoseq.runtime.layout import Layout, local_length
-
-
-class Placements(Protocol):
-    """The local graph so far, and the values of the global graph in the placements that a node needs."""
-
-    graph: fx.Graph
-    sizes: Sizes
-    group: str
-    P: int
-    layout: Layout
-
-    def plain(self, node: fx.Node) -> Any:
-        """A value as it is."""
-        ...
-
-    def varied(self, node: fx.Node) -> fx.Node:
-        """A value whole, for use beside sharded ones."""
-        ...
-
-    def sharded(self, node: fx.Node, mark: Mark) -> fx.Node:
-        """A value's local rows."""
-        ...
-
-    def sharding(self, val: torch.Tensor, mark: Mark) -> dict[str, Any]:
-        """The keyword arguments of the collectives."""
-        ...
+from autoseq.runtime.layout import local_length
 
 
 class LocalNode:

@@ -77,7 +77,7 @@ class OpGraph:
         """The local graph, and the letter of what became of the marked dim."""
         gm = fx.GraphModule({}, self.graph)
         # What can be computed again is not gathered: here it has to be, since it is the local form that is tested.
-        with mock.patch("autoseq.passes.shard._Sharder._can_be_made_again", return_value=False):
+        with mock.patch("autoseq.passes.placements.Placements.can_be_made_again", return_value=False):
             shard(gm, group=GROUP, group_size=P, layout=layout, gather_outputs=True)
         gm.graph.eliminate_dead_code()
         gm.graph.lint()

@@ -1,5 +1,6 @@
 """What a rule is: the factors of one node, and how its arguments change when one factor is sharded."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -90,6 +91,13 @@ def operand_shapes(node: fx.Node) -> list[Sequence[Size] | None]:
 def result_shapes(node: fx.Node) -> list[Sequence[Size]]:
     val = node.meta["val"]
     return [v.shape for v in val] if isinstance(val, (list, tuple)) else [val.shape]
+
+
+def result_nodes(node: fx.Node) -> dict[int, fx.Node]:
+    """A node's results that are used, by their index: itself, or the `getitem`s of a tuple."""
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return {0: node}
+    return {user.args[1]: user for user in node.users if user.target is operator.getitem}  # type: ignore[misc]
 
 
 def plain_dims(rank: int, prefix: str = "d") -> list[tuple[str, ...]]:

@@ -214,18 +214,22 @@ def _unrepeated(x: fx.Node, heads: int) -> fx.Node:
     d = sympy.Symbol("d", integer=True, nonnegative=True)
     reader = Reader(only_movement=True, limits={h: heads})
     value = reader.at(x, (b, h, k, d))
-    if not is_capture(value) or len(value.args) != 4:
+    if not is_capture(value):
         return x
-    source = reader.captures[capture_number(value)]
-    grouped = [i for i, at in enumerate(value.args) if h in at.free_symbols]
-    if len(grouped) != 1:
+    source, shape = reader.captures[capture_number(value)], reader.captures[capture_number(value)].meta["val"].shape
+    at = {i: index for i, index in enumerate(value.args) if not (index == 0 and same_size(shape[i], 1))}
+    grouped = [i for i, index in at.items() if h in index.free_symbols]
+    if len(grouped) != 1 or len(at) != 4:
         return x
-    size = source.meta["val"].shape[grouped[0]]
-    repeated = isinstance(size, int) and 0 < size < heads and heads % size == 0
-    if not repeated or value.args[grouped[0]] != sympy.floor(h / (heads // size)):
+    kv_heads = shape[grouped[0]]
+    repeated = isinstance(kv_heads, int) and 0 < kv_heads < heads and heads % kv_heads == 0
+    if not repeated or at[grouped[0]] != sympy.floor(h / (heads // kv_heads)):
         return x
-    plain = [h if i == grouped[0] else at for i, at in enumerate(value.args)]
+    plain = [h if i == grouped[0] else index for i, index in at.items()]
     if set(plain) != {b, h, k, d}:
         return x
+    views = Canonical(x, 0, 0)
+    for i in sorted(set(range(len(shape))) - set(at), reverse=True):
+        source = views.emit(aten.squeeze.dim, source, i)
     order = [plain.index(symbol) for symbol in (b, h, k, d)]
-    return source if order == [0, 1, 2, 3] else Canonical(x, 0, 0).emit(aten.permute.default, source, order)
+    return source if order == [0, 1, 2, 3] else views.emit(aten.permute.default, source, order)

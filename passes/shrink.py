@@ -118,7 +118,7 @@ class _Copier:
         if node.target is aten.dropout.default:  # a draw cannot be compared
             return node.args[0].meta["val"]  # type: ignore[union-attr]
         args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
-        kwargs = {**kwargs, **({"device": torch.device("cpu")} if "device" in kwargs else {})}
+        kwargs = {name: torch.device("cpu") if name == "device" else value for name, value in kwargs.items()}  # type: ignore[union-attr]
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:

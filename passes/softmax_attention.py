@@ -90,11 +90,15 @@ def _keeps_elements(node: fx.Node) -> bool:
     return node.target in _KEEPS_ELEMENTS or (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags)
 
 
+def _before_casts(node: Any) -> Any:
+    while node.target in _CASTS:
+        node = node.args[0]
+    return node
+
+
 def _strip_maximum(scores: fx.Node) -> fx.Node:
     """Softmax does not change when a row's maximum is subtracted, and neither do its gradients."""
-    inner = scores
-    while inner.target in _CASTS:
-        inner = inner.args[0]  # type: ignore[assignment]
+    inner = _before_casts(scores)
     if inner.target is not aten.sub.Tensor or not all(isinstance(a, fx.Node) for a in inner.args[:2]):
         return scores
     top: Any = inner.args[1]
@@ -104,18 +108,16 @@ def _strip_maximum(scores: fx.Node) -> fx.Node:
         return scores
     dims = top.args[1] if isinstance(top.args[1], (list, tuple)) else [top.args[1]]
     last = inner.meta["val"].dim() - 1
-    return inner.args[0] if [d % (last + 1) for d in dims] == [last] else scores  # type: ignore[return-value]
+    return inner.args[0] if [d % (last + 1) for d in dims] == [last] else scores
 
 
 def _strip_sink(scores: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """`cat([scores, sinks], -1)` with one column of sinks."""
-    inner = scores
-    while inner.target in _CASTS:
-        inner = inner.args[0]  # type: ignore[assignment]
-    if inner.target is not aten.cat.default or len(inner.args[0]) != 2:  # type: ignore[arg-type]
+    inner = _before_casts(scores)
+    if inner.target is not aten.cat.default or len(inner.args[0]) != 2:
         return scores, None
-    first, last = inner.args[0]  # type: ignore[misc]
-    dim = int((*inner.args, 0)[1]) % inner.meta["val"].dim()  # type: ignore[arg-type]
+    first, last = inner.args[0]
+    dim = int((*inner.args, 0)[1]) % inner.meta["val"].dim()
     if dim != inner.meta["val"].dim() - 1 or not same_size(last.meta["val"].shape[-1], 1):
         return scores, None
     return first, last
@@ -167,7 +169,7 @@ def _cuts_last(node: fx.Node) -> bool:
     source: fx.Node = node.args[0]  # type: ignore[assignment]
     shape, rest = source.meta["val"].shape, node.meta["val"].shape
     dim, start = int(node.args[1]) % len(shape), node.args[2] or 0  # type: ignore[arg-type]
-    return dim == len(shape) - 1 and start == 0 and same_size(rest[-1], shape[-1] - 1)
+    return dim == len(shape) - 1 and bool(start == 0) and same_size(rest[-1], shape[-1] - 1)
 
 
 def _keeps_rows(node: fx.Node) -> bool:

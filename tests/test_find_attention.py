@@ -31,6 +31,23 @@ def tiled(x: Tensor) -> Tensor:
     return x[:, None].expand(B, 2, K, S, D).reshape(B, 2 * K, S, D)
 
 
+def by_index(x: Tensor) -> tuple[Tensor, Tensor]:
+    heads = torch.arange(4) // 2
+    return x[:, heads], x.index_select(1, heads)
+
+
+def einops_repeat(x: Tensor) -> tuple[Tensor, Tensor]:
+    B, K, S, D = x.shape
+    wide = x.transpose(1, 2)[:, :, :, None].expand(B, S, K, 2, D).reshape(B, S, 2 * K, D).transpose(1, 2)
+    return wide, wide
+
+
+def merged(x: Tensor) -> Tensor:
+    """As a projection gives it: heads and features in one dim until they are viewed apart."""
+    B, K, S, D = x.shape
+    return x.transpose(1, 2).reshape(B, S, K * D).sin().view(B, S, K, D).transpose(1, 2)
+
+
 FOUND = [
     pytest.param(lambda q, k: attend(q, q, q), 4, {"max_ahead": None, "predicate": ""}, id="plain"),
     pytest.param(lambda q, k: attend(q, q, q, is_causal=True), 4, {"max_ahead": 0}, id="causal"),
@@ -44,6 +61,9 @@ FOUND = [
     pytest.param(lambda q, k: attend(q, repeated(k), repeated(k)), 2, {}, id="repeated by expand and reshape"),
     pytest.param(lambda q, k: attend(q, repeated(k).contiguous(), repeated(k)), 2, {}, id="repeated and copied"),
     pytest.param(lambda q, k: attend(q, k.repeat_interleave(2, 1), k.repeat_interleave(2, 1)), 2, {}, id="repeat_interleave"),
+    pytest.param(lambda q, k: attend(q, *by_index(k)), 2, {}, id="repeated by indexing"),
+    pytest.param(lambda q, k: attend(q, *einops_repeat(k)), 2, {}, id="repeated before the heads are moved"),
+    pytest.param(lambda q, k: attend(q, repeated(k.cos()), repeated(merged(k))), 2, {}, id="values viewed from a projection"),
     pytest.param(lambda q, k: attend(q, repeated(k), q), 4, {}, id="must not un-repeat: only the keys are repeated"),
     pytest.param(lambda q, k: attend(q, tiled(k), tiled(k)), 4, {}, id="must not un-repeat: heads in another order"),
     pytest.param(lambda q, k: attend(q, k.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1)), 4, {}, id="must not un-repeat: repeat is a tiling"),

@@ -18,6 +18,7 @@ class Held(nn.Module):
 
     def __init__(self, mask: Tensor, use: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
+        self.mask: Tensor
         self.register_buffer("mask", mask.view(1, 1, *mask.shape))
         self.use, self.qkv = use, nn.Linear(D, 3 * D)
 
@@ -55,7 +56,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def compiled(model: Held) -> Callable[[Tensor], Tensor]:
     return torch.compile(model, backend="autoseq", options={"inner": "aot_eager"})  # type: ignore[return-value]
 
 

@@ -35,7 +35,8 @@ STEPS = st.one_of(
     MASKS.map(lambda m: f"torch.where({m}, x, -torch.inf)"),
     MASKS.map(lambda m: f"x + (1.0 - ({m}).float()) * {MIN}"),
     st.sampled_from([
-        "x * 0.5", "x / 3.0", "torch.tanh(x / 5.0) * 5.0", "x + slopes[:, None, None] * (k - q)", "slopes[:, None, None] * (k - q).float() + x",
+        "x * 0.5", "x / 3.0", "torch.tanh(x / 5.0) * 5.0", "x + slopes[:, None, None] * (k - q)",
+        "slopes[:, None, None] * (k - q).float() + x",
         "x + table[(q - k).clamp(-4, 4) + 4].permute(2, 0, 1)", "x - table[(q - k).abs().clamp(max=8), 0]", "x.float()", "x + dense",
         "x.reshape(4, 11, 11).view(2, 2, 11, 11)", "x * slopes.abs()[:, None, None]", "x + 1.5", "2 * x",
     ]),

@@ -121,7 +121,7 @@ def fold(truth: Any) -> Any:
 
 def _only_condition(formula: Any) -> Any:
     """The condition of the formula's only choice, if nothing else in it is unknown."""
-    conditions = {piece.args[0][1] for piece in formula.atoms(sympy.Piecewise)}
+    conditions: set[Any] = {piece.args[0].args[1] for piece in formula.atoms(sympy.Piecewise)}
     conditions |= {x.args[0] for x in formula.atoms(AppliedUndef) if name_of(x) == "f_where"}
     if len(conditions) != 1:
         return None

@@ -179,12 +179,15 @@ def _masked_fill(reader: Reader, node: fx.Node, index: Index) -> Any:
 
 
 def _index(reader: Reader, node: fx.Node, index: Index) -> Any:
+    """Indices of dims in a row: what they have in common replaces those dims."""
     source, indices = node.args
-    if any(i is None or i.meta["val"].dtype == torch.bool for i in indices):  # type: ignore[union-attr]
+    given: list[Any] = [i for i in indices if i is not None]  # type: ignore[union-attr]
+    first = next(d for d, i in enumerate(indices) if i is not None)  # type: ignore[arg-type]
+    if list(indices[first : first + len(given)]) != given or any(i.meta["val"].dtype == torch.bool for i in given):  # type: ignore[index]
         raise Unreadable(node)
-    leading = max(i.meta["val"].dim() for i in indices)  # type: ignore[union-attr]
-    moved = [_position(reader, i, index[:leading]) for i in indices]  # type: ignore[union-attr]
-    return reader.at(source, (*moved, *index[leading:]))  # type: ignore[arg-type]
+    end = first + max(i.meta["val"].dim() for i in given)
+    moved = [_position(reader, i, index[first:end]) for i in given]
+    return reader.at(source, (*index[:first], *moved, *index[end:]))  # type: ignore[arg-type]
 
 
 def _position(reader: Reader, at: fx.Node, index: Index) -> Any:
@@ -259,3 +262,16 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: _index, aten.embedding.default: _embedding, aten.gather.default: _gather, aten.index_select.default: _gather,
     aten.tril.default: _triangle(operator.le), aten.triu.default: _triangle(operator.ge),
 }  # fmt: skip
+
+
+def _merging_view(reader: Reader, node: fx.Node, index: Index) -> Any:
+    """A reshape that splits no dim: heads stay apart from their features."""
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    old_dims = reshape_dims(source.meta["val"].shape, node.meta["val"].shape)[0]
+    if any(len(names) > 1 for names in old_dims):
+        raise Unreadable(node)
+    return _view(reader, node, index)
+
+
+WITHIN_DIMS: dict[Any, Callable[..., Any]] = {**RULES, aten.reshape.default: _merging_view}
+"""The rules as far as they keep each dim what it is."""

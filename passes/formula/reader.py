@@ -71,7 +71,7 @@ class Reader:
                 raise NotAtItsIndex(node)
             return self.known.value
         dtype = node.meta["val"].dtype
-        rule = movement.RULES.get(node.target) if self._only_movement else _rule(node)
+        rule = movement.WITHIN_DIMS.get(node.target) if self._only_movement and dtype.is_floating_point else _rule(node)
         try:
             value = rule(self, node, index) if rule and _is_readable(node, rule) else self.capture(node, index)
         except NotAtItsIndex:

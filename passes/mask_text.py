@@ -39,7 +39,7 @@ class _Printer(StrPrinter):
             return f" {_RELATIONS[name]} ".join(self._print(arg) for arg in expr.args)
         if name in _INFIX:
             return self._infix(expr, name)
-        if name.startswith("to_"):
+        if name.startswith("to_") or name == "mask":
             return self._print(expr.args[0])
         return f"{name.removeprefix('f_')}({self.stringify(expr.args, ', ')})"
 

@@ -14,14 +14,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autoseq.passes.attention_site import is_attention
 from autoseq.passes.check_formulas import check_reading, check_structure
 from autoseq.passes.formula import Reader
+from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.formula.text import lookup_function, parse
-from autoseq.passes.formula.values import Index, capture_number, captures_in, is_bool, is_capture, k, q, s
+from autoseq.passes.formula.values import Index, call, capture_number, captures_in, is_bool, is_capture, k, q, s
 from autoseq.passes.mask_bounds import split, tighter
 from autoseq.passes.mask_text import site_text
 from autoseq.passes.score_structure import may_be_infinite, structure
@@ -61,7 +63,7 @@ def _read(node: fx.Node, checked: dict[tuple[fx.Node, str], bool]) -> list[Dense
     formulas = (parse(str(node.kwargs[name]), captures) for name in ("score", "predicate"))
     score, predicate = (_inlined(formula, captures, reader, node, checked) for formula in formulas)
     score = s if score is sympy.true else score
-    found = structure(score, node.kwargs["empty_rows"])  # type: ignore[arg-type]
+    found = structure(_marked(score, reader.captures), node.kwargs["empty_rows"])  # type: ignore[arg-type]
     _check_structure(node, score, predicate, found, reader)
     ahead, behind, rest = split(sympy.And(predicate, found.predicate))
     ahead, behind = tighter(node.kwargs["max_ahead"], ahead), tighter(node.kwargs["max_behind"], behind)
@@ -137,6 +139,30 @@ def _check_structure(node: fx.Node, score: Any, predicate: Any, found: Any, read
     query, keys = (x.meta["val"] for x in node.args[:2])  # type: ignore[union-attr]
     both = replace(found, predicate=sympy.And(predicate, found.predicate))
     check_structure(score, predicate, both, reader.captures, heads=hint(query.shape[1]), q_len=query.shape[2], k_len=keys.shape[2])
+
+
+def _marked(score: Any, captures: list[fx.Node]) -> Any:
+    """The score, where floats over keys that the program is given from outside say that they may be a mask."""
+    return score.replace(
+        lambda x: is_capture(x) and k in x.free_symbols and _is_given(captures[capture_number(x)]), lambda x: call("mask", x)
+    )
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a float tensor without gradient comes from an input of the program, which may hold the least of all numbers."""
+    if not node.meta["val"].is_floating_point() or requires_grad(node):
+        return False
+    queue, seen = [node], set[fx.Node]()
+    while queue:
+        made_of = queue.pop()
+        val = made_of.meta.get("val")
+        if made_of in seen or not isinstance(val, torch.Tensor) or not val.is_floating_point():
+            continue
+        seen.add(made_of)
+        if made_of.op == "placeholder" and not made_of.meta.get("is_parameter"):
+            return True
+        queue.extend(made_of.all_input_nodes)
+    return False
 
 
 def _renumbered(formulas: list[Any], captures: list[fx.Node]) -> tuple[list[Any], list[fx.Node]]:

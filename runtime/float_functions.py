@@ -81,4 +81,5 @@ FLOAT_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "to_float16": _cast(torch.float16),
     "to_bfloat16": _cast(torch.bfloat16),
     "to_int": _cast(torch.int64),
+    "mask": _unary(lambda x: x),  # only says that what it holds may exclude keys by very large negative numbers
 }

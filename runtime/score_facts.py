@@ -52,6 +52,8 @@ def _may_hide_rows(node: Any, learned: tuple[int, ...]) -> bool:
         by_lookup = any(capture_number(inner) is not None for arg in node.args for inner in arg.atoms(AppliedUndef))
         dense = {SYMBOLS["q"], SYMBOLS["k"]} <= node.free_symbols
         return number not in learned and dense and not by_lookup
+    if function_name(node) == "mask":
+        return True
     if function_name(node) == "const":
         return _LARGE <= abs(constant(*map(int, node.args))) < float("inf")
     if isinstance(node, AppliedUndef):

@@ -31,6 +31,7 @@ UNARY = {
     "f_sqrt": torch.sqrt, "f_rsqrt": torch.rsqrt, "f_tanh": torch.tanh, "f_sigmoid": torch.sigmoid, "f_sin": torch.sin,
     "f_cos": torch.cos, "f_relu": torch.relu, "f_floor": torch.floor, "to_float32": torch.Tensor.float,
     "to_float64": torch.Tensor.double, "to_float16": torch.Tensor.half, "to_bfloat16": torch.Tensor.bfloat16, "to_int": torch.Tensor.long,
+    "mask": torch.Tensor.clone,
 }  # fmt: skip
 BINARY = {
     "f_add": torch.add, "f_sub": torch.sub, "f_mul": torch.mul, "f_div": torch.div, "f_pow": torch.pow, "f_minimum": torch.minimum,
@@ -107,6 +108,7 @@ WHOLE_ROWS = {
     "one number a pair": ("f_add(s, c0(b, 0, q, k))", True),
     "one number a distance": ("f_add(s, c0(h, k - q + 4095))", True),
     "one number a key": ("f_add(s, c0(b, k))", False),
+    "a number a key that is given": ("f_add(s, mask(c0(b, k)))", True),
     "-inf": ("f_where(k <= q, s, const(-1, 0))", False),
     "a large constant": ("f_where(k <= q, s, const(-10000, 1))", True),
     "a dense condition": ("f_where(Ne(c0(q, k), 0), s, const(-1, 0))", False),

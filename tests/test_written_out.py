@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from autoseq.passes.find_attention import find_attention, is_attention
 from autoseq.passes.normalize import drop_noops
 from autoseq.passes.read_masks import read_masks
+from autoseq.runtime.score_facts import needs_whole_rows
 from graphs import run, trace
 
 B, H, K, S, T, D = 2, 4, 2, 7, 7, 8
@@ -205,3 +206,18 @@ NO_ATTENTION = [
 @pytest.mark.parametrize("fn", NO_ATTENTION)
 def test_a_softmax_that_is_no_attention_is_not_mentioned(fn: Callable[..., Any]) -> None:
     assert find_attention(trace(fn, floats(B, S, D), floats(D, D)).normal) == (0, [])
+
+
+GIVEN = [
+    pytest.param(lambda s, m: s + m[:, None, None], "f_add(s, mask(c0(b, k)))", id="given as floats over keys"),
+    pytest.param(lambda s, m: s + (1.0 - m[:, None, None]) * -1e4, None, id="computed from floats that are given"),
+    pytest.param(lambda s, m: s + m.sum(-1).cos()[:, None, None, None], "f_add(s, c0(b))", id="alike for all keys"),
+]
+
+
+@pytest.mark.parametrize(("add", "score"), GIVEN)
+def test_floats_over_keys_that_come_from_outside_may_be_a_mask(add: Callable[[Tensor, Tensor], Tensor], score: str | None) -> None:
+    traced = trace(lambda q, k, v, m: soft(add(q @ k.mT, m)) @ v, *(floats(B, H, S, D, seed=i) for i in range(3)), floats(B, T))
+    (site,) = read(traced.normal)
+    assert score is None or site.kwargs["score"] == score
+    assert needs_whole_rows(str(site.kwargs["score"])) == (score != "f_add(s, c0(b))")

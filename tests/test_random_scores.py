@@ -15,7 +15,9 @@ from autoseq.passes.find_attention import find_attention, is_attention
 from autoseq.passes.normalize import drop_noops
 from autoseq.passes.read_masks import read_masks
 from autoseq.program import mark_trainable
+from autoseq.runtime.errors import NoAttentionError, StrategyError
 from graphs import trace
+from ranks import run_ranks
 
 B, H, S, D = 2, 2, 11, 4
 MIN = torch.finfo(torch.float32).min
@@ -86,3 +88,34 @@ def test_random_scores_keep_values_and_gradients(code: list[str]) -> None:
         if one.grad is not None and not one.grad.isnan().any():
             assert mine.grad is not None
             torch.testing.assert_close(mine.grad, one.grad, rtol=1e-3, atol=1e-4)
+
+
+def worst_on_rank(rank: int, world_size: int, code: list[str], strategy: str) -> float | str:
+    """The largest difference from one device, or the reason why a strategy does not serve the program."""
+    actual, expected = inputs(), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(attention(code), backend="autoseq", options={"inner": "aot_eager", "strategy": strategy})
+    try:
+        out = compiled(*actual)
+    except (StrategyError, NoAttentionError) as refused:
+        return str(refused)
+    wanted = attention(code)(*expected)
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)) * ~wanted.detach().isnan()
+    for result in (out, wanted):
+        torch.where(weight != 0, result * weight, 0.0).sum().backward()
+    pairs = [(out.detach() + 0, wanted.detach()), *((a.grad, e.grad) for a, e in zip(actual[:5], expected[:5], strict=True))]
+    return max(difference(a, e) for a, e in pairs if e is not None and not e.isnan().any())
+
+
+def difference(actual: Tensor | None, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-3)).item() if actual is not None else float("inf")
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(code=st.lists(STEPS, min_size=1, max_size=3), P=st.integers(2, 3), strategy=st.sampled_from(["ulysses", "ring", "gather_kv"]))
+def test_random_scores_on_ranks_have_one_devices_numbers(code: list[str], P: int, strategy: str) -> None:
+    for worst in run_ranks(worst_on_rank, P, code, strategy):
+        if isinstance(worst, str):
+            assert "cannot serve" in worst or "no attention can be split" in worst
+        else:
+            assert worst <= 1e-4

@@ -216,20 +216,33 @@ def _unrepeated(x: fx.Node, heads: int) -> fx.Node:
     value = reader.at(x, (b, h, k, d))
     if not is_capture(value):
         return x
-    source, shape = reader.captures[capture_number(value)], reader.captures[capture_number(value)].meta["val"].shape
-    at = {i: index for i, index in enumerate(value.args) if not (index == 0 and same_size(shape[i], 1))}
-    grouped = [i for i, index in at.items() if h in index.free_symbols]
-    if len(grouped) != 1 or len(at) != 4:
-        return x
-    kv_heads = shape[grouped[0]]
-    repeated = isinstance(kv_heads, int) and 0 < kv_heads < heads and heads % kv_heads == 0
-    if not repeated or at[grouped[0]] != sympy.floor(h / (heads // kv_heads)):
-        return x
-    plain = [h if i == grouped[0] else index for i, index in at.items()]
-    if set(plain) != {b, h, k, d}:
+    source = reader.captures[capture_number(value)]
+    places = _places(value.args, source.meta["val"].shape, heads, d)
+    if places is None:
         return x
     views = Canonical(x, 0, 0)
-    for i in sorted(set(range(len(shape))) - set(at), reverse=True):
+    for i in sorted(set(range(len(value.args))) - set(places), reverse=True):
         source = views.emit(aten.squeeze.dim, source, i)
-    order = [plain.index(symbol) for symbol in (b, h, k, d)]
-    return source if order == [0, 1, 2, 3] else views.emit(aten.permute.default, source, order)
+    order = [sorted(places).index(place) for place in places]
+    bare = source if order == [0, 1, 2, 3] else views.emit(aten.permute.default, source, order)
+    (B, _, *rest), (wide_B, _, *wide) = bare.meta["val"].shape, x.meta["val"].shape
+    return bare if all(same_size(old, new) for old, new in zip((B, *rest), (wide_B, *wide), strict=True)) else x
+
+
+def _places(index: Index, shape: Sequence[Size], heads: int, d: sympy.Symbol) -> list[int] | None:
+    """Which dims of a tensor that is read at `index` are batch, KV head, row and feature, if its heads were repeated; else None."""
+    ones = [i for i, (at, size) in enumerate(zip(index, shape, strict=True)) if at == 0 and same_size(size, 1)]
+    found: dict[sympy.Symbol, int] = {}
+    for i, at in enumerate(index):
+        grouped = h in at.free_symbols
+        kv_heads = shape[i] if grouped else 1
+        if grouped and not (isinstance(kv_heads, int) and heads % kv_heads == 0 and at == sympy.floor(h / (heads // kv_heads))):
+            return None
+        found |= {h: i} if grouped else {} if i in ones else {at: i}
+    missing = [symbol for symbol in (b, h, k, d) if symbol not in found]
+    # A dim of size 1, or the one KV head of all, is read at 0.
+    known = set(found) <= {b, h, k, d} and len(found) + len(ones) == len(index) and len(missing) <= len(ones)
+    if not known or (h in found and shape[found[h]] == heads):
+        return None
+    found |= dict(zip(missing, ones, strict=False))
+    return [found[symbol] for symbol in (b, h, k, d)]

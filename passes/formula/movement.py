@@ -273,5 +273,8 @@ def _merging_view(reader: Reader, node: fx.Node, index: Index) -> Any:
     return _view(reader, node, index)
 
 
-WITHIN_DIMS: dict[Any, Callable[..., Any]] = {**RULES, aten.reshape.default: _merging_view}
-"""The rules as far as they keep each dim what it is."""
+_CUTS = (aten.slice.Tensor, aten.select.int, aten.slice_scatter.default, aten.select_scatter.default, aten.cat.default)
+WITHIN_DIMS: dict[Any, Callable[..., Any]] = {
+    **{op: rule for op, rule in RULES.items() if op not in _CUTS}, aten.reshape.default: _merging_view,
+}  # fmt: skip
+"""The rules as far as they keep each dim what it is, and all of it."""

@@ -18,8 +18,10 @@ import torch
 from torch import fx
 
 from autoseq.passes.attention_site import is_attention
+from autoseq.passes.dispatch import find_dispatches
 from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, fits, locate, operand_at, place_in, tensor_operands
 from autoseq.passes.find_sequence import factors_of
+from autoseq.passes.local_dispatch import LocalDispatch
 from autoseq.passes.local_move import moved_results
 from autoseq.passes.local_node import LocalNode
 from autoseq.passes.placements import Placements, Value, read_operands, writes
@@ -85,11 +87,19 @@ class _Sharder(Placements):
         self.gm, self.gather_outputs = gm, gather_outputs
         self.fallbacks: list[Fallback] = []
         self.outputs: list[ShardedOutput] = []
+        self.dispatches: dict[fx.Node, LocalDispatch | None] = {}
 
     def run(self) -> None:
         self.start(self.gm.graph.find_nodes(op="placeholder"))
+        regions = {node: region for region in find_dispatches(self.gm) for node in region.kinds}
         for node in self.gm.graph.nodes:
-            if node.op != "placeholder":
+            region = regions.get(node)
+            if region is not None and region.root is node:
+                self.dispatches[node] = LocalDispatch.begin(self, region)
+            dispatch = self.dispatches[region.root] if region is not None else None
+            if dispatch is not None:
+                dispatch.emit(node)
+            elif node.op != "placeholder":
                 self._visit(node)
         self.finish()
         self.gm.graph = self.graph

@@ -27,15 +27,14 @@ T5_BUCKETS = {  # 12 of them, the far ones logarithmic: both sides in the encode
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One model: how it is made and called; the mask (and score) of each attention, in order; the operators that are gathered,
-    and the parameters whose gradient is zero but for rounding (a bias that shifts all scores of a row alike)."""
+    """One model: how it is made and called; the mask (and score) of each attention, in order; and the parameters whose gradient
+    is zero but for rounding (a bias that shifts all scores of a row alike)."""
 
     make: Callable[[str], nn.Module]
     batch: Callable[[], dict[str, Any]]
     masks: tuple[str, ...]
     attention: tuple[str, ...] = ("sdpa", "eager")
     sequence_sizes: frozenset[int] = frozenset({15, 16, LENGTH})
-    fallbacks: tuple[str, ...] = ()
     zero_gradients: tuple[str, ...] = ()
 
 
@@ -75,7 +74,6 @@ _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_
 _TWO_KINDS = {"num_hidden_layers": 2, "head_dim": 10, "sliding_window": 8, "query_pre_attn_scalar": 10,
               "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
-_DISPATCH = ("aten.sort.default", "aten.index.Tensor", "aten.index.Tensor")  # the experts' rows are sorted over all tokens
 
 
 # Batches --------------------------------------------------------------------------------------------------------------
@@ -213,14 +211,14 @@ ZOO: dict[str, Entry] = {
         decoder("DeepseekV3", num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=4, kv_lora_rank=14, q_lora_rank=22,
                 qk_rope_head_dim=4, v_head_dim=6, qk_nope_head_dim=8, n_group=2, topk_group=1, num_experts_per_tok=2,
                 first_k_dense_replace=0),
-        language(), (CAUSAL,), fallbacks=_DISPATCH),
-    "mixtral": Entry(decoder("Mixtral", **_EXPERTS), language(), (CAUSAL,), fallbacks=_DISPATCH),
-    "mixtral with batched experts": Entry(
-        decoder("Mixtral", **_EXPERTS, experts_implementation="batched_mm"), language(), (CAUSAL,), ("sdpa",)),
+        language(), (CAUSAL,)),
+    "mixtral": Entry(decoder("Mixtral", **_EXPERTS), language(), (CAUSAL,)),
+    "mixtral with batched experts and a router's loss": Entry(
+        decoder("Mixtral", **_EXPERTS, experts_implementation="batched_mm", output_router_logits=True, router_aux_loss_coef=0.1),
+        language(), (CAUSAL,), ("sdpa",)),
     "gpt_oss": Entry(
         decoder("GptOss", **{**_TWO_KINDS, **_EXPERTS}, experts_implementation="grouped_mm"),
-        language(), tuple(f"{mask}, sinks model.layers.{i}.self_attn.sinks" for i, mask in enumerate((WINDOW, CAUSAL))), ("eager",),
-        fallbacks=_DISPATCH * 2),
+        language(), tuple(f"{mask}, sinks model.layers.{i}.self_attn.sinks" for i, mask in enumerate((WINDOW, CAUSAL))), ("eager",)),
     "nn.TransformerEncoder": Entry(tagger(batch_first=True), tagging(), ("all", "all"), ("",)),
     "nn.TransformerEncoder, sequence first, padded": Entry(
         tagger(batch_first=False), tagging(padded=True), ("Eq(padding(b, k), 0)",) * 2, ("",)),

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from autoseq.passes.inline import inline, replace_items
 from autoseq.passes.open_encoder_layer import open_encoder_layers
+from autoseq.passes.open_flash_attn import open_flash_attention
 from autoseq.passes.open_flex import open_flex
 from autoseq.passes.open_vmap import open_vmaps
 from autoseq.passes.source import source_line
@@ -43,7 +44,8 @@ def open_regions(gm: fx.GraphModule, inputs: Sequence[Any] = ()) -> int:
             opener(gm, node, values)
         _drop_bodies(gm)
         opened += 1
-    opened += open_vmaps(gm) + open_encoder_layers(gm)
+    opened += open_vmaps(gm) + open_encoder_layers(gm) + open_flash_attention(gm)
+    _drop_bodies(gm)
     gm.recompile()
     return opened
 

@@ -51,33 +51,34 @@ def test_nothing_is_gathered(name: str, attention: str) -> None:
 
 
 @MODELS
-def test_loss_and_gradients_are_one_devices(name: str, attention: str) -> None:
+def test_loss_outputs_and_gradients_are_one_devices(name: str, attention: str) -> None:
     sites = inspected(name, attention).sites
     serving = [strategy for strategy, how in STRATEGIES.items() if all(how.cannot_serve(site.site.site, 2) is None for site in sites)]
     assert len(serving) >= 3
     for differences in run_ranks(train, 2, name, attention, serving):
         for strategy in serving:
-            loss, gradients = differences[strategy].pop("loss"), differences[strategy]
-            worst = max(gradients.items(), key=lambda item: item[1])
+            loss = differences[strategy].pop("loss")
+            worst = max(differences[strategy].items(), key=lambda item: item[1])
             assert loss <= LOSS_TOLERANCE and worst[1] <= GRADIENT_TOLERANCE, (strategy, loss, worst)
 
 
 def train(rank: int, world_size: int, name: str, attention: str, strategies: list[str]) -> dict[str, dict[str, float]]:
-    """A forward and backward through each strategy and on one device; the relative difference of the loss and of each gradient."""
+    """A forward and backward through each strategy and on one device; the relative difference of the loss, outputs and gradients."""
     entry = zoo.ZOO[name]
     model, batch = entry.make(attention), entry.batch()
     oracle = copy.deepcopy(model)
-    expected = zoo.loss_of(oracle(**batch))
-    expected.backward()
+    expected = oracle(**batch)
+    zoo.loss_of(expected).backward()
     each = EachStrategy(strategies)
     compiled = torch.compile(model, backend=each)
     differences = {}
     for strategy in strategies:
         each.now = strategy
         model.zero_grad()
-        loss = zoo.loss_of(compiled(**batch))
-        loss.backward()
-        differences[strategy] = {"loss": relative(loss.detach(), expected.detach()), **gradients(model, oracle, entry.zero_gradients)}
+        output = compiled(**batch)
+        zoo.loss_of(output).backward()
+        differences[strategy] = {"loss": relative(zoo.loss_of(output), zoo.loss_of(expected)), **outputs(output, expected)}
+        differences[strategy] |= gradients(model, oracle, entry.zero_gradients)
     return differences
 
 
@@ -90,6 +91,13 @@ class EachStrategy:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         compiled = {name: autoseq(copy.deepcopy(gm), inputs, options={"strategy": name, "inner": "aot_eager"}) for name in self.strategies}
         return lambda *args: compiled[self.now](*args)
+
+
+def outputs(actual: Any, expected: Any) -> dict[str, float]:
+    """The relative difference of whatever else is returned; a shard gathers itself."""
+    ours, theirs = zoo.tensors_of(actual), zoo.tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    return {name: relative(ours[name], theirs[name]) for name in ours}
 
 
 def gradients(model: torch.nn.Module, oracle: torch.nn.Module, zero: tuple[str, ...]) -> dict[str, float]:
@@ -108,4 +116,4 @@ def gradients(model: torch.nn.Module, oracle: torch.nn.Module, zero: tuple[str, 
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+    return ((actual.detach() + 0 - expected.detach()).norm() / expected.detach().norm()).item()

@@ -162,6 +162,16 @@ def loss_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """What a call returns beside its loss: logits, and the keys and values of a cache."""
+    if isinstance(output, Tensor):
+        return {}
+    found = {name: value for name, value in output.items() if isinstance(value, Tensor) and name != "loss"}
+    for i, layer in enumerate(getattr(output.get("past_key_values"), "layers", ())):
+        found |= {f"keys of layer {i}": layer.keys, f"values of layer {i}": layer.values}
+    return found
+
+
 # The zoo --------------------------------------------------------------------------------------------------------------
 
 ZOO: dict[str, Entry] = {

@@ -38,9 +38,10 @@ def open_flash_attention(gm: fx.GraphModule) -> int:
         if _wraps_flash_attention(gm, node):
             with gm.graph.inserting_before(node):
                 _open_autograd_function(gm, node)
-    gm.graph.eliminate_dead_code()  # what was made for the backwards
     calls = [node for node in gm.graph.nodes if _opens(node)]
     for node in calls:
+        for user in [user for user in node.users if not user.users]:
+            gm.graph.erase_node(user)  # read for the backward alone
         given = arguments(node)
         for name in ("window_size_left", "window_size_right"):
             given[name] = int(example(given[name]))  # a symbolic one is fixed, and guarded: which bounds there are depends on it

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ranks import run_ranks
 
@@ -87,7 +88,10 @@ def run_end(rank: int, P: int, end: str, options: dict[str, Any]) -> dict[str, f
     ids = torch.randint(0, 16, (2, 9))
     if "no ids" in end:
         ids[:, -1] = -1
-    actual, expected = torch.compile(model, backend="autoseq", options={**OPTIONS, **options})(ids), oracle(ids)
+    actual = torch.compile(model, backend="autoseq", options={**OPTIONS, **options})(ids)
+    # Of a row whose keys all have the least of numbers, the CPU's flash kernel takes every probability for 1 in its backward.
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = oracle(ids)
     weights = torch.randn(expected.shape)
     (actual * weights).sum().backward()
     (expected * weights).sum().backward()

@@ -73,14 +73,14 @@ class OneLayer(nn.Module):
 class TinyAttention(nn.Module):
     """One projection, one attention; `steps` lets a test put something around it."""
 
-    def __init__(self, after: Callable[[Tensor], Tensor] = lambda x: x, dropout: float = 0.0) -> None:
+    def __init__(self, after: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         super().__init__()
         self.qkv = nn.Linear(8, 24)
-        self.after, self.dropout = after, dropout
+        self.after = after
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.after(attended.transpose(1, 2).flatten(2))
 
 
@@ -90,9 +90,12 @@ def compile_tiny(length: int = 8, after: str = "", **options: Any) -> Tensor:
     return torch.compile(TinyAttention(steps[after]), backend="autoseq", options={**OPTIONS, **options})(torch.randn(1, length, 8))
 
 
-def test_dropout_inside_attention_without_any_other_attention_is_an_error() -> None:
-    with pytest.raises(autoseq.NoAttentionError, match=r"no attention can be split: .*test_errors.py:.*attention dropout is drawn over"):
-        torch.compile(TinyAttention(dropout=0.5), backend="autoseq", options=OPTIONS)(torch.randn(1, 8, 8))
+def test_an_attention_that_is_not_read_without_any_other_is_an_error() -> None:
+    def over_queries(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x @ x.mT, 1) @ x
+
+    with pytest.raises(autoseq.NoAttentionError, match=r"no attention can be split: .*test_errors.py:.*not over the last dimension"):
+        torch.compile(over_queries, backend="autoseq", options=OPTIONS)(torch.randn(1, 8, 8))
 
 
 def refuse(rank: int, world_size: int, kind: str) -> str:
@@ -187,7 +190,7 @@ def fall_back_twice(rank: int, world_size: int) -> list[str]:
     logging.getLogger("autoseq").addHandler(handler)
     try:
         torch.manual_seed(0)
-        model = torch.compile(TinyAttention(lambda x: x.roll(1, 1)), backend="autoseq", options=OPTIONS)
+        model = torch.compile(TinyAttention(lambda x: x.sort(1).values), backend="autoseq", options=OPTIONS)
         for _ in range(2):
             model(torch.ones(1, 7, 8)).sum().backward()
     finally:
@@ -199,8 +202,8 @@ def test_a_fallback_is_said_once_with_operator_line_reason_and_bytes() -> None:
     for said in run_ranks(fall_back_twice, 2):
         assert len(said) == 1
         # [1, 4 padded rows, 8] floats go to one other rank
-        assert said[0].startswith("aten.roll.default at tests/test_errors.py:")
-        assert said[0].endswith("runs on gathered values (no sharding rule); 128 bytes a rank")
+        assert said[0].startswith("aten.sort.default at tests/test_errors.py:")
+        assert said[0].endswith("runs on gathered values (the sequence must be whole here); 128 bytes a rank")
 
 
 def come_alone(rank: int, world_size: int) -> str:

@@ -13,7 +13,7 @@ from torch import fx
 from autoseq.passes.formula import Reader
 from autoseq.passes.formula.values import Index, h, is_bool
 from autoseq.passes.score_structure import Structure
-from autoseq.passes.shrink import shrink
+from autoseq.passes.shrink import random_values, shrink
 from autoseq.passes.sizes import hint
 from autoseq.runtime.formula import Points, evaluate_float
 
@@ -39,7 +39,7 @@ def check_structure(
     """Raise AssertionError if a score formula's structure gives other probabilities than the formula: at some positions, on random data."""
     generator = torch.Generator().manual_seed(0)
     points = Points.of(1, range(heads), *(_some_positions(hint(n)) for n in (q_len, k_len)))
-    captured = [_random_like(node.meta["val"], generator) for node in captures]
+    captured = [random_values([hint(size) for size in val.shape], val.dtype, generator) for val in (node.meta["val"] for node in captures)]
     s = torch.randn(1, heads, points.q.numel(), points.k.numel(), generator=generator)
     plain = _masked(_evaluated(score, points, captured, s), predicate, points, captured)
     ours = _masked(_evaluated(structure.score, points, captured, s * structure.scale), structure.predicate, points, captured)
@@ -72,15 +72,6 @@ def _some_positions(length: int, most: int = 40) -> torch.Tensor:
         return torch.arange(length)
     spread = torch.arange(0, length, max(1, length // (most - 8)))
     return torch.unique(torch.cat([torch.arange(4), spread, torch.arange(length - 4, length)]))
-
-
-def _random_like(val: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    shape = [hint(size) for size in val.shape]
-    if val.dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < 0.7
-    if val.is_floating_point():
-        return torch.randn(shape, generator=generator).to(val.dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(val.dtype)
 
 
 def compare(what: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -69,6 +69,10 @@ class Mark:
             same_size(a, b) for a, b in ((self.outer, other.outer), (self.inner, other.inner), (self.base, other.base))
         )
 
+    def is_all_of(self, dim: int) -> bool:
+        """Whether dim `dim` is the sequence and nothing else, of a length known when compiling: only such rows are moved."""
+        return self.dim == dim and same_size(self.outer, 1) and same_size(self.inner, 1) and isinstance(self.base, int)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

@@ -24,7 +24,7 @@ from autoseq.passes.sizes import same_size
 from autoseq.passes.softmax_attention import SOFTMAXES, NotUnderstood, match
 from autoseq.passes.source import source_line
 
-__all__ = ["LeftWhole", "find_attention", "is_attention"]
+__all__ = ["find_attention", "is_attention"]
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

@@ -105,7 +105,7 @@ def _carry_moved(node: fx.Node, queue: deque[fx.Node]) -> None:
 
 def _along(node: fx.Node, dim: int) -> bool:
     mark = node.meta.get(MARK)
-    return mark is not None and mark.dim == dim and same_size(mark.outer, 1) and same_size(mark.inner, 1) and isinstance(mark.base, int)
+    return mark is not None and mark.is_all_of(dim)
 
 
 def _own_space(node: fx.Node, dim: int, other: fx.Node) -> Mark | None:

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import SymInt, fx
 
+from autoseq.passes.attention_site import like
 from autoseq.passes.formula import Reader
 from autoseq.passes.formula.values import Index, b, capture_number, divide, h, is_capture, k, q
 from autoseq.passes.products import swapped
@@ -184,9 +185,7 @@ class Canonical:
         """Add a view of `x` to the graph."""
         with self.anchor.graph.inserting_before(self.anchor):
             made = self.anchor.graph.call_function(target, (x, *(_arguments(a) for a in args)))
-        made.meta.update({key: value for key, value in self.anchor.meta.items() if key not in ("tensor_meta", "val")})
-        made.meta["val"] = target(x.meta["val"], *args)
-        return made
+        return like(made, self.anchor, target(x.meta["val"], *args))
 
 
 def _arguments(value: Any) -> Any:
@@ -232,7 +231,7 @@ def _unrepeated(x: fx.Node, heads: int) -> fx.Node:
 def _places(index: Index, shape: Sequence[Size], heads: int, d: sympy.Symbol) -> list[int] | None:
     """Which dims of a tensor that is read at `index` are batch, KV head, row and feature, if its heads were repeated; else None."""
     ones = [i for i, (at, size) in enumerate(zip(index, shape, strict=True)) if at == 0 and same_size(size, 1)]
-    found: dict[sympy.Symbol, int] = {}
+    found: dict[Any, int] = {}
     for i, at in enumerate(index):
         grouped = h in at.free_symbols
         kv_heads = shape[i] if grouped else 1

@@ -12,6 +12,7 @@ because `.data` is `detach` for a program that does not write to it. A custom ba
 import torch
 from torch import fx
 
+from autoseq.passes.autocast import ENTER
 from autoseq.passes.keep_autograd_functions import keep_autograd_functions
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ def _keep_casts(gm: fx.GraphModule) -> int:
 
 def _under_autocast(gm: fx.GraphModule) -> bool:
     ambient = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device))
-    return ambient or bool(gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast))
+    return ambient or bool(gm.graph.find_nodes(op="call_function", target=ENTER))
 
 
 def _cast_dtype(node: fx.Node) -> torch.dtype | None:

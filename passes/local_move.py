@@ -11,7 +11,6 @@ from autoseq.passes.factors import MARK, Mark, operand_at, tensor_operands
 from autoseq.passes.placements import Placements
 from autoseq.passes.rules.moves import Move, moves_of
 from autoseq.passes.rules.rule import result_nodes
-from autoseq.passes.sizes import same_size
 from autoseq.runtime import moves as runtime_moves
 from autoseq.runtime.layout import local_length
 
@@ -20,7 +19,9 @@ def moved_results(placements: Placements, node: fx.Node) -> list[tuple[fx.Node, 
     """Each result of a node as (result, its local node, its mark), or None if the node is no move from shards to shards."""
     moves = moves_of(node)
     results = result_nodes(node)
-    if moves is None or not results or not all(_lies_along(results[i].meta.get(MARK), moves[i].dim) for i in results):
+    if moves is None or not results or not all(
+        MARK in result.meta and result.meta[MARK].is_all_of(moves[i].dim) for i, result in results.items()
+    ):
         return None
     operands = [operand_at(node, path) for path in tensor_operands(node)]
     if not any(x is not None and _shard(placements, x, moves[0].dim) is not None for x in operands):
@@ -28,14 +29,10 @@ def moved_results(placements: Placements, node: fx.Node) -> list[tuple[fx.Node, 
     return [(result, _emit(placements, node, moves[i], result), result.meta[MARK]) for i, result in results.items()]
 
 
-def _lies_along(mark: Mark | None, dim: int) -> bool:
-    return mark is not None and mark.dim == dim and same_size(mark.outer, 1) and same_size(mark.inner, 1) and isinstance(mark.base, int)
-
-
 def _shard(placements: Placements, x: fx.Node, dim: int) -> tuple[int, int] | None:
     """The (length, local rows) of an operand that is sharded along `dim`."""
     mark = placements.mark_of(x)
-    if mark is None or not _lies_along(mark, dim):
+    if mark is None or not mark.is_all_of(dim):
         return None
     return int(x.meta["val"].shape[dim]), int(local_length(mark.base, placements.P, placements.layout))
 

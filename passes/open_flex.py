@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.attention.flex_attention import _vmap_for_bhqkv
 
-from autoseq.passes.autocast import autocast_dtype
+from autoseq.passes.autocast import ENTER, EXIT, autocast_dtype
 from autoseq.passes.flex_blocks import Blocks, allowed
 from autoseq.passes.inline import carry, casting, example, example_mode, inline_call, replace_items
 from autoseq.passes.sizes import same_size
@@ -123,9 +123,9 @@ class _Opening:
     def without_autocast(self, mask: fx.Node | None, used: set[int]) -> list[fx.Node | None]:
         device = example(self.q).device.type
         graph = self.gm.graph
-        region = carry(self.call, graph.call_function(torch.amp.autocast_mode._enter_autocast, (device, None, False, None)))
+        region = carry(self.call, graph.call_function(ENTER, (device, None, False, None)))
         results = self.written_out(mask, used)
-        carry(self.call, graph.call_function(torch.amp.autocast_mode._exit_autocast, (region,)))
+        carry(self.call, graph.call_function(EXIT, (region,)))
         return results
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autoseq.passes.attention_site import like
 from autoseq.passes.sizes import same_size
 
 aten = torch.ops.aten
@@ -63,20 +64,19 @@ def open_baddbmm(gm: fx.GraphModule) -> int:
         added, left, right = node.args[:3]
         beta, alpha = (node.args[i] if len(node.args) > i else node.kwargs.get(name, 1) for i, name in ((3, "beta"), (4, "alpha")))
         with gm.graph.inserting_before(node):
-            product = _scaled(_like(gm.graph.call_function(aten.bmm.default, (left, right)), node), alpha)
-            total = product if beta == 0 else _like(gm.graph.call_function(aten.add.Tensor, (_scaled(added, beta), product)), node)
+            product = _scaled(_alike(gm.graph.call_function(aten.bmm.default, (left, right)), node), alpha)
+            total = product if beta == 0 else _alike(gm.graph.call_function(aten.add.Tensor, (_scaled(added, beta), product)), node)
         node.replace_all_uses_with(total)
         gm.graph.erase_node(node)
     return len(nodes)
 
 
 def _scaled(x: Any, factor: Any) -> fx.Node:
-    return x if factor == 1 else _like(x.graph.call_function(aten.mul.Tensor, (x, factor)), x)
+    return x if factor == 1 else _alike(x.graph.call_function(aten.mul.Tensor, (x, factor)), x)
 
 
-def _like(new: fx.Node, old: fx.Node) -> fx.Node:
-    new.meta.update({key: value for key, value in old.meta.items() if key != "tensor_meta"})
-    return new
+def _alike(new: fx.Node, old: fx.Node) -> fx.Node:
+    return like(new, old, old.meta["val"])
 
 
 def _einsum(node: fx.Node) -> Product | None:

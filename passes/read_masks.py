@@ -11,6 +11,7 @@ last user and is never built. A tensor over queries and keys that stays looked u
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -22,13 +23,14 @@ from autoseq.passes.attention_site import is_attention
 from autoseq.passes.check_formulas import check_reading, check_structure
 from autoseq.passes.formula import Reader
 from autoseq.passes.formula.floats import requires_grad
+from autoseq.passes.formula.reader import broadcast
 from autoseq.passes.formula.text import lookup_function, parse
 from autoseq.passes.formula.values import Index, call, capture_number, captures_in, is_bool, is_capture, k, q, s
 from autoseq.passes.mask_bounds import split, tighter
 from autoseq.passes.mask_text import site_text
-from autoseq.passes.score_structure import may_be_infinite, structure
+from autoseq.passes.score_structure import Structure, may_be_infinite, structure
 from autoseq.passes.shrink import CannotShrink
-from autoseq.passes.sizes import hint, num_bytes, same_size
+from autoseq.passes.sizes import hint, num_bytes
 from autoseq.passes.source import source_line
 
 
@@ -105,26 +107,22 @@ def _inlined(formula: Any, captures: list[fx.Node], reader: Reader, site: fx.Nod
     for lookup in captures_in(formula):  # captures are numbered in the order they are met, alike on every rank
         node = captures[capture_number(lookup)]
         value = reader.at(node, lookup.args)
-        values[lookup] = value if _holds(site, node, lookup.args, value, checked) else reader.capture(node, lookup.args)
+        values[lookup] = value if _holds(site, node, lookup.args, checked) else reader.capture(node, lookup.args)
     formula = formula.subs({sympy.Ne(lookup, 0): value for lookup, value in values.items() if is_bool(value)})
     return formula.xreplace({lookup: value for lookup, value in values.items() if not is_bool(value)})
 
 
-def _holds(site: fx.Node, mask: fx.Node, index: Index, value: Any, checked: dict[tuple[fx.Node, str], bool]) -> bool:
+def _holds(site: fx.Node, mask: fx.Node, index: Index, checked: dict[tuple[fx.Node, str], bool]) -> bool:
     """Whether the formula of a looked-up tensor was checked. Raises AssertionError if it is wrong; False if no check was possible."""
     key = (mask, str(index))
     if key in checked:
         return checked[key]
     query, keys = (x.meta["val"] for x in site.args[:2])  # type: ignore[union-attr]
-
-    def index_of(shape: Sequence[Any]) -> Index:
-        return tuple(sympy.Integer(0) if same_size(size, 1) else at for at, size in zip(index, shape, strict=True))
-
     alone = Reader()
     alone.at(mask, index)
     try:
         check_reading(
-            mask, alone, index_of, q_len=query.shape[2], k_len=keys.shape[2], batch=query.shape[0],
+            mask, alone, partial(broadcast, index), q_len=query.shape[2], k_len=keys.shape[2], batch=query.shape[0],
             heads=hint(query.shape[1]),
         )  # fmt: skip
         checked[key] = True
@@ -133,7 +131,7 @@ def _holds(site: fx.Node, mask: fx.Node, index: Index, value: Any, checked: dict
     return checked[key]
 
 
-def _check_structure(node: fx.Node, score: Any, predicate: Any, found: Any, reader: Reader) -> None:
+def _check_structure(node: fx.Node, score: Any, predicate: Any, found: Structure, reader: Reader) -> None:
     if score == s:
         return
     query, keys = (x.meta["val"] for x in node.args[:2])  # type: ignore[union-attr]

@@ -14,8 +14,8 @@ from sympy.core.function import AppliedUndef
 
 from autoseq.passes.formula.floats import MASKED, two_values
 from autoseq.passes.formula.values import call, const, const_value, is_capture, name_of, s
+from autoseq.runtime.tiles import EmptyRows
 
-EmptyRows = Literal["zero", "nan", "nan_fill", "uniform", "uniform_fill"]
 _Kind = Literal["infinite", "infinite_fill", "added", "replaced"]
 
 _INFINITE: tuple[_Kind, ...] = ("infinite", "infinite_fill")

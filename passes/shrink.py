@@ -83,7 +83,7 @@ class _Copier:
         return [] if given else list(node.all_input_nodes)
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        val = node.meta.get("val")
+        val: Any = node.meta.get("val")
         if not _holds_tensors(node):
             made = self.graph.placeholder(node.name)
             made.meta["val"] = self._size(val)
@@ -93,7 +93,7 @@ class _Copier:
             return self._held(node, content)
         if node in self.leaves or node.op != "call_function":
             made = self.graph.placeholder(node.name)
-            made.meta["val"] = self._random(val)
+            made.meta["val"] = random_values([self._size(size) for size in val.shape], val.dtype)
             return made
         args = self._sizes(node.args, node)
         made = self.graph.create_node("call_function", node.target, *self._mapped(args, node.kwargs), name=node.name)
@@ -124,14 +124,6 @@ class _Copier:
         except Exception as error:
             raise CannotShrink(f"{node.target} at short lengths: {error}") from error
 
-    def _random(self, val: torch.Tensor) -> torch.Tensor:
-        shape = [self._size(size) for size in val.shape]
-        if val.dtype == torch.bool:
-            return torch.rand(shape) < 0.7
-        if val.is_floating_point():
-            return torch.randn(shape, dtype=torch.float32).to(val.dtype)
-        return torch.randint(0, 2, shape).to(val.dtype)
-
     def _size(self, value: Any) -> Any:
         value = hint(value) if isinstance(value, SymInt) else value
         return self._shorter.get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -149,6 +141,15 @@ class _Copier:
                 value = [self._size(item) for item in value] if isinstance(value, (list, tuple)) else self._size(value)
             shortened.append(value)
         return tuple(shortened)
+
+
+def random_values(shape: list[int], dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
+    """What stands for a tensor whose content is not known: normal floats, truth values, or 0 and 1, which index anything."""
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if dtype.is_floating_point:
+        return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
 def _holds_tensors(node: fx.Node) -> bool:

@@ -102,7 +102,7 @@ def _strip_maximum(scores: fx.Node) -> fx.Node:
     if inner.target is not aten.sub.Tensor or not all(isinstance(a, fx.Node) for a in inner.args[:2]):
         return scores
     top: Any = inner.args[1]
-    while top.target in (aten.detach.default, torch.ops.aten.alias.default) or getattr(top.target, "__name__", "") == "getitem":
+    while top.target in (aten.detach.default, aten.alias.default) or getattr(top.target, "__name__", "") == "getitem":
         top = top.args[0]
     if top.target not in (aten.amax.default, aten.max.dim) or top.args[0] is not inner.args[0]:
         return scores

@@ -37,18 +37,18 @@ def module_path(node: fx.Node) -> str:
 
 def input_name(placeholder: fx.Node) -> str:
     """What the user calls an input of Dynamo's graph: `input_ids`, or `model.norm.weight` for a parameter."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    if source is None:
-        return str(placeholder.target)
-    name = source.name if isinstance(source.name, str) else source.name()
-    return _dotted(name) or str(placeholder.target)
+    return _dotted(_source_name(placeholder)) or str(placeholder.target)
 
 
 def is_buffer(placeholder: fx.Node) -> bool:
     """Whether an input of Dynamo's graph is a module's buffer, which is the same tensor at every call."""
+    return re.search(r"\._buffers\['\w+'\]$", _source_name(placeholder)) is not None
+
+
+def _source_name(placeholder: fx.Node) -> str:
+    """Dynamo's expression for an input, "" for one that it did not make. (`name` is a method in older torch.)"""
     source = getattr(placeholder, "_dynamo_source", None)
-    name = "" if source is None else source.name if isinstance(source.name, str) else source.name()
-    return re.search(r"\._buffers\['\w+'\]$", name) is not None
+    return "" if source is None else source.name if isinstance(source.name, str) else source.name()
 
 
 def _dotted(path: str) -> str:

@@ -73,14 +73,13 @@ class Call:
         ranges = chunk_ranges(rank, self.group.size, self.k.shape[2], self.k_len, self.layout)
         return [chunk for chunk in ranges if chunk[2] > 0]
 
-    def _query_ranges(self) -> list[Chunk]:
-        return chunk_ranges(self.group.rank, self.group.size, self.q.shape[2], self.q_len, self.layout)
-
-
     @property
     def all_keys(self) -> list[Chunk]:
         """The valid keys of every rank."""
         return [chunk for rank in range(self.group.size) for chunk in self.keys_of(rank)]
+
+    def _query_ranges(self) -> list[Chunk]:
+        return chunk_ranges(self.group.rank, self.group.size, self.q.shape[2], self.q_len, self.layout)
 
 
 ForwardKeys = Callable[[Call, Forward], None]

@@ -138,7 +138,8 @@ def substitute_condition(formula: Any, condition: Any, value: bool) -> Any:
 
     formula = formula.replace(lambda x: name_of(x) == "f_where" and x.args[0] == condition, chosen)
     return formula.replace(
-        lambda x: isinstance(x, sympy.Piecewise) and x.args[0][1] == condition, lambda x: x.args[0][0] if value else x.args[1][0]
+        lambda x: isinstance(x, sympy.Piecewise) and x.args[0].args[1] == condition,
+        lambda x: x.args[0 if value else 1].args[0],
     )
 
 

@@ -14,6 +14,10 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
+from autoseq.runtime.float_functions import constant
+from autoseq.runtime.formula import capture_number as _number_of
+from autoseq.runtime.formula import function_name as name_of
+
 Index = tuple[sympy.Expr, ...]
 
 b, h, q, k = (sympy.Symbol(name, integer=True, nonnegative=True) for name in "bhqk")
@@ -52,21 +56,12 @@ def const(value: float) -> Any:
 
 def const_value(x: Any) -> float | None:
     """The float that a `const` call stands for, None for anything else."""
-    if name_of(x) != "const":
-        return None
-    n, d = (int(arg) for arg in x.args)
-    return n / d if d else (math.nan if n == 0 else math.copysign(math.inf, n))
-
-
-def name_of(x: Any) -> str:
-    """The name of an opaque call, "" for anything else."""
-    return x.func.__name__ if isinstance(x, AppliedUndef) else ""
+    return constant(*map(int, x.args)) if name_of(x) == "const" else None
 
 
 def is_capture(x: Any) -> bool:
     """Whether an expression is a lookup `c0(...)`."""
-    name = name_of(x)
-    return name[:1] == "c" and name[1:].isdigit()
+    return _number_of(x) is not None
 
 
 def captures_in(x: Any) -> list[Any]:

@@ -41,17 +41,17 @@ _ALSO_POINTWISE = {
     aten.alias.default, aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.broadcast_tensors.default,
 }  # fmt: skip
-_PATTERNS = {  # operators that read only their operand's shape, and those that draw
+_LIKES = {  # their operand is read for its shape alone
     op: Rule(_pointwise, unread=frozenset({0})) for op in (
         aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 }  # fmt: skip
-_DRAWS = {
+_DRAWS = {  # no rule: each rank would draw the same numbers for other rows; the operand is not read, so it is not gathered
     op: Rule(lambda node: None, unread=frozenset({0})) for op in (
         aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype, aten.uniform.default,
         aten.normal_functional.default, aten.exponential.default, aten.bernoulli.p)
 }  # fmt: skip
 TABLE: dict[object, Rule] = {
-    **linear_algebra.RULES, **shapes.RULES, **lookups.RULES, **reductions.RULES, **losses.RULES, **_PATTERNS, **_DRAWS,
+    **linear_algebra.RULES, **shapes.RULES, **lookups.RULES, **reductions.RULES, **losses.RULES, **_LIKES, **_DRAWS,
     AUTOGRAD_FUNCTION: Rule(_row_wise),
     aten.type_as.default: Rule(_like_first, unread=frozenset({1})), aten.expand_as.default: Rule(_pointwise, unread=frozenset({1})),
 }  # fmt: skip

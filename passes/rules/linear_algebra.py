@@ -1,4 +1,4 @@
-"""Rules of products, norms and lookups: where factors meet."""
+"""Rules of products of matrices, norms and embeddings: where factors meet."""
 
 import torch
 from torch import fx

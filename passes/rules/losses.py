@@ -99,10 +99,9 @@ def _local_dropout(node: fx.Node, local: LocalEmitter) -> fx.Node:
     return local.emit(rows.dropout, (local.args[0], argument(node, 1, "p")), {"group": local.sharding(0)["group"]})
 
 
-_IGNORING = ("ignore_index",)
 RULES = {
-    aten.cross_entropy_loss.default: Rule(_class_rows, local=_local_class_loss(rows.cross_entropy, *_IGNORING, "label_smoothing")),
-    **{op: Rule(_class_rows, local=_local_class_loss(rows.nll_loss, *_IGNORING)) for op in (
+    aten.cross_entropy_loss.default: Rule(_class_rows, local=_local_class_loss(rows.cross_entropy, "ignore_index", "label_smoothing")),
+    **{op: Rule(_class_rows, local=_local_class_loss(rows.nll_loss, "ignore_index")) for op in (
         aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default)},
     **{op: Rule(_each_element, local=_local_each_element) for op in (
         aten.mse_loss.default, aten.l1_loss.default, aten.smooth_l1_loss.default, aten.huber_loss.default, aten.kl_div.default,

@@ -121,6 +121,7 @@ MOVES = [
     pytest.param(aten.slice.Tensor, (X, 1, 0, 9, 2), None, id="a step is none"),
     pytest.param(aten.split_with_sizes.default, (X, [4, 5], 1), [(1, 4, ((0, 0, 0, 4),)), (1, 5, ((0, 4, 0, 5),))], id="cut in two"),
     pytest.param(aten.split.Tensor, (X, 5, 1), [(1, 5, ((0, 0, 0, 5),)), (1, 4, ((0, 5, 0, 4),))], id="cut in parts of five"),
+    pytest.param(aten.slice_scatter.default, (X, Y, 1, 2, 7), [(1, 9, ((0, 0, 0, 2), (1, 0, 2, 5), (0, 7, 7, 2)))], id="a part written"),
     pytest.param(aten.constant_pad_nd.default, (X, [0, 0, 1, -1], 7), [(1, 9, ((0, 0, 1, 8),))], id="shifted by a row"),
     pytest.param(aten.constant_pad_nd.default, (X, [0, 0, -2, 1]), [(1, 8, ((0, 2, 0, 7),))], id="shifted the other way"),
     pytest.param(aten.pad.default, (X, [0, 0, 1, 0]), [(1, 10, ((0, 0, 1, 9),))], id="a row in front"),

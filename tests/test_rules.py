@@ -161,7 +161,8 @@ LOOKUPS = [
     case(aten.scatter.value_reduce, (x(6, 4).detach(), 1, i(6, 1, below=4), 2.0), "rw, r. -> rw", "reduced", reduce="multiply"),
     case(aten.scatter_reduce.two, (x(6, 4), 1, i(6, 3, below=4), x(6, 3), "amax"), "rw, rw, rw -> rw", "the largest"),
     case(aten.slice_scatter.default, (x(2, 6, 4), x(2, 6, 3), 2, 1), "rrw, rrw -> rrw", "channels written"),
-    case(aten.slice_scatter.default, (x(2, 6, 4), x(2, 2, 4), 1, 0, 2), "rwr, rwr -> rwr", "rows written"),
+    case(aten.slice_scatter.default, (x(2, 6, 4), x(2, 2, 4), 1, 0, 2), "rwr, rwr -> rwr", "rows of a short sequence written"),
+    case(aten.slice_scatter.default, (x(2, 12, 4), x(2, 9, 4), 1, 2, 11), "rmr, rmr -> rwr", "rows written"),
     case(aten.select_scatter.default, (x(2, 6, 4), x(2, 6), 2, 1), "rrw, rr -> rrw", "a channel written"),
     case(aten.one_hot.default, (i(2, 6), 5), "rr -> rrw", "classes"),
 ]

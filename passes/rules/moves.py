@@ -1,4 +1,4 @@
-"""Operators that lay rows elsewhere along one dim: `cat`, `slice`, `split`, `pad`. What each result is made of, piece by piece.
+"""Operators that lay rows elsewhere along one dim: `cat`, `slice`, `split`, `pad`, `slice_scatter`. What each result is made of.
 
     cat([a, b], 1)        rows 0..10 of a at 0, rows 0..25 of b at 11
     x[:, 1:]              rows 1..28 of x at 0
@@ -67,6 +67,20 @@ def _slice(node: fx.Node) -> list[Move] | None:
     return [Move(dim, int(result[dim]), ((0, first, 0, int(result[dim])),))]
 
 
+def _part_written(node: fx.Node) -> list[Move] | None:
+    """`slice_scatter`: rows of the first operand around those of the second."""
+    shape, part = first_val(node).shape, operand_shapes(node)[1]
+    assert part is not None
+    dim = as_dim(argument(node, 2, "dim", 0), len(shape))
+    start = argument(node, 3, "start") or 0
+    if argument(node, 5, "step", 1) != 1 or not _static(shape[dim], part[dim], start):
+        return None
+    length, count = int(shape[dim]), int(part[dim])
+    first = min(max(start + length if start < 0 else start, 0), length)
+    end = first + count
+    return [Move(dim, length, ((0, 0, 0, first), (1, 0, first, count), (0, end, end, length - end)))]
+
+
 def _cut_up(node: fx.Node) -> list[Move] | None:
     shape, results = first_val(node).shape, result_shapes(node)
     dim = as_dim(argument(node, 2, "dim", 0), len(shape))
@@ -95,6 +109,7 @@ def _pad(node: fx.Node) -> list[Move] | None:
 
 
 _MOVES = {
-    aten.cat.default: _cat, aten.slice.Tensor: _slice, aten.pad.default: _pad, aten.constant_pad_nd.default: _pad,
+    aten.cat.default: _cat, aten.slice.Tensor: _slice, aten.slice_scatter.default: _part_written,
+    aten.pad.default: _pad, aten.constant_pad_nd.default: _pad,
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default), _cut_up),
 }  # fmt: skip

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
@@ -82,9 +83,10 @@ def _unwrap_numbers(graph: fx.Graph) -> None:
                 _put(number, node)
 
 
-def example_mode(values: Sequence[Any]) -> FakeTensorMode:
+def example_mode(values: Sequence[Any]) -> AbstractContextManager[Any]:
     """The fake mode that Dynamo traced nodes or their examples in: not that of the tracing context, which is the backend's."""
-    return next(x.fake_mode for x in map(example, values) if isinstance(x, FakeTensor))
+    leaves = pytree.tree_leaves([example(value) for value in values])
+    return next((x.fake_mode for x in leaves if isinstance(x, FakeTensor)), nullcontext())
 
 
 def _put(number: float, node: fx.Node) -> None:

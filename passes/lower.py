@@ -3,7 +3,7 @@
     attention(q, k, v, …, group="0")      →      ring.attention(q, k, v, …, group="0")
 
 Legal because every strategy computes the same function of the same local shards; only what is sent differs. Under
-activation checkpointing the attention keeps its result: recomputing it would communicate a third time.
+activation checkpointing the attention keeps its result, and so does every collective: computing it again would send again.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from autoseq.passes.attention_site import is_attention
+from autoseq.runtime import collectives, rows
 from autoseq.runtime.strategies import STRATEGIES
 
 
@@ -23,4 +24,15 @@ def lower(gm: fx.GraphModule, *, strategies: Mapping[str, str]) -> int:
         node.target = STRATEGIES[strategies[node.meta["attention"]["name"]]].attention
         if "recompute" in node.meta:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    _save_what_is_sent(gm)
     return len(sites)
+
+
+def _save_what_is_sent(gm: fx.GraphModule) -> None:
+    """AOTAutograd saves a collective by itself unless a tag wants it recomputed; what else a runtime function computes, it may repeat."""
+    runtime = str(collectives.__package__)
+    for node in gm.graph.nodes:
+        if not str(getattr(node.target, "__module__", "")).startswith(runtime) or node.target is rows.dropout:
+            continue
+        if node.meta.get("recompute") is not CheckpointPolicy.MUST_SAVE:
+            node.meta.pop("recompute", None)

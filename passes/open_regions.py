@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from autoseq.passes.checkpoint_policy import policy_of, tags
 from autoseq.passes.inline import inline, replace_items
 from autoseq.passes.open_encoder_layer import open_encoder_layers
 from autoseq.passes.open_flash_attn import open_flash_attention
@@ -70,16 +71,22 @@ def _drop_bodies(gm: fx.GraphModule) -> None:
 
 def _open_checkpoint(gm: fx.GraphModule, region: fx.Node, values: _Values) -> None:
     body = _body(gm, region)
+    chosen: dict[fx.Node, CheckpointPolicy] = {}
     if "_checkpoint_context_fn" in body.meta:
-        raise UnsupportedError(
-            f"the selective activation checkpointing (context_fn) at {source_line(region)} is not supported yet; use plain checkpointing"
-        )
+        policy = policy_of(body.meta["_checkpoint_context_fn"])
+        if policy is None:
+            raise UnsupportedError(
+                f"the activation checkpointing at {source_line(region)} has a context_fn of its own; only those of "
+                "torch.utils.checkpoint.create_selective_checkpoint_contexts are read"
+            )
+        chosen = tags(body, policy)
+    for node in body.graph.nodes:
+        node.meta["recompute"] = chosen.get(node, CheckpointPolicy.PREFER_RECOMPUTE)
     region_id, before = next(_region_ids), set(gm.graph.nodes)
     results = inline(gm, body, region.args[1:])
     for node in gm.graph.nodes:
         if node not in before:
-            node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
-            node.meta.setdefault("ac_graph_id", region_id)
+            node.meta["ac_graph_id"] = region_id
     replace_items(region, results)
 
 

@@ -155,14 +155,6 @@ def test_open_regions(fn: Callable[..., Any], opened: int, tagged: int) -> None:
     assert len(regions) == opened
 
 
-def test_selective_checkpointing_is_refused() -> None:
-    def context() -> Any:
-        return torch.utils.checkpoint.create_selective_checkpoint_contexts([aten.sin.default])
-
-    with pytest.raises(Exception, match=r"UnsupportedError: the selective activation checkpointing \(context_fn\) at .*test_passes\.py"):
-        trace(lambda x: again(torch.sin, x, context_fn=context), floats(3).requires_grad_())
-
-
 # find_sequence ---------------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,16 @@ def _open_checkpoint(gm: fx.GraphModule, region: fx.Node, values: _Values) -> No
     replace_items(region, results)
 
 
+def _open_compile_region(gm: fx.GraphModule, region: fx.Node, values: _Values) -> None:
+    """`torch.compiler.nested_compile_region`: a body that is compiled once for all of its calls; as part of the graph it is so anyway."""
+    before = set(gm.graph.nodes)
+    results = inline(gm, _body(gm, region), region.args[2:])
+    for node in gm.graph.nodes:
+        for key in {"recompute", "ac_graph_id"} & region.meta.keys() if node not in before else ():
+            node.meta.setdefault(key, region.meta[key])
+    replace_items(region, results)
+
+
 def _body(gm: fx.GraphModule, region: fx.Node) -> fx.GraphModule:
     body = gm.get_submodule(str(region.args[0].target))  # type: ignore[union-attr]
     assert isinstance(body, fx.GraphModule)
@@ -98,5 +108,6 @@ def _body(gm: fx.GraphModule, region: fx.Node) -> fx.GraphModule:
 
 _OPENERS: dict[str, _Opener] = {
     "tag_activation_checkpoint": _open_checkpoint,
+    "invoke_subgraph": _open_compile_region,
     "flex_attention": open_flex,
 }

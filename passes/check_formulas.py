@@ -27,7 +27,7 @@ def check_reading(root: fx.Node, reader: Reader, index_of: IndexOf, *, q_len: An
     value = small.value(root)
     again = Reader(limits={h: heads})
     read = again.at(small.of[root], index_of(value.shape))
-    points = Points.of(hint(batch), range(heads), torch.arange(small.q_len), torch.arange(small.k_len))
+    points = Points.of(small.size(hint(batch)), range(small.size(heads)), torch.arange(small.q_len), torch.arange(small.k_len))
     captured = [node.meta["val"] for node in again.captures]
     actual, expected = _evaluated(read, points, captured, None), _looked_up(value, index_of(value.shape), points)
     compare(f"{root} at short lengths", actual, expected, 0.0 if is_bool(read) else 1e-5)

@@ -63,6 +63,8 @@ def layout_of(frame: Frame) -> Layout:
     names = dict(zip(below.left_dims, probabilities, strict=True))
     if (names["row"], names["sum"]) != ("q", "k"):
         raise NotUnderstood("its probabilities are multiplied along the queries")
+    if not set(below.dims) <= {*names, "col"}:
+        raise NotUnderstood("its values have batch dims that its probabilities do not have")
     batch_names = dict(zip(above.batch, [tag for tag in product if tag not in "qk"], strict=True))
     return Layout(
         left=tuple({**batch_names, "row": "q", "sum": "d"}[name] for name in above.left_dims),
@@ -148,6 +150,8 @@ class Canonical:
         if "n" in batch:
             x = self._split_batch(x)
         if "r" in batch:
+            if "g" not in tags:
+                raise NotUnderstood("its key heads are tiled, not repeated one by one")
             x = self._merge_groups(x)
         for _ in range(4 - x.meta["val"].dim()):
             x = self.emit(aten.unsqueeze.default, x, 0)

@@ -65,25 +65,34 @@ def _read(node: fx.Node, checked: dict[tuple[fx.Node, str], bool]) -> list[Dense
     formulas = (parse(str(node.kwargs[name]), captures) for name in ("score", "predicate"))
     score, predicate = (_inlined(formula, captures, reader, node, checked) for formula in formulas)
     score = s if score is sympy.true else score
-    found = structure(_marked(score, reader.captures), node.kwargs["empty_rows"])  # type: ignore[arg-type]
+    marked, empty_rows = _marked(score, reader.captures), node.kwargs["empty_rows"]
+    found = structure(marked, empty_rows)  # type: ignore[arg-type]
+    ahead, behind, rest = _bounds(node, predicate, found)
+    if found.fills_bias and (rest is not sympy.true or _may_be_empty(node, ahead, behind)):
+        found = structure(marked, empty_rows, may_fill_bias=False)  # type: ignore[arg-type]
+        ahead, behind, rest = _bounds(node, predicate, found)
     _check_structure(node, score, predicate, found, reader)
-    ahead, behind, rest = split(sympy.And(predicate, found.predicate))
-    ahead, behind = tighter(node.kwargs["max_ahead"], ahead), tighter(node.kwargs["max_behind"], behind)
+    may_be_empty = rest is not sympy.true or _may_be_empty(node, ahead, behind)
     (rest, score), kept = _renumbered([rest, found.score], reader.captures)
     node.args = (*node.args[:3], kept, *node.args[4:])
     node.kwargs = {
         **node.kwargs, "scale": _product(node.kwargs["scale"], found.scale), "max_ahead": ahead, "max_behind": behind,
         "predicate": "" if rest is sympy.true else sympy.sstr(rest), "score": "" if score == s else sympy.sstr(score),
-        "empty_rows": found.empty_rows if rest is not sympy.true or _may_be_empty(node, ahead, behind, score) else "zero",
+        "empty_rows": found.empty_rows if may_be_empty or may_be_infinite(score) else "zero",
     }  # fmt: skip
     return [_dense(node, kept[i]) for i in _dense_lookups([rest, score])]
 
 
-def _may_be_empty(node: fx.Node, ahead: Any, behind: Any, score: Any) -> bool:
-    """Whether bounds and score alone may leave a row without keys: else every row has key 0, or the key at its own position."""
+def _bounds(node: fx.Node, predicate: Any, found: Structure) -> tuple[Any, Any, Any]:
+    """The bounds on k - q of everything that excludes keys, and the rest of it."""
+    ahead, behind, rest = split(sympy.And(predicate, found.predicate))
+    return tighter(node.kwargs["max_ahead"], ahead), tighter(node.kwargs["max_behind"], behind), rest
+
+
+def _may_be_empty(node: fx.Node, ahead: Any, behind: Any) -> bool:
+    """Whether bounds may leave a row without keys: else every row has key 0, or the key at its own position."""
     q_len, k_len = (x.meta["val"].shape[2] for x in node.args[:2])  # type: ignore[union-attr]
-    has_own = (ahead is None or ahead >= 0) and (behind is None or (behind >= 0 and statically_known_true(q_len <= k_len)))
-    return not has_own or may_be_infinite(score)
+    return not ((ahead is None or ahead >= 0) and (behind is None or (behind >= 0 and statically_known_true(q_len <= k_len))))
 
 
 def _product(scale: Any, factor: float) -> Any:
@@ -102,14 +111,22 @@ def _dense_lookups(formulas: Sequence[Any]) -> list[int]:
 
 
 def _inlined(formula: Any, captures: list[fx.Node], reader: Reader, site: fx.Node, checked: dict[tuple[fx.Node, str], bool]) -> Any:
-    """`c0(b, 0, q, k)` becomes the value of capture 0 at that index; a bool capture stands as `Ne(c0(...), 0)`."""
-    values = {}
-    for lookup in captures_in(formula):  # captures are numbered in the order they are met, alike on every rank
-        node = captures[capture_number(lookup)]
-        value = reader.at(node, lookup.args)
-        values[lookup] = value if _holds(site, node, lookup.args, checked) else reader.capture(node, lookup.args)
-    formula = formula.subs({sympy.Ne(lookup, 0): value for lookup, value in values.items() if is_bool(value)})
-    return formula.xreplace({lookup: value for lookup, value in values.items() if not is_bool(value)})
+    """`c0(b, 0, q, k)` becomes the value of capture 0 at that index; a bool capture stands as `Ne(c0(...), 0)`.
+
+    Captures are numbered anew, in the order they are met, alike on every rank; a lookup by a lookup stays one.
+    """
+    if is_capture(formula):
+        node, index = captures[capture_number(formula)], tuple(_inlined(arg, captures, reader, site, checked) for arg in formula.args)
+        if captures_in(sympy.Tuple(*index)) or not _holds(site, node, index, checked):
+            return reader.capture(node, index)
+        return reader.at(node, index)
+    if not captures_in(formula):
+        return formula
+    args = [_inlined(arg, captures, reader, site, checked) for arg in formula.args]
+    truths = [arg for arg in args if is_bool(arg)]
+    if isinstance(formula, (sympy.Ne, sympy.Eq)) and truths:  # SymPy writes `~Ne(c0(q, k), 0)` as `Eq(c0(q, k), 0)`
+        return truths[0] if isinstance(formula, sympy.Ne) else sympy.Not(truths[0])
+    return formula.func(*args)
 
 
 def _holds(site: fx.Node, mask: fx.Node, index: Index, checked: dict[tuple[fx.Node, str], bool]) -> bool:

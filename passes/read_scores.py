@@ -8,6 +8,7 @@ from torch import fx
 
 from autoseq.passes.attention_site import add_site
 from autoseq.passes.formula import Known, NotAtItsIndex, Reader
+from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.formula.values import capture_number, captures_in, h, is_capture, s
 from autoseq.passes.heads import Canonical, Layout, layout_of, unrepeated
 from autoseq.passes.products import swapped
@@ -21,6 +22,7 @@ def read_written_out(frame: Frame) -> fx.Node:
     """The `attention` of a frame, in front of its value product and in its form. Raises NotUnderstood."""
     layout = layout_of(frame)
     reader = Reader(Known(frame.above.node, layout.index(layout.product, frame.above.node.meta["val"].shape), s), limits={h: layout.heads})
+    _check_gradients(frame)
     formula = _read(frame, layout, reader)
     canonical = Canonical(frame.below.node, layout.batch, layout.heads)
     sinks = _sinks(frame, layout, reader, canonical)
@@ -56,6 +58,26 @@ def _read(frame: Frame, layout: Layout, reader: Reader) -> Any:
         if node in inside:
             raise NotUnderstood(f"{node.target} stands between the product of queries and keys and its softmax")
     return formula
+
+
+def _check_gradients(frame: Frame) -> None:
+    """A gradient that the program stops between the product and its result would flow through the one attention."""
+    between, queue = {frame.above.node, frame.below.node}, [frame.below.node]
+    inside = _made_of(frame.above.node)
+    while queue:
+        operands = [n for n in queue.pop().all_input_nodes if n in inside and n not in between]
+        between.update(operands)
+        queue.extend(operands)
+    floats = [n for n in between if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].is_floating_point()]
+    if not any(map(requires_grad, floats)):
+        return
+    for node in floats:
+        if not requires_grad(node) and any(_needs_gradient(operand) for operand in node.all_input_nodes):
+            raise NotUnderstood(f"a gradient is stopped at {node.target} between its product and its result")
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].is_floating_point() and requires_grad(node)
 
 
 def _made_of(product: fx.Node) -> set[fx.Node]:

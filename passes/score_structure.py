@@ -16,7 +16,7 @@ from autoseq.passes.formula.floats import MASKED, two_values
 from autoseq.passes.formula.values import call, const, const_value, is_capture, name_of, s
 from autoseq.runtime.tiles import EmptyRows
 
-_Kind = Literal["infinite", "infinite_fill", "added", "replaced"]
+_Kind = Literal["infinite", "infinite_fill", "added", "bias_fill", "replaced"]
 
 _INFINITE: tuple[_Kind, ...] = ("infinite", "infinite_fill")
 _REPLACED = -1e8
@@ -31,25 +31,26 @@ class Structure:
     scale: float
     predicate: Any
     empty_rows: EmptyRows
+    fills_bias: bool = False  # a row without keys would give no gradient to its bias, where the score's formula does
 
 
-def structure(formula: Any, empty_rows: EmptyRows) -> Structure:
+def structure(formula: Any, empty_rows: EmptyRows, *, may_fill_bias: bool = True) -> Structure:
     """Take a score formula apart. `empty_rows` is what a row of -inf alone gives where the formula comes from."""
-    rest, excluded = _peel(formula, (*_INFINITE, "added", "replaced"))
+    rest, excluded = _peel(formula, (*_INFINITE, "added", "replaced", *(("bias_fill",) if may_fill_bias else ())))
     kinds = [kind for _, kind in excluded]
     # Finite masks are one of a kind: two that are added make -inf where they meet.
-    if kinds.count("added") > 1 or len({*kinds} - {*_INFINITE}) + any(kind in _INFINITE for kind in kinds) > 1:
+    if kinds.count("added") + kinds.count("bias_fill") > 1 or len({*kinds} - {*_INFINITE}) + any(kind in _INFINITE for kind in kinds) > 1:
         rest, excluded = _peel(formula, _INFINITE)
         kinds = [kind for _, kind in excluded]
     score, scale = _fold_scale(_score_first(rest))
     keeps = sympy.And(*(keep for keep, _ in excluded))
-    return Structure(score, scale, keeps, _empty_rows({*kinds}, empty_rows))
+    return Structure(score, scale, keeps, _empty_rows({*kinds}, empty_rows), "bias_fill" in kinds)
 
 
 def _empty_rows(kinds: set[_Kind], plain: EmptyRows) -> EmptyRows:
     """`_fill`: the score was replaced, so that the row's gradient ends at the values."""
-    if kinds & {"added", "replaced"}:
-        return "uniform" if "added" in kinds else "uniform_fill"
+    if kinds & {"added", "bias_fill", "replaced"}:
+        return "uniform_fill" if "replaced" in kinds else "uniform"
     return "nan_fill" if plain == "nan" and kinds == {"infinite_fill"} else plain
 
 
@@ -82,6 +83,8 @@ def _peel(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
 
 def _peel_where(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
     condition, yes, no = x.args
+    if condition.has(s):  # what is kept depends on the score itself
+        return x, []
     for masked, kept, keep in ((yes, no, sympy.Not(condition)), (no, yes, condition)):
         value = const_value(masked)
         if value is not None and value <= _REPLACED:
@@ -99,7 +102,9 @@ def _peel_sum(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
     term = x.args[1] if x.args[0] is with_s[0] else x.args[0]
     rest, excluded = _peel(with_s[0], kinds)
     added, masks = _peel_term(term, 1.0, kinds)
-    return (rest if const_value(added) == 0 else call("f_add", rest, added)), [*excluded, *masks]
+    if const_value(added) is None and any(kind == "replaced" for _, kind in excluded):
+        return x, []  # in a row without keys, what is added to the one number is all that the softmax sees
+    return (rest if const_value(added) == 0 else call("f_add", rest, added)), [*_under_sum(excluded, added), *masks]
 
 
 def _peel_difference(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
@@ -108,7 +113,16 @@ def _peel_difference(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
         return x, []
     rest, excluded = _peel(scored, kinds)
     taken, masks = _peel_term(term, -1.0, kinds)
-    return (rest if const_value(taken) == 0 else call("f_sub", rest, taken)), [*excluded, *masks]
+    if const_value(taken) is None and any(kind == "replaced" for _, kind in excluded):
+        return x, []
+    return (rest if const_value(taken) == 0 else call("f_sub", rest, taken)), [*_under_sum(excluded, taken), *masks]
+
+
+def _under_sum(excluded: _Excluded, added: Any) -> _Excluded:
+    """A gradient that ends at a score of -inf still reaches what is added to it."""
+    if const_value(added) is not None:
+        return excluded
+    return [(keep, "infinite" if kind == "infinite_fill" else kind) for keep, kind in excluded]
 
 
 def _peel_scaled(x: Any, kinds: tuple[_Kind, ...]) -> tuple[Any, _Excluded]:
@@ -137,7 +151,8 @@ def _peel_term(term: Any, sign: float, kinds: tuple[_Kind, ...]) -> tuple[Any, _
         condition, yes, no = term.args
         for masked, kept, keep in ((yes, no, sympy.Not(condition)), (no, yes, condition)):
             value = const_value(masked)
-            kind: _Kind = "infinite" if value is not None and abs(value) == sympy.oo else "added"
+            kind: _Kind = "added" if const_value(kept) is not None else "bias_fill"
+            kind = "infinite" if value is not None and abs(value) == sympy.oo else kind
             if value is not None and sign * value <= MASKED and kind in kinds:
                 rest, excluded = _peel_term(kept, sign, kinds)
                 return rest, [*excluded, (keep, kind)]

@@ -30,6 +30,11 @@ class Small:
     of: dict[fx.Node, fx.Node]
     q_len: int
     k_len: int
+    shorter: dict[int, int]
+
+    def size(self, real: int) -> int:
+        """What stands for a size: one that happens to be a length of the sequence is shortened with it."""
+        return self.shorter.get(real, real)
 
     def value(self, node: fx.Node) -> torch.Tensor:
         return self.of[node].meta["val"]
@@ -42,7 +47,7 @@ def shrink(root: fx.Node, leaves: Iterable[fx.Node], *, q_len: Any, k_len: Any, 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         copier.node(root)
-    return Small(copier.of, lengths[hint(q_len)], lengths[hint(k_len)])
+    return Small(copier.of, lengths[hint(q_len)], lengths[hint(k_len)], lengths)
 
 
 def _small_lengths(q_len: int, k_len: int, lanes: int) -> dict[int, int]:
@@ -93,7 +98,7 @@ class _Copier:
             return self._held(node, content)
         if node in self.leaves or node.op != "call_function":
             made = self.graph.placeholder(node.name)
-            made.meta["val"] = random_values([self._size(size) for size in val.shape], val.dtype)
+            made.meta["val"] = random_values([self._size(size) for size in val.shape], _in_single(val.dtype))
             return made
         args = self._sizes(node.args, node)
         made = self.graph.create_node("call_function", node.target, *self._mapped(args, node.kwargs), name=node.name)
@@ -102,7 +107,7 @@ class _Copier:
 
     def _held(self, node: fx.Node, content: torch.Tensor) -> fx.Node:
         """A tensor whose content is known, or the first part of it."""
-        value = content[tuple(slice(self._size(size)) for size in content.shape)]
+        value = content[tuple(slice(self._size(size)) for size in content.shape)].to(_in_single(content.dtype))
         made = self.graph.placeholder(node.name)
         made.meta.update({"val": value, CONTENT: value})
         return made
@@ -117,7 +122,7 @@ class _Copier:
     def _run(self, node: fx.Node) -> Any:
         if node.target is aten.dropout.default:  # a draw cannot be compared
             return node.args[0].meta["val"]  # type: ignore[union-attr]
-        args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
+        args, kwargs = (fx.map_arg(_in_single(a), lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
         kwargs = {name: torch.device("cpu") if name == "device" else value for name, value in kwargs.items()}  # type: ignore[union-attr]
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -150,6 +155,15 @@ def random_values(shape: list[int], dtype: torch.dtype, generator: torch.Generat
     if dtype.is_floating_point:
         return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
     return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+def _in_single(arguments: Any) -> Any:
+    """Halves round away what a check compares, so the copy computes in float32 where the program computes in halves."""
+    if isinstance(arguments, dict):
+        return {name: _in_single(value) for name, value in arguments.items()}
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(_in_single(value) for value in arguments)
+    return torch.float32 if arguments in (torch.float16, torch.bfloat16) else arguments
 
 
 def _holds_tensors(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from autoseq.passes.sizes import hint, same_size
 
 aten = torch.ops.aten
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_CASTS = (aten._to_copy.default, aten.to.dtype)
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 _COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, *_CASTS)
 _VIEWS = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default)
 _KEEPS_ELEMENTS = (
@@ -104,8 +104,8 @@ def _strip_maximum(scores: fx.Node) -> fx.Node:
     top: Any = inner.args[1]
     while top.target in (aten.detach.default, aten.alias.default) or getattr(top.target, "__name__", "") == "getitem":
         top = top.args[0]
-    if top.target not in (aten.amax.default, aten.max.dim) or top.args[0] is not inner.args[0]:
-        return scores
+    if top.target not in (aten.amax.default, aten.max.dim) or top.args[0] is not inner.args[0] or len(top.args) < 3 or not top.args[2]:
+        return scores  # without `keepdim` it is subtracted along another dim
     dims = top.args[1] if isinstance(top.args[1], (list, tuple)) else [top.args[1]]
     last = inner.meta["val"].dim() - 1
     return inner.args[0] if [d % (last + 1) for d in dims] == [last] else scores

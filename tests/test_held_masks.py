@@ -83,3 +83,11 @@ def test_a_buffer_that_was_read_may_be_written_to_only_with_the_same_values() ->
     model.mask[..., 0, 1] = 1.0
     with pytest.raises(autoseq.UnsupportedError, match=r"the buffer mask was read as a mask .* holds other values now"):
         run(x)
+
+
+def test_a_buffer_of_one_number_may_change() -> None:
+    model, x = Held(torch.ones(1, 1), lambda s, m: s * m[..., 0, 0].squeeze()), torch.randn(B, S, D)
+    run = compiled(model)
+    run(x)
+    model.mask.fill_(3.0)
+    torch.testing.assert_close(run(x), model(x))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoseq.passes.find_attention import find_attention, is_attention
 from autoseq.passes.normalize import drop_noops
@@ -171,7 +172,24 @@ def read(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if is_attention(node)]
 
 
+def stopped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        probabilities = soft(q @ k.mT)
+    return probabilities @ v
+
+
+def partly_stopped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    with torch.no_grad():
+        most = scores.clamp(max=0)
+    return soft(scores - most) @ v
+
+
 LET_BE = [
+    pytest.param(stopped, "a gradient is stopped", id="probabilities without gradient"),
+    pytest.param(partly_stopped, "a gradient is stopped", id="a part of the scores without gradient"),
+    pytest.param(lambda q, k, v: soft(q @ k.mT) @ torch.stack([v, v]), "batch dims", id="values with a batch of their own"),
+    pytest.param(lambda q, k, v: soft(q[0, 0] @ k[0, 0].mT) @ v, "batch dims", id="one map for a batch of values"),
     pytest.param(lambda q, k, v: soft(q @ k.mT + k @ q.mT) @ v, "several products", id="two products"),
     pytest.param(lambda q, k, v: (soft(q @ k.mT) @ v, soft(q @ k.mT).mean(1)), None, id="one of two returns its probabilities"),
     pytest.param(lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "not over the last", id="another dim"),
@@ -184,7 +202,7 @@ LET_BE = [
 
 @pytest.mark.parametrize(("fn", "reason"), LET_BE)
 def test_what_only_looks_like_attention_is_let_be(fn: Callable[..., Any], reason: str | None) -> None:
-    traced = trace(fn, floats(B, H, S, D), floats(B, H, T, D, seed=1), floats(B, H, T, D, seed=2))
+    traced = trace(fn, *(floats(B, H, S, D, seed=i).requires_grad_() for i in range(3)))
     before = run(traced.normal, traced.inputs)
     found, left = find_attention(traced.normal)
     if reason is not None:
@@ -221,3 +239,51 @@ def test_floats_over_keys_that_come_from_outside_may_be_a_mask(add: Callable[[Te
     (site,) = read(traced.normal)
     assert score is None or site.kwargs["score"] == score
     assert needs_whole_rows(str(site.kwargs["score"])) == (score != "f_add(s, c0(b))")
+
+
+def token_types(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    return soft(q @ k.mT + table[ids.clamp(0, 5)][:, None, None]) @ v
+
+
+def bias_behind_a_fill(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    return soft((q @ k.mT).masked_fill(ids[:, None, None] < 0, -1e9) + 300 * table[:T]) @ v
+
+
+def filled_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    bias = table[:T].expand(S, T).masked_fill(ids[:, None, None] < 0, MIN)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def halves(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    q, k, v = (x.bfloat16() for x in (q * 8, k, v))
+    return (soft(q @ k.mT).type_as(v) @ v).float()
+
+
+def score_in_its_own_mask(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return soft(torch.where(scores > -1, scores, -1e9)) @ v
+
+
+GRADIENTS = [token_types, bias_behind_a_fill, filled_bias, halves, score_in_its_own_mask]
+
+
+@pytest.mark.parametrize("fn", GRADIENTS, ids=lambda fn: fn.__name__)
+def test_values_and_gradients_are_the_programs(fn: Callable[..., Tensor]) -> None:
+    ids = torch.randint(0, 6, (B, T), generator=torch.Generator().manual_seed(3))
+    ids[0] = -1  # where it masks, the first element of the batch sees nothing
+
+    def inputs() -> list[Tensor]:
+        return [*(floats(B, H, S, D, seed=i).requires_grad_() for i in range(3)), floats(T).requires_grad_(), ids]
+
+    ours, theirs = inputs(), inputs()
+    torch._dynamo.reset()
+    actual = torch.compile(fn, backend="autoseq", options={"inner": "aot_eager"})(*ours)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = fn(*theirs)
+    tolerance = 3e-2 if fn is halves else 1e-5  # bfloat16 has 8 bits, and the program rounds its scores to them
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    for result in (actual, expected):
+        (result * floats(B, H, S, D, seed=4)).sum().backward()
+    for mine, one in zip(ours[:4], theirs[:4], strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(mine.grad, one.grad, rtol=10 * tolerance, atol=10 * tolerance)

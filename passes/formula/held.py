@@ -37,7 +37,7 @@ def held(reader: Reader, node: fx.Node, index: Index) -> Any:
     content, dtype = content_of(node), node.meta["val"].dtype
     if content is None or content.requires_grad:
         raise Unreadable(node)
-    if not content.dim():
+    if not content.dim() and node.op == "get_attr":  # a constant of the graph; a buffer of one number is looked up, since it may change
         return _typed(content.item(), dtype)
     if content.dim() < 2 or min(content.shape[-2:]) < 2 or content.numel() != content.shape[-1] * content.shape[-2]:
         raise Unreadable(node)

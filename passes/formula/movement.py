@@ -12,7 +12,7 @@ from torch import fx
 
 from autoseq.passes.factors import reshape_dims
 from autoseq.passes.formula.integers import whole
-from autoseq.passes.formula.values import Index, Unreadable, as_bool, as_int, call, convert, divide, join_digits
+from autoseq.passes.formula.values import Index, Unreadable, as_bool, as_int, call, convert, divide, join_digits, span
 from autoseq.passes.sizes import same_size
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _index(reader: Reader, node: fx.Node, index: Index) -> Any:
 def _position(reader: Reader, at: fx.Node, index: Index) -> Any:
     """A position looked up by another tensor; a negative one would count from the end."""
     position = as_int(reader.operand(at, index))
-    if not position.is_nonnegative:
+    if span(position, reader.limits)[0] < 0:
         raise Unreadable(at)
     return position
 

@@ -116,6 +116,26 @@ def magnitude(x: Any, limits: dict[sympy.Symbol, int]) -> float | int:
     return combine[x.func]([magnitude(arg, limits) for arg in x.args]) if x.func in combine else math.inf
 
 
+def span(x: Any, limits: dict[sympy.Symbol, int]) -> tuple[float | int, float | int]:
+    """The least and the greatest value of an integer expression, when its symbols are below `limits`; infinite where that is not known."""
+    if x.is_Integer:
+        return int(x), int(x)
+    if x.is_Symbol:
+        return 0 if x.is_nonnegative else -math.inf, limits.get(x, math.inf) - 1  # pyright: ignore[reportCallIssue]
+    if x.is_Mul:
+        factor, rest = x.as_coeff_Mul()
+        low, high = sorted(int(factor) * end for end in span(rest, limits)) if factor.is_Integer and rest != x else _ANYTHING
+        return low, high
+    combine = {sympy.Add: sum, sympy.Min: min, sympy.Max: max}
+    if x.func in combine:
+        lows, highs = zip(*(span(arg, limits) for arg in x.args), strict=True)
+        return combine[x.func](lows), combine[x.func](highs)
+    return (0 if x.is_nonnegative else -math.inf), math.inf
+
+
+_ANYTHING = (-math.inf, math.inf)
+
+
 def divide(x: Any, n: int, limits: dict[sympy.Symbol, int]) -> tuple[Any, Any]:
     """Quotient and remainder of an index by `n`: `b*H + h` by `H` is (b, h) when h is known to be below H."""
     terms = sympy.Add.make_args(sympy.expand(x))

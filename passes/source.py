@@ -52,8 +52,9 @@ def _source_name(placeholder: fx.Node) -> str:
 
 
 def _dotted(path: str) -> str:
-    """`L['self']._modules['layers']._modules['0']` as `layers.0`."""
+    """`L['self']._modules['layers']._modules['0']` as `layers.0`, and the first variable that a function closes over as `function.0`."""
     path = re.sub(r"^L\['(self|fn|model|mod|kwargs)'\]", "", path)
     path = re.sub(r"\._(modules|parameters|buffers)\[", "[", path)
     path = re.sub(r"L?\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), path)
-    return path.strip(".")
+    path = re.sub(r"\.__closure__\.(\d+)\.cell_contents", r".\1", path)
+    return re.sub(r"^___stack\d+\.", "", path.strip("."))

@@ -100,6 +100,18 @@ def test_a_mask_mod_has_the_programs_numbers_and_is_read(mask_mod: Any, formula:
     assert len(read) == 1 and formula in (None, read[0])
 
 
+def test_what_a_mask_mod_closes_over_has_a_name() -> None:
+    def documents(ids: Tensor) -> Any:
+        return lambda b, h, q, k: ids[q] == ids[k]
+
+    outside = create_block_mask(documents(DOCUMENTS), None, None, S, S, device="cpu")
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    assert formulas(trace(fn, *leaves(), outside)) == ["Eq(blocks.mask_mod.0(q), blocks.mask_mod.0(k))"]
+
+
 def test_a_table_read_index_by_index() -> None:
     outside = create_block_mask(lambda b, h, q, k: ALLOWED[b][h][q][k] | (q == k), 2, 4, S, S, device="cpu")  # Dynamo cannot trace this
     check_opened(lambda q, k, v: flex_attention(q, k, v, block_mask=outside), *leaves())

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoseq.planner import Plan
 from autoseq.program import Program
+from autoseq.runtime.moves import move_traffic
 from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
 
 Counts = dict[str, Traffic]
@@ -113,6 +114,7 @@ _COLLECTIVES = {
     _ops.all_gather_into_tensor.default: ("all_gather", lambda P, x, *_: all_gather_traffic(_bytes(x), P)),
     _ops.reduce_scatter_tensor.default: ("reduce_scatter", lambda P, x, *_: reduce_scatter_traffic(_bytes(x), P)),
     _ops.all_to_all_single.default: ("all_to_all", _all_to_all),
+    torch.ops.autoseq.move_rows.default: ("all_to_all", lambda P, *args: move_traffic(*args)),
 }
 
 

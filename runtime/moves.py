@@ -5,6 +5,9 @@
 
 Each row goes straight from the rank that has it to the rank that needs it, in one all-to-all a sharded part; a gather would
 send it to every rank. Lengths are plain ints: the sizes of the messages follow from them.
+
+What a rank sends depends on the rank, so the exchange is one opaque operator: a compiler that saw into it would make other graphs
+of it on every rank, order them differently, and have the ranks wait for each other's messages.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from autoseq.runtime.collectives import ShardedRows, all_to_all_single, sharded_rows
+from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import chunk_ranges, rank_positions
+from autoseq.runtime.traffic import Traffic, all_to_all_traffic
 
 Piece = tuple[int, int, int, int]
 """(part, start, at, count): rows [start, start + count) of a part become rows [at, at + count) of the result."""
@@ -89,24 +93,56 @@ def _taken(part: Tensor, pieces: Sequence[tuple[int, int, int]], positions: Tens
 
 
 def _moved(part: Tensor, pieces: Sequence[tuple[int, int, int]], shard: Shard, result: ShardedRows) -> Tensor:
-    length, local = shard
-    source = ShardedRows(result.dim, result.outer, length, local, result.layout, result.group)
-    return _Move.apply(part, source, result, tuple(pieces))
+    flat = [number for piece in pieces for number in piece]
+    target = (result.length, result.local)
+    return torch.ops.autoseq.move_rows(part, result.dim, [*shard], [*target], flat, True, result.layout, result.group.name)
 
 
-class _Move(Function):
-    """Rows to their new places; its gradient moves them back, and brings zeros where no row went."""
+@torch.library.custom_op("autoseq::move_rows", mutates_args=())
+def move_rows(
+    x: Tensor, dim: int, source: list[int], target: list[int], pieces: list[int], spare: bool, layout: str, group: str
+) -> Tensor:
+    """The exchange: rows [start, start + count) of x's sequence become rows [at, …) of another, for each triple in `pieces`.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, source: ShardedRows, result: ShardedRows, pieces: tuple[tuple[int, int, int], ...]) -> Tensor:
-        ctx.geometry = source, result, pieces
-        return _Plan.of(source, result, pieces, spare=True).run(x)
+    `source` and `target` are (length, local rows) of the two. Rows that none comes to repeat one that does (`spare`) or are zero.
+    """
+    return _plan(dim, source, target, pieces, spare, layout, group).run(x).contiguous()
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        source, result, pieces = ctx.geometry
-        back = tuple((at, start, count) for start, at, count in pieces)
-        return _Plan.of(result, source, back, spare=False).run(grad), None, None, None
+
+@move_rows.register_fake
+def _(x: Tensor, dim: int, source: list[int], target: list[int], pieces: list[int], spare: bool, layout: str, group: str) -> Tensor:
+    return x.new_empty((*x.shape[:dim], target[1], *x.shape[dim + 1 :]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.settings = inputs[1:]
+
+
+def _move_back(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradient goes back the way the rows came, and is zero where none went."""
+    dim, source, target, pieces, _, layout, group = ctx.settings
+    back = [number for start, at, count in _triples(pieces) for number in (at, start, count)]
+    return torch.ops.autoseq.move_rows(grad, dim, target, source, back, False, layout, group), *(None,) * 7
+
+
+move_rows.register_autograd(_move_back, setup_context=_save)
+
+
+def move_traffic(x: Tensor, dim: int, *settings: Any) -> Traffic:
+    """What this rank sends in one `move_rows`."""
+    plan = _plan(dim, *settings)
+    row = x.numel() // x.shape[dim] * x.element_size()
+    return all_to_all_traffic([row * _rows(runs) for runs in plan.sends], plan.source.group.rank)
+
+
+def _triples(numbers: list[int]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((numbers[i], numbers[i + 1], numbers[i + 2]) for i in range(0, len(numbers), 3))
+
+
+def _plan(dim: int, source: list[int], target: list[int], pieces: list[int], spare: bool, layout: Any, group: str) -> _Plan:
+    member = group_of(group)
+    ends = (ShardedRows(dim, 1, length, local, layout, member) for length, local in (source, target))
+    return _Plan.of(*ends, _triples(pieces), spare)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,10 +66,10 @@ def make(image_first: bool) -> tuple[nn.Module, dict[str, Tensor]]:
     return Joint(image_first), {"text": torch.randn(2, 11, 32), "image": torch.randn(2, 26, 32), "wanted": torch.randn(2, 26, 6)}
 
 
-def train(rank: int, world_size: int, image_first: bool, strategy: str) -> list[float]:
+def train(rank: int, world_size: int, image_first: bool, strategy: str, inner: str = "aot_eager") -> list[float]:
     model, batch = make(image_first)
     oracle = copy.deepcopy(model)
-    loss = torch.compile(model, backend="autoseq", options={"strategy": strategy, "inner": "aot_eager", "strict": True})(**batch)
+    loss = torch.compile(model, backend="autoseq", options={"strategy": strategy, "inner": inner, "strict": True})(**batch)
     expected = oracle(**batch)
     loss.backward()
     expected.backward()
@@ -88,6 +88,12 @@ def train(rank: int, world_size: int, image_first: bool, strategy: str) -> list[
 def test_both_streams_train_with_one_devices_numbers(image_first: bool, strategy: str, world_size: int) -> None:
     """Under `strict`: nothing is gathered."""
     assert max(max(errors) for errors in run_ranks(train, world_size, image_first, strategy)) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_every_rank_compiles_the_same_graph_though_each_sends_other_rows() -> None:
+    """Inductor orders a graph's collectives by its own lights: the ranks would wait for each other if theirs differed."""
+    assert max(max(errors) for errors in run_ranks(train, 2, False, "ulysses", "inductor")) <= TOLERANCE
 
 
 def test_between_the_attentions_each_stream_is_split_as_a_sequence_of_its_own() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoseq.inspection import inspect_model
+from autoseq.runtime.counting import counters, reset_counters
 from ranks import run_ranks
 
 TOLERANCE = 1e-5  # relative L2; float32 sums in another order
@@ -103,3 +104,15 @@ def test_between_the_attentions_each_stream_is_split_as_a_sequence_of_its_own() 
     rows = {node.meta["val"].shape[1] for node in program.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)}
     assert rows == {6, 13}  # of 11 text and 26 image tokens
     assert set(found.collectives) == {"all_to_all", "all_reduce"}
+    counted = run_ranks(count_one_step, 2, backend="autoseq_counted")
+    assert {op: (count.messages, count.bytes) for op, count in found.collectives.items()} == counted[0]
+
+
+def count_one_step(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
+    """What this rank really sends in a training step."""
+    model, batch = make(False)
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager"})
+    compiled(**batch).backward()
+    reset_counters()
+    compiled(**batch).backward()
+    return counters()

@@ -141,8 +141,8 @@ def _triples(numbers: list[int]) -> tuple[tuple[int, int, int], ...]:
 
 def _plan(dim: int, source: list[int], target: list[int], pieces: list[int], spare: bool, layout: Any, group: str) -> _Plan:
     member = group_of(group)
-    ends = (ShardedRows(dim, 1, length, local, layout, member) for length, local in (source, target))
-    return _Plan.of(*ends, _triples(pieces), spare)
+    here, there = (ShardedRows(dim, 1, length, local, layout, member) for length, local in (source, target))
+    return _Plan.of(here, there, _triples(pieces), spare)
 
 
 @dataclass(frozen=True, slots=True)

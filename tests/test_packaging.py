@@ -1,0 +1,23 @@
+"""A plain install holds every module: setuptools packs only the folders that pyproject.toml lists."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Where each part of the package lies, and what it is imported as.
+HOMES = {"autoseq": "autoseq", "passes": "autoseq.passes", "runtime": "autoseq.runtime"}
+
+
+def folders_with_python() -> dict[str, str]:
+    """The import name of every folder that holds Python files, and the folder itself."""
+    found = {}
+    for home, package in HOMES.items():
+        for folder in {file.parent for file in (ROOT / home).rglob("*.py")}:
+            found[".".join([package, *folder.relative_to(ROOT / home).parts])] = folder.relative_to(ROOT).as_posix()
+    return found
+
+
+def test_every_folder_with_python_files_is_installed_and_no_other() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-dir"] == folders_with_python()
+    assert sorted(settings["packages"]) == sorted(settings["package-dir"])

@@ -5,13 +5,14 @@ A strategy says only how it moves q, k and v and which op computes on them; `att
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autoseq.runtime.attention_op import AttentionOp
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.tiles import EmptyRows
@@ -26,14 +27,38 @@ class Terms:
     heads_per_kv: int
     layout: Layout
     group: str
+    axes: tuple[str, ...]  # the groups of this rank along the dimensions of the mesh, if it has several
 
-    def call(self, op: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The op on the rows of this rank, all heads."""
-        return op(q, k, v, *self.tensors, *self.settings, 0, self.heads_per_kv, self.layout, self.group)[0]
+    def call(
+        self,
+        op: AttentionOp,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        groups: Sequence[str] | None = None,
+        places: Sequence[int] = (),
+        first_head: int = 0,
+    ) -> Tensor:
+        """The op on rows of this rank and the heads from `first_head` on; see `Settings` for groups and places."""
+        return op.forward(q, k, v, *self.flat([self.group] if groups is None else groups, places=places, first_head=first_head))[0]
 
-    def call_on_all_rows(self, op: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, first_head: int = 0) -> Tensor:
+    def call_on_all_rows(self, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, first_head: int = 0) -> Tensor:
         """The op on all rows in global order (padding last) and the heads from `first_head` on: one chunk, and no group to ask."""
-        return op(q, k, v, *self.tensors, *self.settings, first_head, self.heads_per_kv, "contiguous", "")[0]
+        return op.forward(q, k, v, *self.flat([], layout="contiguous", first_head=first_head))[0]
+
+    def flat(
+        self,
+        groups: Sequence[str],
+        *,
+        layout: Layout | None = None,
+        places: Sequence[int] = (),
+        first_head: int = 0,
+        gathered: bool = False,
+    ) -> tuple[Any, ...]:
+        """The settings of an op, in the order of its schema."""
+        where = (layout or self.layout, list(places), gathered, list(groups))
+        return (*self.tensors, *self.settings, first_head, self.heads_per_kv, *where)
 
 
 Compute = Callable[[Tensor, Tensor, Tensor, Terms], Tensor]
@@ -61,6 +86,7 @@ def attention_function(module: str, compute: Compute) -> Callable[..., Tensor]:
         k_len: int,
         layout: Layout,
         group: str,
+        axes: Sequence[str] = (),
     ) -> Tensor:
         """Attention of this rank's q [B,H,s,D] to all ranks' k [B,K,t,D], v [B,K,t,Dv], H a multiple of K: out [B,H,s,Dv].
 
@@ -70,7 +96,7 @@ def attention_function(module: str, compute: Compute) -> Callable[..., Tensor]:
         """
         q, k, v = checked_inputs(q, k, v)
         settings = (scale, score, predicate, max_ahead, max_behind, empty_rows, dropout_p, q_len, k_len)
-        return compute(q, k, v, Terms((captures, sinks, seed), settings, q.shape[1] // k.shape[1], layout, group))
+        return compute(q, k, v, Terms((captures, sinks, seed), settings, q.shape[1] // k.shape[1], layout, group, tuple(axes)))
 
     # Where the function is found again by name, in the code of a graph.
     attention.__module__, attention.__qualname__ = module, "attention"

@@ -70,18 +70,32 @@ class Cuts:
         if self.full is None or self.empty is None:
             yield from split(bounds, q_start, q_rows, k_start, k_rows, tiled=tiled)
             return
-        at = (slice(None), _slice(self.q_tiles[q_chunk[1:]]), _slice(self.k_tiles[k_chunk[1:]]))
+        numbers, skipped = self._k_tiles_of(k_start, k_rows)
+        at = (slice(None), _slice(self.q_tiles[q_chunk[1:]]), _slice(numbers))
         full, empty = (_of_heads(grid, heads)[at].all(0) for grid in (self.full, self.empty))
+
+        def key_span(tiles: range) -> Span:
+            """The keys of some tiles, as an offset into the chunk, which may begin and end inside of a tile."""
+            first, end = max(0, tiles.start * TILE - skipped), min(tiles.stop * TILE - skipped, k_rows)
+            return first, end - first
+
         for rows, keys in rectangles(full.tolist()):
-            q_offset, k_offset, q_end, k_end = rows.start * TILE, keys.start * TILE, rows.stop * TILE, keys.stop * TILE
-            sizes = min(q_end, q_rows) - q_offset, min(k_end, k_rows) - k_offset
-            for block in split(bounds, q_start + q_offset, sizes[0], k_start + k_offset, sizes[1], tiled=tiled):
+            q_offset, (k_offset, k_count) = rows.start * TILE, key_span(keys)
+            q_count = min(rows.stop * TILE, q_rows) - q_offset
+            for block in split(bounds, q_start + q_offset, q_count, k_start + k_offset, k_count, tiled=tiled):
                 yield block.moved(q_offset, k_offset)
         for i, j in (~full & ~empty).nonzero().tolist():
-            tile = Block(i * TILE, min(TILE, q_rows - i * TILE), j * TILE, min(TILE, k_rows - j * TILE), BlockKind.PARTIAL, True)
+            tile = Block(i * TILE, min(TILE, q_rows - i * TILE), *key_span(range(j, j + 1)), BlockKind.PARTIAL, True)
             kind = bounds.classify(q_start + tile.q_offset, tile.q_rows, k_start + tile.k_offset, tile.k_rows)
             if kind is not BlockKind.EMPTY:
                 yield replace(tile, kind=BlockKind.FULL if kind is BlockKind.FULL else BlockKind.PARTIAL)
+
+    def _k_tiles_of(self, start: int, rows: int) -> tuple[range, int]:
+        """The numbers of the tiles that hold a part of a chunk of keys, and how many rows of the first one come before the part."""
+        first, numbers = next((first, at) for (first, count), at in self.k_tiles.items() if first <= start < first + count)
+        skipped = (start - first) // TILE
+        last = (start + rows - 1 - first) // TILE
+        return range(numbers.start + skipped, numbers.start + last + 1), start - first - skipped * TILE
 
     def whole_rows(self, q_chunk: Chunk, k_chunk: Chunk) -> Iterator[Block]:
         """Blocks of few rows and all keys of the chunk, of the size of a tile, for scores whose rows must not be cut."""

@@ -181,11 +181,11 @@ def _masked(scores: Tensor, tile: Tile) -> Tensor:
 
 
 def _additive(problem: Problem, tile: Tile, q: Tensor) -> Tensor | None:
-    """What a kernel adds to a tile's scores: the score's other terms, and -inf where masked. [B|1, H|1, rows, keys]"""
+    """What a kernel adds to a tile's scores: the score's other terms, and -inf where masked. Without terms the mask itself, if any."""
     terms = additive_terms(problem.score)
     assert terms is not None
-    if tile.allowed is None and not terms:
-        return None
+    if not terms:
+        return tile.allowed
     additive = q.new_zeros((), dtype=accumulate_dtype(q.dtype))
     for term in terms:
         additive = additive + evaluate_float(term, tile.points, problem.captures).to(additive.dtype)

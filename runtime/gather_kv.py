@@ -34,6 +34,7 @@ class GatherKV(Strategy):
 
     name = "gather_kv"
     merges_partial_softmaxes = True
+    balanced_by_zigzag = True
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:
@@ -52,7 +53,7 @@ def _forward(call: Call, work: Forward) -> None:
         work.add(k, v, call.keys_of(rank))
 
 
-def _backward(call: Call, work: Backward) -> tuple[Tensor, Tensor]:
+def _backward(call: Call, work: Backward, _: Tensor) -> tuple[Tensor, Tensor]:
     op = "gather_kv_attention_backward"
     gathered = _gather(op, call)
     grads = torch.zeros_like(gathered, dtype=work.dq.dtype)

@@ -42,7 +42,7 @@ def _forward(call: Call, work: Forward) -> None:
     work.add(call.k, call.v, call.all_keys)
 
 
-def _backward(call: Call, work: Backward) -> tuple[Tensor, Tensor]:
+def _backward(call: Call, work: Backward, _: Tensor) -> tuple[Tensor, Tensor]:
     dk, dv = (x.new_zeros(x.shape, dtype=work.dq.dtype) for x in (call.k, call.v))
     work.add(call.k, call.v, call.all_keys, dk, dv)
     return dk, dv

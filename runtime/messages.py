@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,21 +38,33 @@ _ADVICE = (
 )
 
 
-def post_to_next(op: str, group: SequenceGroup, hop: int, messages: list[tuple[Tensor, Tensor] | None]) -> Pending:
-    """Send to the next rank of the ring and receive from the one before, all messages in one batch.
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What leaves for one rank of the group and what comes from one, flat and contiguous; None or empty is left out.
 
-    Each message is (what leaves, where to receive), contiguous and equally large; None is left out. Sends sum of all leaving.
+    Messages between the same two ranks that are in flight together need different tags.
     """
-    to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
-    what = f"{op} on group {group.name!r}, hop {hop} of {group.size}, rank {group.rank}, to rank {to} and from rank {source}"
-    present = [(tag, message) for tag, message in enumerate(messages) if message is not None and message[0].numel() > 0]
-    if not present:
+
+    to: int
+    leaving: Tensor | None
+    source: int
+    arriving: Tensor | None
+    tag: int = 0
+
+
+def post(op: str, group: SequenceGroup, when: str, messages: Sequence[Message]) -> Pending:
+    """Post point-to-point messages in one batch; the same messages, in the same order, between any two ranks. Sends what leaves."""
+    process, batch, peers = None, [], []
+    for message in messages:
+        ends = ((dist.isend, message.leaving, message.to, "to"), (dist.irecv, message.arriving, message.source, "from"))
+        for kind, tensor, peer, word in ends:
+            if tensor is not None and tensor.numel() > 0:
+                process = process or process_group(group.name)
+                batch.append(dist.P2POp(kind, tensor, group=process, group_peer=peer, tag=message.tag))
+                peers.append(f"{word} rank {peer}")
+    what = f"{op} on group {group.name!r}, {when}, rank {group.rank} of {group.size}, {' and '.join(dict.fromkeys(peers))}"
+    if not batch:
         return Pending([], what)
-    process = process_group(group.name)
-    batch = []
-    for tag, (leaving, arriving) in present:
-        batch.append(dist.P2POp(dist.isend, leaving, group=process, group_peer=to, tag=tag))
-        batch.append(dist.P2POp(dist.irecv, arriving, group=process, group_peer=source, tag=tag))
     try:
         return Pending(dist.batch_isend_irecv(batch), what)
     except RuntimeError as error:

@@ -1,9 +1,17 @@
-"""Keys and values as one flat buffer, so that they travel in one message."""
+"""Rows of keys and values on their way: packed into one flat buffer, so that they travel in one message."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
 import torch
 from torch import Tensor
+
+from autoseq.runtime import runs
+from autoseq.runtime.blocks import Chunk
+from autoseq.runtime.runs import Runs
 
 
 def pack(*tensors: Tensor) -> Tensor:
@@ -15,3 +23,73 @@ def unpack(buffer: Tensor, *likes: Tensor) -> list[Tensor]:
     """Views of a flat buffer in the shapes of `likes`."""
     pieces = buffer.split([like.numel() for like in likes])
     return [piece.view(like.shape) for piece, like in zip(pieces, likes, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Some local rows of a participant's tensors [B,K,rows,D]: its keys and values, or their gradients.
+
+    `flat` is the one buffer whose views the tensors are; None while they are still where the program has them.
+    """
+
+    tensors: tuple[Tensor, ...]
+    rows: Runs
+    flat: Tensor | None = None
+
+    @classmethod
+    def empty(cls, like: Sequence[Tensor], rows: Runs, dtype: torch.dtype | None = None, *, zero: bool = False) -> Packed:
+        """Room for some rows of such tensors."""
+        n = runs.count(rows)
+        shapes = [(*x.shape[:2], n, x.shape[3]) for x in like]
+        sizes = [prod(shape) for shape in shapes]
+        flat = (like[0].new_zeros if zero else like[0].new_empty)(sum(sizes), dtype=dtype or like[0].dtype)
+        return cls.of_flat(flat, like, rows)
+
+    @classmethod
+    def of_flat(cls, flat: Tensor, like: Sequence[Tensor], rows: Runs) -> Packed:
+        """What a flat buffer holds."""
+        shapes = [(*x.shape[:2], runs.count(rows), x.shape[3]) for x in like]
+        pieces = flat.split([prod(shape) for shape in shapes])
+        return cls(tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)), rows, flat)
+
+    def part(self, rows: Runs) -> Packed:
+        """Some of these rows, packed: a copy, unless they are all there and packed already."""
+        if rows == self.rows and self.flat is not None:
+            return self
+        part = Packed.empty(self.tensors, rows)
+        for at, to, count in self._shared(part):
+            for mine, theirs in zip(self.tensors, part.tensors, strict=True):
+                theirs[:, :, to : to + count].copy_(mine[:, :, at : at + count])
+        return part
+
+    def message(self) -> Tensor:
+        """The packed rows."""
+        assert self.flat is not None
+        return self.flat
+
+    def add(self, other: Packed) -> None:
+        """Add the rows that both hold."""
+        for at, to, count in self._shared(other):
+            for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+                mine[:, :, at : at + count].add_(theirs[:, :, to : to + count])
+
+    def put(self, other: Packed) -> None:
+        """Take over the rows that both hold."""
+        for at, to, count in self._shared(other):
+            for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+                mine[:, :, at : at + count].copy_(theirs[:, :, to : to + count])
+
+    def chunks(self, held: Sequence[Chunk]) -> list[Chunk]:
+        """These rows as attention computes with them, given the chunks of their holder."""
+        return [
+            (place, start + first - local, rows)
+            for local, start, count in held
+            for place, first, rows in runs.offsets(((local, count),), self.rows)
+        ]
+
+    def _shared(self, other: Packed) -> list[tuple[int, int, int]]:
+        """(place here, place there, rows) of the rows that both hold."""
+        both = runs.intersection(self.rows, other.rows)
+        here, there = runs.offsets(both, self.rows), runs.offsets(both, other.rows)
+        # Each run of `both` lies in one run of either side, so the two lists go together.
+        return [(at, to, rows) for (at, _, rows), (to, _, _) in zip(here, there, strict=True)]

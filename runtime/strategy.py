@@ -14,7 +14,10 @@ from typing import ClassVar
 import sympy
 from torch import Tensor
 
+from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.mask import Mask
+from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
@@ -54,16 +57,39 @@ class Cost:
     backward_messages: int
 
 
+NOTHING = Cost(0, 0, 0, 0)
+
+
+def accumulator_bytes(site: Site) -> int:
+    """Bytes of an element of a gradient on its way."""
+    return max(4, site.element_bytes)
+
+
+def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = ()) -> Needs:
+    """Which keys P participants need of each other, without what only the values of a tensor tell; `places` as for `Holdings`."""
+    held = Holdings.of(P, layout, places)
+    ranks = len(places) or P
+    s, t = (local_length(n, ranks, layout) * ranks // P for n in (site.q_len, site.k_len))
+    mask = Mask(site.max_ahead, site.max_behind, site.predicate)
+    fills = site.empty_rows != "zero" and not site.has_sinks
+    terms = Terms(mask, None, site.batch, range(site.heads), fills, site.score)
+    return needs_of(terms, Rows(held, held, s, t, site.q_len, site.k_len), P)
+
+
 class Strategy(ABC):
-    """A way to compute attention over a sharded sequence. One instance each, in `runtime/strategies.py`."""
+    """A way to compute attention over a sharded sequence. One instance each, in `runtime/strategies.py`.
+
+    `balanced_by_zigzag` says that a rank's work follows the rows it holds, so that a causal mask wants them in zigzag order.
+    """
 
     name: ClassVar[str]
     merges_partial_softmaxes: ClassVar[bool] = False
+    balanced_by_zigzag: ClassVar[bool] = False
     attention: Callable[..., Tensor]
 
     @abstractmethod
     def formulas(self) -> dict[str, sympy.Expr]:
-        """Cost's fields as formulas in this module's symbols, for P > 1."""
+        """Cost's fields as formulas in this module's symbols, for P > 1 and a mask that leaves nothing out."""
 
     def cannot_serve(self, site: Site, group_size: int) -> str | None:
         """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""
@@ -75,10 +101,20 @@ class Strategy(ABC):
             return f"{site.heads} query heads are not a multiple of {site.kv_heads} key/value heads"
         return None
 
+    def cannot_lay_out(self, layout: Layout) -> str | None:
+        """Why this strategy cannot compute on rows in that layout, or None."""
+        return None
+
     def cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:
-        """What `rank` sends: the formulas at the padded sizes, to the byte."""
-        if group_size == 1:
-            return Cost(0, 0, 0, 0)
+        """What `rank` sends, to the byte. What only the values of a tensor rule out is not known here, and counted."""
+        return NOTHING if group_size == 1 else self.sent(site, group_size, layout, rank)
+
+    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
+        """What `rank` of several sends; the same as without a mask, for a strategy to which it makes no difference."""
+        return self.full_cost(site, group_size, layout, rank)
+
+    def full_cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:
+        """What `rank` of several would send without a mask: the formulas at the padded sizes."""
         values = list(self.sizes(site, group_size, layout, rank).items())
         return Cost(**{name: int(formula.subs(values)) for name, formula in self.formulas().items()})
 
@@ -94,5 +130,5 @@ class Strategy(ABC):
             V: site.value_dim,
             P: group_size,
             e: site.element_bytes,
-            a: max(4, site.element_bytes),
+            a: accumulator_bytes(site),
         }

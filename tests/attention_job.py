@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,14 @@ from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.layout import Layout, local_length, rank_positions
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case
+
+
+SPLIT = [name for name in STRATEGIES if name != "local"]
+
+
+def layouts_of(strategy: str) -> list[Layout]:
+    """The layouts that a strategy takes."""
+    return [layout for layout in get_args(Layout) if STRATEGIES[strategy].cannot_lay_out(layout) is None]
 
 
 def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attention_job import assemble, attend_on_rank, call_keywords, padding_rows
+from attention_job import SPLIT, assemble, attend_on_rank, call_keywords, padding_rows
 from autoseq.runtime.errors import MessageError, UnsupportedError
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.strategies import STRATEGIES
@@ -21,7 +21,6 @@ from autoseq.runtime.strategy import Site
 from dense_attention import MASKS, SCORES, Case, check_close, dense_attention, kinds_beside, relative_error
 from ranks import run_ranks
 
-SPLIT = ["ulysses", "ring", "gather_kv"]
 LAYOUTS: list[Layout] = ["contiguous", "zigzag"]
 
 # float64 differs from the oracle only in the order of summation; float32 by its rounding, 6e-8 for each of a few dozen sums.
@@ -243,7 +242,7 @@ def ring_with_an_absent_peer(rank: int, P: int) -> str:
 def test_an_absent_peer_is_an_error_not_a_hang() -> None:
     message = run_ranks(ring_with_an_absent_peer, 2)[0]
     assert "ring_attention on group" in message
-    assert "hop 0 of 2, rank 0, to rank 1 and from rank 1" in message
+    assert "hop 0 of 2, rank 0 of 2, to rank 1" in message
     assert "raise the timeout of init_process_group" in message
 
 

@@ -88,4 +88,4 @@ def test_the_op_is_what_it_says() -> None:
     case = Case(9, 9, mask="segments", batch=2, heads=4, kv_heads=2, **terms)
     q, k, v = (x.requires_grad_() for x in case.tensors()[:3])
     tensors = (q, k, v, case.captures(), case.sinks(), case.dropout_seed())
-    torch.library.opcheck(whole_attention, (*tensors, *case.settings().values(), 0, 2, "contiguous", ""))
+    torch.library.opcheck(whole_attention.forward, (*tensors, *case.settings().values(), 0, 2, "contiguous", [], False, []))

@@ -1,0 +1,129 @@
+"""Keys that go round one group in one or two lanes: what `ring` and `bidirectional_ring` share.
+
+A lane is some of the keys and the directions in which they go round; `runtime/circle.py` has the walk of one lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from autoseq.runtime.attention_op import AttentionOp, Call, Settings, attention_op
+from autoseq.runtime.blockwise import Backward, Forward
+from autoseq.runtime.circle import Circle, Route, finish, in_step
+from autoseq.runtime.groups import group_of
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.needs import Needs
+from autoseq.runtime.packed import Packed
+from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.runs import Runs
+from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, needs_of_site
+
+Lane = tuple[Route, Route]
+"""The routes of some of the keys, forward and backward."""
+
+Lanes = Callable[[Needs, int, int], tuple[Lane, ...]]
+"""The lanes for what is needed, given the bytes of an element of a key and of its gradient."""
+
+
+@lru_cache(maxsize=256)
+def cheapest_lane(needs: Needs, key_bytes: int, grad_bytes: int) -> Lane:
+    """The directions in which the fewest bytes are sent; where both send as many, up in the forward and back in the backward."""
+    everyone = range(len(needs))
+    up, down = (Route.of(needs, step) for step in (1, -1))
+    forward = min((up, down), key=lambda route: sum(sum(route.sent_forward(rank)) for rank in everyone))
+
+    def backward_bytes(route: Route) -> int:
+        sent = [route.sent_backward(rank, forward) for rank in everyone]
+        return sum(key_bytes * sum(keys) + grad_bytes * sum(grads) for keys, grads in sent)
+
+    return forward, min((up, down) if forward is down else (down, up), key=backward_bytes)
+
+
+def lanes_op(name: str, lanes: Lanes) -> AttentionOp:
+    """An attention op whose keys go round in these lanes."""
+
+    def forward(call: Call, work: Forward) -> Tensor | None:
+        return _walk_forward(name, call, work, _lanes_of(call, lanes))
+
+    def backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]:
+        return _walk_backward(f"{name}_backward", call, work, kept, _lanes_of(call, lanes))
+
+    return attention_op(name, forward, backward, kept=_last_keys)
+
+
+def lanes_cost(lanes: Lanes, site: Site, P: int, layout: Layout, rank: int) -> Cost:
+    """What `rank` sends for a site, row by row of what its mask leaves."""
+    ways = lanes(needs_of_site(site, P, layout), site.element_bytes, accumulator_bytes(site))
+    forward = [rows for route, _ in ways for rows in route.sent_forward(rank)]
+    backward = [back.sent_backward(rank, route) for route, back in ways]
+    keys, grads = ([rows for sent in backward for rows in sent[i]] for i in (0, 1))
+    elements = site.batch * site.kv_heads * (site.head_dim + site.value_dim)
+    return Cost(
+        forward_bytes=elements * site.element_bytes * sum(forward),
+        backward_bytes=elements * (site.element_bytes * sum(keys) + accumulator_bytes(site) * sum(grads)),
+        forward_messages=len(forward),
+        backward_messages=len(keys) + len(grads),
+    )
+
+
+def _lanes_of(call: Call, lanes: Lanes) -> tuple[Lane, ...]:
+    return lanes(call.needs, call.k.element_size(), accumulate_dtype(call.k.dtype).itemsize)
+
+
+def _last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
+    """At most as many as a participant has itself."""
+    (group,) = settings.groups
+    return k.numel() + v.numel() if group_of(group).size > 1 else 0
+
+
+def _walk_forward(op: str, call: Call, work: Forward, lanes: Sequence[Lane]) -> Tensor | None:
+    """Bring all keys to `work`; what is left of them at the end, lane by lane, is kept for the backward."""
+    visit = _visitor(call, lambda keys, chunks: work.add(*keys.tensors, chunks))
+    circles = [Circle(op, call.group, forward, number) for number, (forward, _) in enumerate(lanes)]
+    last = finish(in_step(circle.forward(_own(call)) for circle in circles), visit)
+    return torch.cat([keys.message() for keys in last]) if call.participants > 1 else None
+
+
+def _walk_backward(op: str, call: Call, work: Backward, kept: Tensor, lanes: Sequence[Lane]) -> tuple[Tensor, Tensor]:
+    """Bring all keys again, first those kept, and the gradients home: dk and dv."""
+    own, dtype = _own(call), work.dq.dtype
+    dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in own.tensors)
+    visit = _visitor(call, lambda keys, chunks, grads: work.add(*keys.tensors, chunks, *grads.tensors))
+    circles = [Circle(op, call.group, backward, number) for number, (_, backward) in enumerate(lanes)]
+    ends = [forward.keys_at(call.me, forward.size - 1) for forward, _ in lanes] if call.participants > 1 else []
+    left = _unpacked(kept, own, ends) or [None] * len(lanes)
+    grads = Packed((dk, dv), own.rows)
+    finish(in_step(c.backward(own, grads, *before) for c, *before in zip(circles, left, [f for f, _ in lanes], strict=True)), visit)
+    return dk, dv
+
+
+def _visitor(call: Call, work: Callable[..., None]) -> Callable[..., None]:
+    """Works on the keys of a participant that this one needs; its own come once in every lane, whole."""
+    seen: set[int] = set()
+
+    def visit(origin: int, keys: Packed, *grads: Packed) -> None:
+        if not call.needs[call.me][origin] or (origin == call.me and origin in seen):
+            return
+        seen.add(origin)
+        work(keys, keys.chunks(call.keys_of(origin)), *grads)
+
+    return visit
+
+
+def _own(call: Call) -> Packed:
+    return Packed((call.k, call.v), ((0, call.k.shape[2]),))
+
+
+def _unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed | None]:
+    """Packed rows of several lanes, one after the other in a buffer."""
+    unpacked: list[Packed | None] = []
+    place = 0
+    for each in rows:
+        size = Packed.empty(like.tensors, each).message().numel()
+        unpacked.append(Packed.of_flat(flat[place : place + size], like.tensors, each))
+        place += size
+    return unpacked

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from autoseq.runtime import kernels
-from autoseq.runtime.kernels import attend, attend_backward
+import flash_attn_stand_in  # noqa: F401 (registers its operators)
+from aten_stand_ins import AtenOnCuda, FlashAttn
+from autoseq.runtime import aten_kernels, flash_attn_kernel, kernel_call, kernels
+from autoseq.runtime.aten_kernels import CPU, CUDNN, EFFICIENT, FLASH
+from autoseq.runtime.flash_attn_kernel import FLASH_ATTN
+from autoseq.runtime.kernel_call import BlockCall, Kernel
+from autoseq.runtime.kernels import attend, attend_backward, choose, why_not
+from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.reference_kernel import REFERENCE
 from dense_attention import relative_error
 
 SCALE = 0.3
@@ -60,7 +68,7 @@ def check_block(tensors: list[Tensor], attn_bias: Tensor | None, is_causal: bool
     expected = dense(q, k, v, grad, allowed)
     seen = expected[1] > -torch.inf
     assert torch.equal(lse > -torch.inf, seen), "lse is -inf exactly in the rows without keys"
-    assert lse.dtype == kernels.accumulate_dtype(q.dtype)
+    assert lse.dtype == accumulate_dtype(q.dtype)
     results = [out, lse.masked_fill(~seen, 0), *grads]
     expected[1] = expected[1].masked_fill(~seen, 0)
     for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), results, expected, strict=True):
@@ -73,7 +81,7 @@ def check_block(tensors: list[Tensor], attn_bias: Tensor | None, is_causal: bool
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test runs with the kernel that CPU tensors get, and with the plain one."""
     if request.param == "the reference":
-        monkeypatch.setattr(kernels, "_kernel", lambda *_: "reference")
+        monkeypatch.setattr(kernels, "KERNELS", (REFERENCE,))
 
 
 MASKS: dict[str, Callable[[int, int], Tensor]] = {
@@ -90,8 +98,8 @@ MASKS: dict[str, Callable[[int, int], Tensor]] = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_attend(shape: tuple[int, ...], mask: str, dtype: torch.dtype) -> None:
     allowed = MASKS[mask](shape[0], shape[1])
-    attn_bias = None if mask == "no mask" else torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-    check_block(draw(shape, dtype), attn_bias, False, allowed)
+    for attn_bias in (None,) if mask == "no mask" else (allowed, torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)):
+        check_block(draw(shape, dtype), attn_bias, False, allowed)
 
 
 @pytest.mark.usefixtures("kernel")
@@ -123,16 +131,144 @@ def test_gradients_of_two_halves_add_up() -> None:
         assert relative_error(x, y) <= TOLERANCE[torch.float64]
 
 
+# What only a GPU runs ------------------------------------------------------------------------------------------------
+
+ON_CUDA = [FLASH_ATTN, FLASH, CUDNN, EFFICIENT]
+ALL_THERE = tuple(replace(kernel, missing=lambda: "") for kernel in kernels.KERNELS)
+
+
+def names(call: BlockCall, missing: tuple[str, ...] = ()) -> list[str]:
+    """The kernels that can serve a call, in order."""
+    return [kernel.name for kernel in ALL_THERE if kernel.name not in missing and not why_not(kernel, call)]
+
+
+BF16 = BlockCall("cuda", (9, 0), torch.bfloat16, 512, 512, 128, 128, "none")
+CHOICES: dict[str, tuple[BlockCall, list[str]]] = {
+    "halves on CUDA": (BF16, ["flash_attn", "flash", "cudnn", "efficient", "reference"]),
+    "float16 is a half too": (replace(BF16, dtype=torch.float16), ["flash_attn", "flash", "cudnn", "efficient", "reference"]),
+    "a mask": (replace(BF16, bias="mask"), ["efficient", "reference"]),
+    "a bias would be rounded to bfloat16": (replace(BF16, bias="float"), ["reference"]),
+    "a bias in float32 is not": (replace(BF16, dtype=torch.float32, bias="float"), ["efficient", "reference"]),
+    "float32": (replace(BF16, dtype=torch.float32), ["efficient", "reference"]),
+    "float64": (replace(BF16, dtype=torch.float64), ["reference"]),
+    "a wide head": (replace(BF16, key_dim=192), ["flash_attn", "flash", "efficient", "reference"]),
+    "a wider head": (replace(BF16, value_dim=257), ["efficient", "reference"]),
+    "a head that is padded past 128": (replace(BF16, key_dim=129, value_dim=1), ["flash_attn", "flash", "efficient", "reference"]),
+    "a wide head on a consumer's GPU": (replace(BF16, key_dim=200, capability=(8, 9)), ["flash_attn", "efficient", "reference"]),
+    "a single key": (replace(BF16, keys=1), ["flash_attn", "flash", "efficient", "reference"]),
+    "an old GPU": (replace(BF16, dtype=torch.float16, capability=(7, 5)), ["efficient", "reference"]),
+    "bfloat16 on an old GPU": (replace(BF16, capability=(7, 5)), ["reference"]),
+    "a very old GPU": (replace(BF16, dtype=torch.float32, capability=(6, 1)), ["reference"]),
+    "CPU": (replace(BF16, device="cpu", capability=(0, 0)), ["cpu", "reference"]),
+    "a bias on CPU": (replace(BF16, device="cpu", capability=(0, 0), bias="float"), ["cpu", "reference"]),
+    "float64 on CPU": (replace(BF16, device="cpu", capability=(0, 0), dtype=torch.float64), ["cpu", "reference"]),
+    "an unknown device": (replace(BF16, device="meta", capability=(0, 0)), ["reference"]),
+}
+
+
+@pytest.mark.parametrize(("call", "expected"), CHOICES.values(), ids=CHOICES)
+def test_choice(call: BlockCall, expected: list[str]) -> None:
+    """Which kernels serve a call, the first of them first."""
+    assert names(call) == expected
+
+
+def test_kernels_that_are_not_there_say_why() -> None:
+    """On this machine or any other: what is chosen is there, and what is missing says what to do."""
+    for kernel in ON_CUDA:
+        assert torch.cuda.is_available() or len(kernel.missing()) > 10, kernel.name
+    assert torch.cuda.is_available() or choose(BF16) is REFERENCE
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert all(kernel.missing() for kernel in (FLASH, CUDNN, EFFICIENT))
+        assert choose(replace(BF16, dtype=torch.float32)) is REFERENCE
+
+
 def test_cpu_tensors_get_the_flash_kernel() -> None:
     q, _, v, _ = draw(SHAPES["square"], torch.bfloat16)
-    assert kernels._kernel(q, v, None) == "cpu"
-    assert kernels._kernel(q.to("meta"), v.to("meta"), None) == "reference"
+    assert choose(BlockCall.of(q, q, v, None)) is CPU
+    assert choose(BlockCall.of(*(x.to("meta") for x in (q, q, v)), None)) is REFERENCE
+
+
+@pytest.fixture(params=ON_CUDA, ids=lambda kernel: kernel.name)
+def cuda_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """One of the kernels for CUDA, on stand-ins of its operators, for tensors that claim to be there."""
+    kernel = replace(request.param, missing=lambda: "")
+    monkeypatch.setattr(kernel_call, "device_of", lambda _: ("cuda", (9, 0)))
+    monkeypatch.setattr(aten_kernels, "_aten", AtenOnCuda())
+    monkeypatch.setattr(flash_attn_kernel, "_operators", lambda: (FlashAttn, ""))
+    monkeypatch.setattr(kernels, "KERNELS", (kernel,))
+    return kernel
+
+
+def every_block(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, list[Tensor], Tensor | None, bool, Tensor]]:
+    """Its name, tensors, mask or bias, causality, and what is allowed, for every shape and mask there is."""
+    for name, shape in SHAPES.items():
+        tensors, size = [x.to(device) for x in draw(shape, dtype)], shape[:2]
+        for mask, make in MASKS.items():
+            allowed = make(*size).to(device)
+            yield f"{name}, {mask}", tensors, None if mask == "no mask" else allowed, False, allowed
+        allowed = torch.ones(size, dtype=torch.bool, device=device)
+        yield f"{name}, a bias", tensors, torch.zeros(size, device=device), False, allowed
+        if size[0] == size[1]:
+            yield f"{name}, causal", tensors, None, True, allowed.tril()
+
+
+ON_GPU_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
+
+
+@ON_GPU_DTYPES
+def test_what_cuda_kernels_are_handed(cuda_kernel: Kernel, dtype: torch.dtype) -> None:
+    """Layouts, alignment, padding, head counts and rows without keys, with operators that check what the kernels take for granted."""
+    served = []
+    for name, tensors, attn_bias, is_causal, allowed in every_block(dtype):
+        if not cuda_kernel.cannot_serve(BlockCall.of(*tensors[:3], attn_bias)):
+            check_block(tensors, attn_bias, is_causal, allowed)
+            served.append(name)
+    fewest = {EFFICIENT.name: 52 if dtype == torch.float32 else 42}.get(cuda_kernel.name, 0 if dtype == torch.float32 else 10)
+    assert len(served) >= fewest
+    assert bool(served) == bool(fewest)
+
+
+def test_views_into_a_message_are_aligned(cuda_kernel: Kernel) -> None:
+    """Keys and values are views into a packed message, which start anywhere in it."""
+    q, k, v, grad = draw((9, 11, 4, 2, 8, 8), torch.float16)
+    flat = torch.cat([torch.zeros(3, dtype=torch.float16), k.reshape(-1), v.reshape(-1)])
+    views = [flat[3 + i * k.numel() :][: k.numel()].view(k.shape) for i in range(2)]
+    check_block([q, *views, grad.expand_as(grad)], None, False, torch.ones(9, 11, dtype=torch.bool))
+    assert cuda_kernel in kernels.KERNELS
+
+
+@pytest.mark.parametrize("lse_dims", [3, 4])
+def test_cudnn_is_given_its_own_kind_of_lse(lse_dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_call, "device_of", lambda _: ("cuda", (9, 0)))
+    monkeypatch.setattr(aten_kernels, "_aten", AtenOnCuda(lse_dims))
+    monkeypatch.setattr(kernels, "KERNELS", (replace(CUDNN, missing=lambda: ""),))
+    aten_kernels._cudnn_lse_dims.cache_clear()
+    check_block(draw(SHAPES["square"], torch.float16), None, False, torch.ones(32, 32, dtype=torch.bool))
+    aten_kernels._cudnn_lse_dims.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient"])
+def test_operators_accept_the_arguments(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real operators, on tensors without data: their schemas, and the shapes that they give."""
+    monkeypatch.setattr(kernel_call, "device_of", lambda _: ("cuda", (9, 0)))
+    monkeypatch.setattr(kernels, "KERNELS", tuple(each for each in ALL_THERE if each.name == kernel))
+    q, k, v, grad = (x.to("meta") for x in draw((17, 23, 6, 2, 12, 8), torch.bfloat16))
+    bias = torch.ones(17, 23, dtype=torch.bool, device="meta") if kernel == "efficient" else None
+    out, lse = attend(q, k, v, bias, False, SCALE)
+    grads = attend_backward(grad, q, k, v, out, lse, bias, False, SCALE)
+    assert out.shape == grad.shape and lse.shape == (2, 6, 17) and lse.dtype == torch.float32
+    assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
-def test_attend_on_gpu(dtype: torch.dtype, is_causal: bool) -> None:
-    tensors = [x.cuda() for x in draw((64, 64, 4, 2, 20, 12), dtype)]
-    allowed = torch.ones(64, 64, dtype=torch.bool, device="cuda")
-    check_block(tensors, None, is_causal, allowed.tril() if is_causal else allowed)
+@ON_GPU_DTYPES
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_kernels_on_gpu(kernel: Kernel, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that is there, against float64."""
+    blocks = list(every_block(dtype, "cuda"))
+    blocks = [block for block in blocks if not why_not(kernel, BlockCall.of(*block[1][:3], block[2]))]
+    if not blocks:
+        pytest.skip(kernel.missing() or f"{kernel.name} serves no such block")
+    monkeypatch.setattr(kernels, "KERNELS", (kernel,))
+    for _, *block in blocks:
+        check_block(*block)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from autoseq.runtime.collectives import all_to_all_single
 from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.layout import Layout, to_global, to_ranked
 from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.posted import arrived, post_all_to_all
 
 HeadRange = tuple[int, int]
 """Global head indices [start, end)."""
@@ -29,7 +29,14 @@ HeadRange = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Which heads of each tensor go to which rank: `ranges[i][p]` of tensor i to rank p. They may overlap between ranks."""
+    """Which heads of each tensor go to which rank: `ranges[i][p]` of tensor i to rank p. They may overlap between ranks.
+
+    The group may be a part of the ranks that share the sequence (`hybrid`). Its ranks are in the order of the shards they hold, and so
+    the rows that come together are in ascending order of position in either layout: early chunks as the ranks, late ones the other way.
+
+    `to_rows` and `to_heads` are whole exchanges with a gradient. The other methods are their halves, without one: what is posted
+    travels until it is waited for.
+    """
 
     ranges: list[list[HeadRange]]
     layout: Layout
@@ -43,32 +50,39 @@ class Exchange:
         """The inverse of `to_rows`; a head that several ranks hold comes back as their sum. One message."""
         return list(_ToHeads.apply(self, *ys))
 
+    def post_rows(self, xs: Sequence[Tensor]) -> Tensor:
+        """Send the heads of this rank's rows to the ranks that compute them. What arrives, flat: wait before it is read."""
+        send_sizes = [sum(self._sent(i, p, prod(x.shape) // x.shape[1]) for i, x in enumerate(xs)) for p in range(self.group.size)]
+        recv_sizes = [sum(prod(shape) for shape in self._pieces(xs))] * self.group.size
+        return post_all_to_all(self.group, split_heads(list(xs), *self._bounds()), send_sizes, recv_sizes)
+
+    def arrived_rows(self, flat: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
+        """All rows of this rank's heads, from what arrived for `xs`."""
+        return join_rows(flat, [size for shape in self._pieces(xs) for size in shape], self.group.size, self.layout)
+
+    def post_heads(self, ys: Sequence[Tensor]) -> Tensor:
+        """Send the rows of this rank's heads to the ranks that hold them. What arrives, flat: wait before it is read."""
+        P = self.group.size
+        recv_sizes = [sum(self._sent(i, p, prod(y.shape[2:]) * y.shape[0] // P) for i, y in enumerate(ys)) for p in range(P)]
+        return post_all_to_all(self.group, split_rows(list(ys), P, self.layout), [sum(prod(y.shape) // P for y in ys)] * P, recv_sizes)
+
+    def arrived_heads(self, flat: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+        """All heads of this rank's rows, from what arrived for `ys`."""
+        shapes = [(y.shape[0], self.ranges[i][-1][1], y.shape[2] // self.group.size, y.shape[3]) for i, y in enumerate(ys)]
+        return join_heads(flat, [size for shape in shapes for size in shape], *self._bounds())
+
     def trade_rows(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """`to_rows` without a gradient."""
-        mine = [(x.shape[0], self._held(i), *x.shape[2:]) for i, x in enumerate(xs)]
-        flat = all_to_all_single(
-            split_heads(list(xs), *self._bounds()),
-            send_sizes=[sum(self._sent(i, p, prod(x.shape) // x.shape[1]) for i, x in enumerate(xs)) for p in range(self.group.size)],
-            recv_sizes=[sum(prod(shape) for shape in mine)] * self.group.size,
-            group=self.group.name,
-        )
-        return join_rows(flat, [size for shape in mine for size in shape], self.group.size, self.layout)
+        return self.arrived_rows(arrived(self.group, self.post_rows(xs)), xs)
 
     def trade_heads(self, ys: Sequence[Tensor]) -> list[Tensor]:
         """`to_heads` without a gradient."""
-        P = self.group.size
-        shapes = [(y.shape[0], self.ranges[i][-1][1], y.shape[2] // P, y.shape[3]) for i, y in enumerate(ys)]
-        flat = all_to_all_single(
-            split_rows(list(ys), P, self.layout),
-            send_sizes=[sum(prod(y.shape) // P for y in ys)] * P,
-            recv_sizes=[sum(self._sent(i, p, b * s * d) for i, (b, _, s, d) in enumerate(shapes)) for p in range(P)],
-            group=self.group.name,
-        )
-        return join_heads(flat, [size for shape in shapes for size in shape], *self._bounds())
+        return self.arrived_heads(arrived(self.group, self.post_heads(ys)), ys)
 
-    def _held(self, i: int) -> int:
-        start, end = self.ranges[i][self.group.rank]
-        return end - start
+    def _pieces(self, xs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """What comes from each rank."""
+        own = [each[self.group.rank] for each in self.ranges]
+        return [(x.shape[0], end - start, *x.shape[2:]) for x, (start, end) in zip(xs, own, strict=True)]
 
     def _sent(self, i: int, rank: int, head_size: int) -> int:
         start, end = self.ranges[i][rank]

@@ -29,10 +29,11 @@ class Pending:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise MessageError(f"{self.what}: {error}. {_ADVICE}") from error
+                raise MessageError(f"{self.what}: {error}. {ADVICE}") from error
+        self.works.clear()  # a work holds its tensors
 
 
-_ADVICE = (
+ADVICE = (
     "A rank of the group has failed, or runs a different program: look for the first error among all ranks. "
     "If a rank is only slow, raise the timeout of init_process_group."
 )
@@ -74,7 +75,7 @@ def post(op: str, group: SequenceGroup, when: str, messages: Sequence[Message]) 
     try:
         return Pending(dist.batch_isend_irecv(batch), what)
     except RuntimeError as error:
-        raise MessageError(f"{what}: {error}. {_ADVICE}") from error
+        raise MessageError(f"{what}: {error}. {ADVICE}") from error
 
 
 def gather_shards(op: str, group: SequenceGroup, shard: Tensor) -> Tensor:
@@ -101,4 +102,4 @@ class _Described:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError):
             where = f"{self.op} on group {self.group.name!r}, rank {self.group.rank} of {self.group.size}"
-            raise MessageError(f"{where}: {error}. {_ADVICE}") from error
+            raise MessageError(f"{where}: {error}. {ADVICE}") from error

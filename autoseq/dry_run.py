@@ -2,8 +2,8 @@
 
 The collectives that the compiler inserted, those inside losses and strategies, and their gradients all reach the dispatcher as
 functional collectives, forward and backward; a dispatch mode counts them there, by the conventions of `runtime.traffic`.
-Strategies that send inside an opaque operator (`ring`, `gather_kv`) are counted by their formulas. Tests hold the result
-to what the counting backend sees on real ranks.
+What strategies send inside opaque operators is counted by their formulas. Tests hold the result to what the counting backend
+sees on real ranks.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoseq.planner import Plan
 from autoseq.program import Program
 from autoseq.runtime.moves import move_traffic
+from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
 
 Counts = dict[str, Traffic]
@@ -34,7 +35,7 @@ def step_traffic(program: Program, world_size: int) -> Counts:
     inputs = [place.convert(x) for x in program.inputs]
     with place.mode, torch.enable_grad(), counted:
         _backward(_Step(program.gm, place).run(*inputs), inputs)
-    return add_counts(counted.counts, _opaque(program.plan))
+    return add_counts(counted.counts, _opaque(program.plan, world_size))
 
 
 class _Meta:
@@ -118,16 +119,9 @@ _COLLECTIVES = {
 }
 
 
-def _opaque(plan: Plan) -> Counts:
+def _opaque(plan: Plan, world_size: int) -> Counts:
     counts: Counts = {}
     for planned in plan.sites:
-        cost = planned.cost
-        if planned.strategy == "ring":
-            sent = {"send": Traffic(cost.forward_messages + cost.backward_messages, cost.forward_bytes + cost.backward_bytes)}
-        elif planned.strategy == "gather_kv":  # the backward gathers again, and reduces the gradients of all keys
-            home = Traffic(cost.backward_messages - cost.forward_messages, cost.backward_bytes - cost.forward_bytes)
-            sent = {"all_gather": Traffic(2 * cost.forward_messages, 2 * cost.forward_bytes), "reduce_scatter": home}
-        else:
-            sent = {}
-        counts = add_counts(counts, sent)
+        sent = STRATEGIES[planned.strategy].opaque(planned.site.site, world_size, plan.layout)
+        counts = add_counts(counts, {op: traffic for op, traffic in sent.items() if traffic != SILENT})
     return counts

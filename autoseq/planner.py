@@ -1,11 +1,12 @@
 """The planner: which strategy each attention site gets, and the layout of the whole graph.
 
 A pure function of data that every rank has alike (sites, group size, options), so every rank reaches the same plan. For
-now "auto" takes the legal strategy that sends the fewest bytes for a training step; the losers keep their reasons.
+now "auto" takes what is legal, balanced and sends the fewest bytes for a training step; the losers keep their reasons.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
 
 from torch import fx
 
@@ -16,8 +17,6 @@ from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost, Site
-
-_ROTATES = ("ring", "gather_kv")  # work per rank follows the rows it holds, so a causal mask wants zigzag
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +49,19 @@ class Plan:
     def strategies(self) -> dict[str, str]:
         return {planned.site.name: planned.strategy for planned in self.sites}
 
+    def step_bytes(self) -> int:
+        """What the sites send in a step."""
+        return sum(planned.cost.step_bytes for planned in self.sites)
+
     def lines(self) -> list[str]:
         """The plan as text: for people, and for ranks to compare."""
-        head = f"layout {self.layout}"
+        meshes = {planned.site.site.mesh for planned in self.sites} - {()}
+        head = f"layout {self.layout}" + "".join(f", a mesh of {nodes} nodes of {ranks} ranks" for nodes, ranks in meshes)
         return [head, *(f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}" for p in self.sites)]
 
 
-def find_sites(gm: fx.GraphModule) -> list[NamedSite]:
-    """The attention sites of a graph, their names made unique in the graph itself.
+def find_sites(gm: fx.GraphModule, mesh: tuple[int, ...] = ()) -> list[NamedSite]:
+    """The attention sites of a graph, their names made unique in the graph itself. `mesh` is that of `Site`.
 
     A symbolic length is planned for by the length of this trace; the strategy serves any.
     """
@@ -70,7 +74,7 @@ def find_sites(gm: fx.GraphModule) -> list[NamedSite]:
         count = seen[words["name"]] = seen.get(words["name"], 0) + 1
         if count > 1:
             words["name"] = f"{words['name']}#{count}"
-        sites.append(NamedSite(words["name"], words["source"], words["mask"], _site(node)))
+        sites.append(NamedSite(words["name"], words["source"], words["mask"], replace(_site(node), mesh=mesh)))
     return sites
 
 
@@ -91,38 +95,67 @@ def _learned(captures: Sequence[fx.Node]) -> tuple[int, ...]:
 
 
 def make_plan(sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str) -> Plan:
-    """Choose for every site. Raises StrategyError if the one asked for, or every one, cannot serve a site."""
-    chosen = [_choose(named, group_size, strategy) for named in sites]
-    chosen_layout: Layout = "contiguous"
-    if layout == "zigzag" or (layout == "auto" and group_size > 1 and any(_wants_zigzag(named, name) for named, name, _ in chosen)):
-        chosen_layout = "zigzag"
-    plans = [
-        SitePlan(named, name, STRATEGIES[name].cost(named.site, group_size, chosen_layout), losers) for named, name, losers in chosen
-    ]
-    return Plan(chosen_layout, tuple(plans))
+    """Choose for every site. Raises StrategyError if the one asked for, or every one, cannot serve a site.
+
+    "auto" takes the layout with which the graph sends the fewest bytes, contiguous where both send as many, and does not count what
+    leaves causal work unbalanced. A layout that is asked for is taken as it is.
+    """
+    for named in sites:
+        _check_served(named, group_size, strategy)
+    names = list(STRATEGIES) if strategy == "auto" else [strategy]
+    asked: tuple[Layout, ...] = get_args(Layout) if layout == "auto" and group_size > 1 else ("contiguous",)
+    if layout != "auto":
+        asked = (layout,)  # type: ignore[assignment]
+    # A strategy that balances no layout it takes is better than none.
+    for must_balance in (layout == "auto" and group_size > 1, False):
+        plans = [_plan(sites, group_size, names, each, must_balance) for each in asked]
+        if served := [plan for plan in plans if isinstance(plan, Plan)]:
+            return min(served, key=Plan.step_bytes)
+    raise StrategyError("; or ".join(str(refusal) for refusal in plans))
 
 
-def _wants_zigzag(named: NamedSite, strategy: str) -> bool:
-    return strategy in _ROTATES and named.site.max_ahead == 0 and named.site.max_behind is None
-
-
-def _choose(named: NamedSite, P: int, asked: str) -> tuple[NamedSite, str, tuple[tuple[str, str], ...]]:
+def _check_served(named: NamedSite, P: int, asked: str) -> None:
+    """Whatever the layout."""
     refused = {name: s.cannot_serve(named.site, P) for name, s in STRATEGIES.items()}
-    if asked != "auto":
-        if refused[asked] is not None:
-            raise StrategyError(f"strategy {asked!r} cannot serve the attention at {named.source} ({named.name}): {refused[asked]}")
-        return named, asked, ()
-    sent = {name: _step_bytes(named.site, name, P) for name, reason in refused.items() if reason is None}
-    if not sent:
+    if asked != "auto" and refused[asked] is not None:
+        raise StrategyError(f"strategy {asked!r} cannot serve the attention at {named.source} ({named.name}): {refused[asked]}")
+    if all(reason is not None for reason in refused.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise StrategyError(f"no strategy can serve the attention at {named.source} ({named.name}): {reasons}")
-    best = min(sent, key=lambda name: (sent[name], list(STRATEGIES).index(name)))
+
+
+def _plan(sites: Sequence[NamedSite], P: int, names: Sequence[str], layout: Layout, must_balance: bool) -> Plan | str:
+    """The plan for a layout, or why there is none."""
+    chosen = []
+    for named in sites:
+        refused = {name: _refusal(named.site, name, P, layout, must_balance) for name in STRATEGIES}
+        able = [name for name in names if refused[name] is None]
+        if not able:
+            reasons = "; ".join(f"{name}: {refused[name]}" for name in names)
+            return f"layout {layout!r} does not suit the attention at {named.source} ({named.name}): {reasons}"
+        chosen.append(_cheapest(named, P, layout, able, refused if len(names) > 1 else {}))
+    return Plan(layout, tuple(chosen))
+
+
+def _refusal(site: Site, name: str, P: int, layout: Layout, must_balance: bool) -> str | None:
+    strategy = STRATEGIES[name]
+    reason = strategy.cannot_serve(site, P) or strategy.cannot_lay_out(layout)
+    if reason is None and must_balance and layout == "contiguous" and strategy.balanced_by_zigzag and _is_causal(site):
+        return "its causal work is uneven on contiguous rows"
+    return reason
+
+
+def _is_causal(site: Site) -> bool:
+    return site.max_ahead == 0 and site.max_behind is None
+
+
+def _cheapest(named: NamedSite, P: int, layout: Layout, able: Sequence[str], refused: Mapping[str, str | None]) -> SitePlan:
+    """The strategy that sends the fewest bytes; of several the first in the registry."""
+    costs = {name: STRATEGIES[name].cost(named.site, P, layout) for name in able}
+    best = min(able, key=lambda name: costs[name].step_bytes)
     losers = tuple(
-        (name, reason or f"sends {sent[name]:,} bytes a step, {best} {sent[best]:,}") for name, reason in refused.items() if name != best
+        (name, reason or f"sends {costs[name].step_bytes:,} bytes a step, {best} {costs[best].step_bytes:,}")
+        for name, reason in refused.items()
+        if name != best
     )
-    return named, best, losers
-
-
-def _step_bytes(site: Site, name: str, P: int) -> int:
-    cost = STRATEGIES[name].cost(site, P, "contiguous")
-    return cost.forward_bytes + cost.backward_bytes
+    return SitePlan(named, best, costs[best], losers)

@@ -78,7 +78,7 @@ def build_program(
     normal = normalize(gm, fake)
     mark_trainable(normal, inputs)
     records = run_passes(normal, _READ, observe=observe)
-    sites = find_sites(normal)
+    sites = find_sites(normal, group.mesh)
     placeholders = normal.graph.find_nodes(op="placeholder")
     contents = {i: node.meta[CONTENT].clone() for i, node in enumerate(placeholders) if READ in node.meta}
     found, left_whole = records["find_attention"].result

@@ -16,9 +16,11 @@ from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Call, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
+from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import gather_shards, sum_shards
 from autoseq.runtime.packed import pack, unpack
-from autoseq.runtime.strategy import Strategy
+from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.traffic import Traffic
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
@@ -45,6 +47,12 @@ class GatherKV(Strategy):
             "forward_messages": sympy.Integer(1),
             "backward_messages": sympy.Integer(2),
         }
+
+    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
+        """The backward gathers again, and reduces the gradients of all keys."""
+        cost = self.cost(site, group_size, layout)
+        home = Traffic(cost.backward_messages - cost.forward_messages, cost.backward_bytes - cost.forward_bytes)
+        return {"all_gather": Traffic(2 * cost.forward_messages, 2 * cost.forward_bytes), "reduce_scatter": home}
 
 
 def _forward(call: Call, work: Forward) -> None:

@@ -19,11 +19,21 @@ from autoseq.runtime.errors import MeshError
 
 @dataclass(frozen=True, slots=True)
 class SequenceGroup:
-    """A group's c10d name ("" when there is none), its size and this process's rank in it."""
+    """A group's c10d name ("" when there is none), its size and this process's rank in it.
+
+    On a 2-D mesh `axes` are the names of this rank's groups across nodes and inside its node, and the group is of all its ranks,
+    row by row. The names along an axis may differ between ranks, so nothing that ranks compare holds them.
+    """
 
     name: str
     size: int
     rank: int
+    axes: tuple[str, ...] = ()
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """The sizes of the mesh's dims, if it has two: nodes, ranks in a node."""
+        return tuple(group_of(name).size for name in self.axes)
 
 
 ALONE = SequenceGroup(name="", size=1, rank=0)

@@ -19,15 +19,17 @@ from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
+from autoseq.runtime.traffic import Traffic
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
-# e bytes of an element, a bytes of an accumulator (4, or 8 for float64).
+# e bytes of an element, a bytes of an accumulator (4, or 8 for float64); on a 2-D mesh N nodes of R ranks, P = N R.
 B, s, t, H, K, D, V, P, e, a = sympy.symbols("B s t H K D V P e a", positive=True, integer=True)
+N, R = sympy.symbols("N R", positive=True, integer=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One attention of the program, in global sizes."""
+    """One attention of the program, in global sizes, and the mesh it runs on: the sizes of its dims, across nodes first, if it has two."""
 
     batch: int
     q_len: int
@@ -45,6 +47,7 @@ class Site:
     has_sinks: bool = False
     dropout_p: float = 0.0
     empty_rows: str = "zero"
+    mesh: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,11 @@ class Cost:
     forward_messages: int
     backward_messages: int
 
+    @property
+    def step_bytes(self) -> int:
+        """Forward and backward."""
+        return self.forward_bytes + self.backward_bytes
+
 
 NOTHING = Cost(0, 0, 0, 0)
 
@@ -65,14 +73,17 @@ def accumulator_bytes(site: Site) -> int:
     return max(4, site.element_bytes)
 
 
-def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = ()) -> Needs:
-    """Which keys P participants need of each other, without what only the values of a tensor tell; `places` as for `Holdings`."""
+def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = (), heads: range | None = None) -> Needs:
+    """Which keys P participants need of each other for some of the heads, without what only the values of a tensor tell.
+
+    `places` are those of `Holdings`.
+    """
     held = Holdings.of(P, layout, places)
     ranks = len(places) or P
     s, t = (local_length(n, ranks, layout) * ranks // P for n in (site.q_len, site.k_len))
     mask = Mask(site.max_ahead, site.max_behind, site.predicate)
     fills = site.empty_rows != "zero" and not site.has_sinks
-    terms = Terms(mask, None, site.batch, range(site.heads), fills, site.score)
+    terms = Terms(mask, None, site.batch, range(site.heads) if heads is None else heads, fills, site.score)
     return needs_of(terms, Rows(held, held, s, t, site.q_len, site.k_len), P)
 
 
@@ -113,6 +124,14 @@ class Strategy(ABC):
         """What `rank` of several sends; the same as without a mask, for a strategy to which it makes no difference."""
         return self.full_cost(site, group_size, layout, rank)
 
+    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
+        """What rank 0 sends in one step from inside opaque operators, by the kind of message as the counting backend names them.
+
+        What goes through functional collectives, which a dispatcher sees, is not among it.
+        """
+        cost = self.cost(site, group_size, layout)
+        return {"send": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
+
     def full_cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:
         """What `rank` of several would send without a mask: the formulas at the padded sizes."""
         values = list(self.sizes(site, group_size, layout, rank).items())
@@ -131,4 +150,5 @@ class Strategy(ABC):
             P: group_size,
             e: site.element_bytes,
             a: accumulator_bytes(site),
+            **dict(zip((N, R), site.mesh, strict=False)),
         }

@@ -19,6 +19,7 @@ from autoseq.runtime.head_exchange import Exchange, HeadRange
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.traffic import Traffic
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
@@ -53,6 +54,9 @@ class Ulysses(Strategy):
             "forward_messages": sympy.Integer(2),
             "backward_messages": sympy.Integer(2),
         }
+
+    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
+        return {}
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         heads = [query_heads(each, group_size, site.heads) for each in range(group_size)]

@@ -137,11 +137,19 @@ class Circle:
         if missing:
             yield me, own, own_grads
         pending.wait()
-        here = Packed.empty(own.tensors, self._keys_at(1))
-        for source in (kept, arriving):
+        yield from self._round(own, self._first(own, kept, arriving), dtype, own_grads, None if missing else (me, own, own_grads))
+
+    def _first(self, own: Packed, kept: Packed | None, arrived: Packed | None) -> Packed:
+        """The keys of hop 1, from what was kept and what has come."""
+        rows = self._keys_at(1)
+        for source in (kept, arrived):
+            if source is not None and source.rows == rows:
+                return source
+        here = Packed.empty(own.tensors, rows)
+        for source in (kept, arrived):
             if source is not None:
                 here.put(source)
-        yield from self._round(own, here, dtype, own_grads, None if missing else (me, own, own_grads))
+        return here
 
     def _round(
         self, own: Packed, here: Packed, dtype: torch.dtype, own_grads: Packed, last: tuple[int, Packed, Packed] | None
@@ -159,6 +167,7 @@ class Circle:
             yield self._origin(hop), here, grads
             pending.wait()
             leaving = self._joined(grads, found_before, self.route.grads_at(self.group.rank, hop), own, dtype)
+            del grads, found_before  # or they would be held while the next ones are made
             here = coming if coming is not None else Packed.empty(own.tensors, ())
         home = self._room(own, self.route.grads[self.group.rank][-1], dtype)
         pending = self._post(f"hop {self.route.size}", [(None, None), (leaving, home)])
@@ -212,7 +221,8 @@ def in_step(walks: Iterable[Generator[Any, None, Any]]) -> Generator[Any, None, 
             except StopIteration as end:
                 returned[number] = end.value
                 del running[number]
-        yield from step
+        while step:
+            yield step.pop(0)
     return [returned[number] for number in sorted(returned)]
 
 
@@ -224,3 +234,4 @@ def finish(walk: Generator[Any, None, Any], visit: Callable[..., None]) -> Any:
         except StopIteration as end:
             return end.value
         visit(*step)
+        del step  # it is not held while the next messages are made

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from autoseq.runtime import runs
 from autoseq.runtime.attention_op import AttentionOp, Call, Settings, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, Route, finish, in_step
@@ -123,7 +124,7 @@ def _unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed |
     unpacked: list[Packed | None] = []
     place = 0
     for each in rows:
-        size = Packed.empty(like.tensors, each).message().numel()
+        size = runs.count(each) * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in like.tensors)
         unpacked.append(Packed.of_flat(flat[place : place + size], like.tensors, each))
         place += size
     return unpacked

@@ -42,6 +42,16 @@ def count(runs: Runs) -> int:
     return sum(rows for _, rows in runs)
 
 
+def head(runs: Runs, rows: int) -> Runs:
+    """The first rows of a set."""
+    kept = []
+    for start, count_here in runs:
+        if rows > 0:
+            kept.append((start, min(count_here, rows)))
+        rows -= count_here
+    return tuple(kept)
+
+
 def offsets(inner: Runs, outer: Runs) -> list[tuple[int, int, int]]:
     """(place, start, rows) of each run of `inner`: where it lies in a buffer that holds the rows of `outer`, one run after the other."""
     placed, place = [], 0

@@ -1,7 +1,8 @@
-"""What a rank does in the attention tests: shard a case by hand, call a strategy, return its shards."""
+"""What a rank does in the attention tests: shard a case by hand, call a strategy, return its shards. And who serves which case."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
@@ -10,15 +11,64 @@ from torch import Tensor
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.layout import Layout, local_length, rank_positions
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Site
 from dense_attention import Case
 
 
-SPLIT = [name for name in STRATEGIES if name != "local"]
+def site_of(case: Case) -> Site:
+    """A case as the planner sees it."""
+    known = {name: value for name, value in case.settings().items() if name in Site.__dataclass_fields__}
+    return Site(
+        batch=case.batch,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        value_dim=case.value_dim,
+        element_bytes=case.dtype.itemsize,
+        learned=case.score_case().learned,
+        has_sinks=case.has_sinks,
+        **known,
+    )
+
+
+WINDOW = site_of(Case(16, 16, mask="window"))
+SPLIT = [name for name, strategy in STRATEGIES.items() if strategy.cannot_serve(WINDOW, 2) is None]
+"""The strategies that split a sequence over a plain group; any of them serves a causal window."""
 
 
 def layouts_of(strategy: str) -> list[Layout]:
     """The layouts that a strategy takes."""
     return [layout for layout in get_args(Layout) if STRATEGIES[strategy].cannot_lay_out(layout) is None]
+
+
+def serves(strategy: str, case: Case, P: int) -> bool:
+    """Whether a strategy may compute a case."""
+    return STRATEGIES[strategy].cannot_serve(site_of(case), P) is None
+
+
+Run = tuple[str, Layout, Case]
+"""A strategy, a layout and a case."""
+
+
+def runs_of(strategy: str, P: int, cases: Mapping[str, Case]) -> dict[str, Run]:
+    """The cases that a strategy serves, in each layout that it takes, by a name for each run."""
+    return {
+        f"{name}, {layout}": (strategy, layout, case)
+        for name, case in cases.items()
+        for layout in layouts_of(strategy)
+        if serves(strategy, case, P)
+    }
+
+
+def attend_all_on_rank(rank: int, P: int, runs: dict[str, Run]) -> list[tuple[Tensor, ...]]:
+    """`attend_on_rank` for many runs in one job, which costs as much to start as a dozen of them."""
+    results = []
+    for name, run in runs.items():
+        try:
+            results.append(attend_on_rank(rank, P, *run))
+        except Exception as error:
+            raise RuntimeError(f"in the run {name!r}") from error
+    return results
 
 
 def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> tuple[Tensor, ...]:

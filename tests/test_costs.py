@@ -9,7 +9,7 @@ import pytest
 import sympy
 import torch
 
-from attention_job import SPLIT, call_keywords, layouts_of, shard
+from attention_job import SPLIT, Run, call_keywords, layouts_of, runs_of, serves, shard, site_of
 from autoseq.runtime import strategy as symbols
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -17,7 +17,6 @@ from autoseq.runtime.strategy import Cost, Site
 from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS
 from dense_attention import Case
 from ranks import run_ranks
-
 
 FULL = {
     "even": Case(16, 16, batch=2),
@@ -38,7 +37,6 @@ CASES = FULL | {
     "chunks that no tensor decides": Case(24, 24, mask="chunks"),
     "rows without keys that are worth a mean of all": Case(16, 16, mask="only the future", empty_rows="uniform"),
 }
-Run = tuple[str, Layout, Case]
 
 
 def count_on_rank(rank: int, P: int, runs: list[Run]) -> list[Cost]:
@@ -62,29 +60,11 @@ def _counted(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> Co
     return Cost(forward_messages=totals[0], forward_bytes=totals[1], backward_messages=totals[2], backward_bytes=totals[3])
 
 
-def site_of(case: Case) -> Site:
-    known = {name: value for name, value in case.settings().items() if name in Site.__dataclass_fields__}
-    return Site(
-        batch=case.batch,
-        heads=case.heads,
-        kv_heads=case.kv_heads,
-        head_dim=case.head_dim,
-        value_dim=case.value_dim,
-        element_bytes=case.dtype.itemsize,
-        **known,
-    )
-
-
 @pytest.mark.parametrize("P", [1, 2, 4])
 @pytest.mark.parametrize("strategy", SPLIT)
 def test_counted_equals_cost(strategy: str, P: int) -> None:
     """To the byte and to the message, also where the mask rules rows out."""
-    named = {
-        f"{name}, {layout}": (strategy, layout, case)
-        for name, case in CASES.items()
-        for layout in layouts_of(strategy)
-        if STRATEGIES[strategy].cannot_serve(site_of(case), P) is None
-    }
+    named = runs_of(strategy, P, CASES)
     counted = run_ranks(count_on_rank, P, list(named.values()), backend="autoseq_counted")
     for i, (name, (_, layout, case)) in enumerate(named.items()):
         expected = [STRATEGIES[strategy].cost(site_of(case), P, layout, rank) for rank in range(P)]
@@ -95,7 +75,7 @@ def test_counted_equals_cost(strategy: str, P: int) -> None:
 def test_costs_are_the_formulas_and_masks_make_them_less(strategy: str) -> None:
     for (name, case), P, layout in product(CASES.items(), [2, 4], layouts_of(strategy)):
         site = site_of(case)
-        if STRATEGIES[strategy].cannot_serve(site, P) is None:
+        if serves(strategy, case, P):
             asked = [(site, P, layout, rank) for rank in range(P)]
             for cost, full in [(STRATEGIES[strategy].cost(*each), STRATEGIES[strategy].full_cost(*each)) for each in asked]:
                 assert name not in FULL or cost == full, name

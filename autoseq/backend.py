@@ -19,11 +19,14 @@ from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name
 from autoseq.passes.tidy import leave_gradients_unsummed
 from autoseq.passes.traceable_masks import let_masks_through
+from autoseq.peer_failures import name_failures
 from autoseq.program import Program, build_program, fake_inputs, mark_trainable
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.messages import connect
+from autoseq.runtime.nodes import check_nodes, found_nodes, is_flat, make_nodes
 
 log = logging.getLogger("autoseq")
 
@@ -38,10 +41,25 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
     """
     try:
         chosen = parse_options(options)
-        group = group_from_mesh(chosen.mesh)
+        group = _sequence_group(chosen)
         return _compile(gm, inputs, chosen, group)
     except AutoSeqError as error:
         return _raiser(error)
+
+
+def _sequence_group(options: Options) -> SequenceGroup:
+    """The ranks that share the sequence. The first program that wants nodes has all ranks agree on them and make their groups."""
+    group, ranks_per_node = group_from_mesh(options.mesh), options.ranks_per_node
+    if ranks_per_node is None:
+        return group
+    check_nodes(group, ranks_per_node)
+    if is_flat(group, ranks_per_node):
+        return group
+    found = found_nodes(group, ranks_per_node)
+    if found is None:
+        agree_on_program(group, [f"ranks_per_node={ranks_per_node}"], None)
+        found = make_nodes(group, ranks_per_node)
+    return found
 
 
 def _raiser(error: AutoSeqError) -> Callable[..., Any]:
@@ -71,8 +89,8 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
             mark_trainable(gm, inputs)
             leave_gradients_unsummed(gm, group=group.name)
             gm.recompile()
-        return _Runner(_inner(gm, fake_inputs(gm, inputs), options), None, names, group, options)
-    compiled = _inner(program.gm, program.inputs, options)
+        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group), None, names, group, options)
+    compiled = _inner(program.gm, program.inputs, options, group)
     return _Runner(compiled, program, names, group, options)
 
 
@@ -96,14 +114,15 @@ def _comparable(options: Options) -> Mapping[str, object]:
     return {name: getattr(options, name) for name in options.__dataclass_fields__ if name != "mesh"}
 
 
-def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options) -> Callable[..., Any]:
+def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: SequenceGroup) -> Callable[..., Any]:
     if options.inner == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
+        from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
-        return aot_eager(gm, list(fake))
-    from torch._inductor.compile_fx import compile_fx
+        compiler = name_failures(boxed_nop, group)
+        return aot_eager(gm, list(fake), fw_compiler=compiler, bw_compiler=compiler)
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, list(fake))  # type: ignore[return-value, arg-type]
+    return compile_fx(gm, list(fake), inner_compile=name_failures(compile_fx_inner, group))  # type: ignore[return-value, arg-type]
 
 
 def _is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
@@ -167,6 +186,7 @@ class _Runner:
         args = tuple(x.full() if isinstance(x, DeferredTensor) else x for x in args)
         if not self._agreed:
             agree_on_inputs(self._group, self._names, args, draws=self._draws)
+            connect(self._group, args)
             self._agreed = True
         self._check_floats(args)
         self._check_contents(args)

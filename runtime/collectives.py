@@ -30,6 +30,7 @@ from torch.autograd import Function
 
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.layout import Layout, chunk_ranges, rank_positions, to_global, to_ranked
+from autoseq.runtime.messages import Described
 from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
 
 _ops = torch.ops._c10d_functional
@@ -299,7 +300,8 @@ class _AllToAll(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, send_sizes: list[int], recv_sizes: list[int], group: str) -> Tensor:
         ctx.send_sizes, ctx.recv_sizes, ctx.group = send_sizes, recv_sizes, group
-        return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), recv_sizes, send_sizes, group))
+        with Described("all_to_all_single", group_of(group)):
+            return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), recv_sizes, send_sizes, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -315,7 +317,8 @@ def _sum_bucket(grads: list[Tensor], group: str) -> list[Tensor]:
 
 
 def _all_reduce_sum(x: Tensor, group: str) -> Tensor:
-    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group))
+    with Described("all_reduce", group_of(group)):
+        return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group))
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -330,7 +333,8 @@ def _all_gather_bits(x: Tensor, group: SequenceGroup) -> Tensor:
         return x.unsqueeze(0)
     if x.dtype not in _WIRE_DTYPES:
         return _all_gather_bits(x.contiguous().view(torch.uint8), group).view(x.dtype)
-    gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size, group.name))
+    with Described("all_gather", group):
+        gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), group.size, group.name))
     return gathered.view(group.size, *x.shape)
 
 
@@ -339,4 +343,5 @@ def _reduce_scatter_sum(pieces: Tensor, group: SequenceGroup) -> Tensor:
     if group.size == 1:
         return pieces.squeeze(0)
     flat = pieces.contiguous().flatten(0, 1)
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", group.size, group.name))
+    with Described("reduce_scatter", group):
+        return _ops.wait_tensor(_ops.reduce_scatter_tensor(flat, "sum", group.size, group.name))

@@ -78,21 +78,36 @@ def post(op: str, group: SequenceGroup, when: str, messages: Sequence[Message]) 
         raise MessageError(f"{what}: {error}. {ADVICE}") from error
 
 
+def connect(group: SequenceGroup, tensors: Sequence[object]) -> None:
+    """Have all ranks of a group, and of its axes, meet once on a GPU, where one of the tensors is.
+
+    NCCL connects ranks at a group's first call, and then waits for all of them; a ring leaves out messages that nobody needs.
+    """
+    device = next((x.device for x in tensors if isinstance(x, Tensor) and x.is_cuda), None)
+    if device is None:
+        return
+    for name in (group.name, *group.axes):
+        if name:
+            dist.all_reduce(torch.zeros(1, device=device), group=process_group(name))
+
+
 def gather_shards(op: str, group: SequenceGroup, shard: Tensor) -> Tensor:
     """Every rank's flat shard, as [P, n]. Sends (P-1) shards."""
-    with _Described(op, group):
+    with Described(op, group):
         gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(shard, group.size, group.name))
     return gathered.view(group.size, -1)
 
 
 def sum_shards(op: str, group: SequenceGroup, shards: Tensor) -> Tensor:
     """The sum over ranks of row `rank` of [P, n]. Sends (P-1) rows."""
-    with _Described(op, group):
+    with Described(op, group):
         return _ops.wait_tensor(_ops.reduce_scatter_tensor(shards.view(-1), "sum", group.size, group.name))
 
 
 @dataclass(frozen=True, slots=True)
-class _Described:
+class Described:
+    """Within it a failing collective raises a MessageError that names `op` and the group."""
+
     op: str
     group: SequenceGroup
 
@@ -100,6 +115,14 @@ class _Described:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            where = f"{self.op} on group {self.group.name!r}, rank {self.group.rank} of {self.group.size}"
-            raise MessageError(f"{where}: {error}. {ADVICE}") from error
+        named = failed_collective(error, self.op, self.group) if isinstance(error, RuntimeError) else None
+        if named is not None:
+            raise named from error
+
+
+def failed_collective(error: RuntimeError, op: str, group: SequenceGroup) -> MessageError | None:
+    """The error to raise for one that comes from a backend of torch.distributed; None for any other, which is not about peers."""
+    # gloo's are plain RuntimeErrors that begin with the place in its source.
+    if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        return None
+    return MessageError(f"{op} on group {group.name!r}, rank {group.rank} of {group.size}: {error}. {ADVICE}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.empty_rows import EmptyRowsBackward, EmptyRowsForward
 from autoseq.runtime.formula import evaluate_float
+from autoseq.runtime.fused import accumulate, merge
 from autoseq.runtime.hashing import dropout_weights
 from autoseq.runtime.kernels import attend, attend_backward
 from autoseq.runtime.plain import (
@@ -106,8 +107,7 @@ class Backward:
                 shares = attend_backward(*part, *rows, additive, tile.causal, self._problem.scale)
             else:
                 shares = self._plain(*part, tile)
-            for total, share in zip((self.dq[tile.rows], dk[tile.keys], dv[tile.keys]), shares, strict=True):
-                total.add_(share)
+            accumulate((self.dq[tile.rows], dk[tile.keys], dv[tile.keys]), shares)
         self._empty.add(k, v, k_chunks, self.dq, dk, dv)
 
     @cached_property
@@ -153,19 +153,6 @@ def _nothing_seen(q: Tensor, value_dim: int, problem: Problem) -> tuple[Tensor, 
         own = problem.sinks[problem.first_head : problem.first_head + q.shape[1]]
         lse.copy_(own.to(dtype)[:, None].expand_as(lse))
     return out, lse
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge a block's (out, lse) into the accumulators, in place.
-
-    The block's weight is the sigmoid of the difference of the lses, so nothing overflows; where both are -inf it is 0.
-    """
-    block_lse = block_lse.to(lse.dtype)
-    # -inf - -inf is NaN: a block without keys must weigh 0 even in a row that has none so far.
-    lead = torch.where(block_lse == -torch.inf, -torch.inf, block_lse - lse)
-    out.lerp_(block_out.to(out.dtype), torch.sigmoid(lead)[..., None])
-    # Not lse + softplus(lead): with a block far below (a bias of -1e30) that would cancel to nothing.
-    lse.copy_(torch.logaddexp(lse, block_lse))
 
 
 def _weights(scores: Tensor, lse: Tensor, *, whole_rows: bool) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -18,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from autoseq.runtime import fused
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.layout import Layout, to_global, to_ranked
-from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.packing import shapes_of
 from autoseq.runtime.posted import arrived, post_all_to_all
-
-HeadRange = tuple[int, int]
-"""Global head indices [start, end)."""
+from autoseq.runtime.stages import HeadRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Exchange:
         """Send the heads of this rank's rows to the ranks that compute them. What arrives, flat: wait before it is read."""
         send_sizes = [sum(self._sent(i, p, prod(x.shape) // x.shape[1]) for i, x in enumerate(xs)) for p in range(self.group.size)]
         recv_sizes = [sum(prod(shape) for shape in self._pieces(xs))] * self.group.size
-        return post_all_to_all(self.group, split_heads(list(xs), *self._bounds()), send_sizes, recv_sizes)
+        return post_all_to_all(self.group, split_heads(list(xs), *self.bounds()), send_sizes, recv_sizes)
 
     def arrived_rows(self, flat: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads, from what arrived for `xs`."""
@@ -69,7 +69,7 @@ class Exchange:
     def arrived_heads(self, flat: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
         """All heads of this rank's rows, from what arrived for `ys`."""
         shapes = [(y.shape[0], self.ranges[i][-1][1], y.shape[2] // self.group.size, y.shape[3]) for i, y in enumerate(ys)]
-        return join_heads(flat, [size for shape in shapes for size in shape], *self._bounds())
+        return join_heads(flat, [size for shape in shapes for size in shape], *self.bounds())
 
     def trade_rows(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """`to_rows` without a gradient."""
@@ -88,10 +88,31 @@ class Exchange:
         start, end = self.ranges[i][rank]
         return (end - start) * head_size
 
-    def _bounds(self) -> tuple[list[int], list[int]]:
+    def bounds(self) -> tuple[list[int], list[int]]:
         """Starts and ends, tensor by tensor for rank 0, then for rank 1, ..."""
         flat = [bounds for per_rank in zip(*self.ranges, strict=True) for bounds in per_rank]
         return [start for start, _ in flat], [end for _, end in flat]
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What arrived of one `post_heads`: of which of some tensors."""
+
+    exchange: Exchange
+    tensors: list[int]
+    flat: Tensor
+
+
+def landed_heads(arrivals: Sequence[Landed], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Tensors of the given shapes [B,H,s,D], from stages that brought some heads of some of them each."""
+    if not arrivals:
+        return []
+    sizes = [size for shape in shapes for size in shape]
+    if len(arrivals) == 1:
+        return join_heads(arrivals[0].flat, sizes, *arrivals[0].exchange.bounds())
+    starts, ends = ([bound for each in arrivals for bound in each.exchange.bounds()[i]] for i in (0, 1))
+    tensors = [i for each in arrivals for _ in range(each.exchange.group.size) for i in each.tensors]
+    return join_stages([each.flat for each in arrivals], sizes, tensors, starts, ends)
 
 
 class _ToRows(Function):
@@ -119,8 +140,7 @@ class _ToHeads(Function):
 @torch.library.custom_op("autoseq::split_heads", mutates_args=(), schema="(Tensor[] xs, int[] starts, int[] ends) -> Tensor")
 def split_heads(xs: list[Tensor], starts: list[int], ends: list[int]) -> Tensor:
     """One flat buffer: for each rank in turn, its heads [start, end) of each [B,H,s,D]."""
-    bounds = list(zip(starts, ends, strict=True))
-    return torch.cat([xs[i % len(xs)][:, a:b].reshape(-1) for i, (a, b) in enumerate(bounds)])
+    return fused.split_heads(xs, starts, ends)
 
 
 @split_heads.register_fake
@@ -133,22 +153,45 @@ def _(xs: list[Tensor], starts: list[int], ends: list[int]) -> Tensor:
     "autoseq::join_heads", mutates_args=(), schema="(Tensor flat, SymInt[] sizes, int[] starts, int[] ends) -> Tensor[]"
 )
 def join_heads(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
-    """The transpose of split_heads: tensors of the given sizes [B,H,s,D]; heads that came from several ranks are summed.
-
-    The sum is float32: in bfloat16 the error would grow with the number of ranks that share a KV head.
-    """
-    dtype = accumulate_dtype(flat.dtype) if _overlap(starts, ends, len(sizes) // 4) else flat.dtype
-    totals = [flat.new_zeros(shape, dtype=dtype) for shape in _shapes(sizes)]
-    targets = [totals[i % len(totals)][:, a:b] for i, (a, b) in enumerate(zip(starts, ends, strict=True))]
-    pieces = flat.split([target.numel() for target in targets])
-    for target, piece in zip(targets, pieces, strict=True):
-        target.add_(piece.view(target.shape))
-    return [total.to(flat.dtype) for total in totals]
+    """The transpose of split_heads: tensors of the given sizes [B,H,s,D]; heads that came from several ranks are summed, in float32."""
+    return fused.join_heads(flat, sizes, starts, ends)
 
 
 @join_heads.register_fake
 def _(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
-    return [flat.new_empty(shape) for shape in _shapes(sizes)]
+    return [flat.new_empty(shape) for shape in shapes_of(sizes)]
+
+
+@torch.library.custom_op(
+    "autoseq::join_stages",
+    mutates_args=(),
+    schema="(Tensor[] flats, SymInt[] sizes, int[] tensors, int[] starts, int[] ends) -> Tensor[]",
+)
+def join_stages(flats: list[Tensor], sizes: list[int], tensors: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    """`join_heads` from several buffers, one after the other: piece i is of heads [start, end) of tensor `tensors[i]`."""
+    pieces = [piece for piece in zip(tensors, starts, ends, strict=True) if piece[1] < piece[2]]
+    shared = [_shared([heads for i, *heads in pieces if i == number]) for number in range(len(sizes) // 4)]
+    dtype = flats[0].dtype
+    accumulate = accumulate_dtype(dtype)
+    totals = [
+        flats[0].new_zeros(shape, dtype=accumulate) if several else flats[0].new_empty(shape)
+        for shape, several in zip(_shapes(sizes), shared, strict=True)
+    ]
+    left = iter(pieces)
+    for flat in flats:
+        place = 0
+        while place < flat.numel():
+            number, start, end = next(left)
+            target = totals[number][:, start:end]
+            piece = flat[place : place + target.numel()].view(target.shape)
+            place += target.numel()
+            target.add_(piece) if shared[number] else target.copy_(piece)
+    return [total.to(dtype) for total in totals]
+
+
+@join_stages.register_fake
+def _(flats: list[Tensor], sizes: list[int], tensors: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    return [flats[0].new_empty(shape) for shape in _shapes(sizes)]
 
 
 @torch.library.custom_op(
@@ -156,22 +199,18 @@ def _(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> lis
 )
 def join_rows(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
     """Tensors [B,h,P*s,D] in global order, from the flat buffers of all ranks; sizes are each tensor's [B,h,s,D]."""
-    shapes = _shapes(sizes)
-    parts = flat.view(P, flat.numel() // P).split([prod(shape) for shape in shapes], 1)
-    ranked = [part.unflatten(1, shape).permute(1, 2, 0, 3, 4) for part, shape in zip(parts, shapes, strict=True)]
-    return [to_global(x.clone(memory_format=torch.contiguous_format).flatten(2, 3), 2, P, layout) for x in ranked]
+    return fused.join_rows(flat, sizes, P, layout)
 
 
 @join_rows.register_fake
 def _(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
-    return [flat.new_empty((B, h, P * s, D)) for B, h, s, D in _shapes(sizes)]
+    return [flat.new_empty((B, h, P * s, D)) for B, h, s, D in shapes_of(sizes)]
 
 
 @torch.library.custom_op("autoseq::split_rows", mutates_args=(), schema="(Tensor[] ys, int P, str layout) -> Tensor")
 def split_rows(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
     """The inverse of join_rows: for each rank in turn, its rows of each [B,h,P*s,D]."""
-    ranked = [to_ranked(y, 2, P, layout).unflatten(2, (P, y.shape[2] // P)).permute(2, 0, 1, 3, 4) for y in ys]
-    return torch.cat([y.flatten(1) for y in ranked], 1).view(-1)
+    return fused.split_rows(ys, P, layout)
 
 
 @split_rows.register_fake
@@ -179,10 +218,6 @@ def _(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
     return ys[0].new_empty(sum(y.numel() for y in ys))
 
 
-def _shapes(sizes: list[int]) -> list[tuple[int, ...]]:
-    return [tuple(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
-
-
-def _overlap(starts: list[int], ends: list[int], num_tensors: int) -> bool:
-    later = zip(starts[num_tensors:], ends[: len(ends) - num_tensors], strict=True)
-    return any(start < end for start, end in later)
+def _shared(ranges: list[list[int]]) -> bool:
+    """Whether some head is in several ranges."""
+    return any(start < end for (_, end), (start, _) in pairwise(sorted(ranges)))

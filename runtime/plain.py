@@ -5,6 +5,8 @@ Everything is computed in the accumulating dtype. Scores and weights are [B,H,n,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,25 @@ def score_gradients(grad: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[T
     """dq and dk of `plain_scores`."""
     grad = grad * scale
     return weighted_values(grad, k), value_gradient(grad, q, k)
+
+
+def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge a block's (out, lse) into the accumulators, in place.
+
+    The block's weight is the sigmoid of the difference of the lses, so nothing overflows; where both are -inf it is 0.
+    """
+    block_lse = block_lse.to(lse.dtype)
+    # -inf - -inf is NaN: a block without keys must weigh 0 even in a row that has none so far.
+    lead = torch.where(block_lse == -torch.inf, -torch.inf, block_lse - lse)
+    out.lerp_(block_out.to(out.dtype), torch.sigmoid(lead)[..., None])
+    # Not lse + softplus(lead): with a block far below (a bias of -1e30) that would cancel to nothing.
+    lse.copy_(torch.logaddexp(lse, block_lse))
+
+
+def accumulate(totals: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
+    """Add each share to its total, in place and in the total's dtype."""
+    for total, share in zip(totals, shares, strict=True):
+        total.add_(share)
 
 
 def _grouped(x: Tensor, kv: Tensor) -> Tensor:

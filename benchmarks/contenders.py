@@ -24,9 +24,6 @@ from rank_processes import Seat
 from work import Work, rows_of
 
 Kind = Literal["autoseq", "peer", "one device", "compute"]
-# These have their rows in order by nature, or gain nothing from a balanced layout.
-_CONTIGUOUS = ("ulysses", "halo", "balanced", "local")
-
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -57,7 +54,7 @@ def contenders(work: Work, seat: Seat, names: tuple[str, ...]) -> Iterator[Conte
     yield from _shares(work, seat)
     for name, strategy in STRATEGIES.items():
         if name != "local" and (not names or name in names):
-            reason = strategy.cannot_serve(work.site(), seat.world_size)
+            reason = strategy.cannot_serve(work.site(seat.mesh), seat.world_size)
             yield (name, reason) if reason else _strategy(name, work, seat)
     for name, make in PEERS.items():
         if not names or name in names:
@@ -86,17 +83,23 @@ def _shares(work: Work, seat: Seat) -> Iterator[Contender]:
 
 
 def _strategy(name: str, work: Work, seat: Seat) -> Contender:
-    layout: Layout = "zigzag" if work.mask == "causal" and name not in _CONTIGUOUS else "contiguous"
+    layout = layout_for(name, work)
     attention = strategy_call(name, work, group_from_mesh(None).name, layout, _axes(seat))
     return _on_rows(name, "autoseq", attention, work, seat, layout)
 
 
+def layout_for(name: str, work: Work) -> Layout:
+    """The one that divides the work of a strategy evenly."""
+    strategy = STRATEGIES[name]
+    zigzag = work.mask == "causal" and strategy.balanced_by_zigzag and strategy.cannot_lay_out("zigzag") is None
+    return "zigzag" if zigzag else "contiguous"
+
+
 def _axes(seat: Seat) -> tuple[str, ...]:
     """The groups of this rank along nodes and within its node, where there are several of both."""
-    nodes = seat.world_size // seat.ranks_per_node
-    if nodes == 1 or seat.ranks_per_node == 1:
+    if not seat.mesh:
         return ()
-    mesh = init_device_mesh("cpu", (nodes, seat.ranks_per_node), mesh_dim_names=("nodes", "ranks"))
+    mesh = init_device_mesh("cpu", seat.mesh, mesh_dim_names=("nodes", "ranks"))
     return tuple(mesh.get_group(name).group_name for name in ("nodes", "ranks"))
 
 

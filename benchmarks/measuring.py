@@ -91,7 +91,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] (torch's stub has no such method)
         peak = max(peak, held)
     return peak
 

@@ -31,7 +31,7 @@ def measure_model(seat: Seat, work: Work, layers: int, rounds: int) -> list[dict
     for name, strategy in STRATEGIES.items():
         if name == "local":
             continue
-        if reason := strategy.cannot_serve(work.site(), seat.world_size):
+        if reason := strategy.cannot_serve(work.site(seat.mesh), seat.world_size):
             records.append(Record(name, "absent", why_not=reason))
             continue
         record, step = Record(name, "autoseq", layout="auto"), _compiled(work, layers, name, seat)
@@ -80,5 +80,5 @@ def _compiled(work: Work, layers: int, strategy: str, seat: Seat) -> Callable[[]
     torch._dynamo.reset()
     model = _model(work, layers)
     # aot_eager: Inductor's C++ compiler takes minutes on few cores, and what is compared here is what crosses the ranks.
-    options = {"strategy": strategy, "inner": "aot_eager"}
+    options: dict[str, Any] = {"strategy": strategy, "inner": "aot_eager"}
     return _step(model, torch.compile(model, backend="autoseq", options=options), work)

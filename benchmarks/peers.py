@@ -26,8 +26,8 @@ def deepspeed(work: Work, group: dist.ProcessGroup | None) -> Attention:
     """`deepspeed.sequence.layer.DistributedAttention` around torch's SDPA."""
     logging.disable(logging.WARNING)  # it announces its choice of accelerator on every rank
     try:
-        import deepspeed.comm
-        from deepspeed.sequence.layer import DistributedAttention
+        import deepspeed.comm  # pyright: ignore[reportMissingImports] (optional)
+        from deepspeed.sequence.layer import DistributedAttention  # pyright: ignore[reportMissingImports] (optional)
     except ImportError as error:
         raise Absent(_missing("deepspeed", error)) from error
     finally:
@@ -43,8 +43,8 @@ def deepspeed(work: Work, group: dist.ProcessGroup | None) -> Attention:
 def yunchang(work: Work, group: dist.ProcessGroup | None) -> Attention:
     """`yunchang.UlyssesAttention`, whose own attention has no CPU path, around torch's SDPA."""
     try:
-        from yunchang import UlyssesAttention
-        from yunchang.kernels import AttnType
+        from yunchang import UlyssesAttention  # pyright: ignore[reportMissingImports] (optional)
+        from yunchang.kernels import AttnType  # pyright: ignore[reportMissingImports] (optional)
     except ImportError as error:
         raise Absent(_missing("yunchang", error)) from error
     P = dist.get_world_size(group)

@@ -12,11 +12,11 @@ from results import Comparison, Result
 def plot(found: Sequence[Comparison], file: Path) -> None:
     """Write a PNG. Raises SystemExit where matplotlib is absent."""
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports] (optional)
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] (optional)
 
     figure, (times, ratios) = plt.subplots(1, 2, figsize=(13, 5))
     names = dict.fromkeys(result.name for each in found for result in each.results if not result.why_not)

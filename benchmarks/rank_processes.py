@@ -41,6 +41,12 @@ class Seat:
     ranks_per_node: int
     on_network: bool
 
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """(nodes, ranks on each), where there are several of both."""
+        nodes = self.world_size // self.ranks_per_node
+        return (nodes, self.ranks_per_node) if nodes > 1 and self.ranks_per_node > 1 else ()
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:

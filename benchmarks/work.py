@@ -39,11 +39,11 @@ class Work:
     def max_behind(self) -> int | None:
         return self.window - 1 if self.mask == "window" else None
 
-    def site(self) -> Site:
+    def site(self, mesh: tuple[int, ...] = ()) -> Site:
         """As strategies are asked about it."""
         n, D = self.seq_len, self.head_dim
         element_bytes = DTYPES[self.dtype].itemsize
-        return Site(self.batch, n, n, self.heads, self.kv_heads, D, D, element_bytes, self.max_ahead, self.max_behind)
+        return Site(self.batch, n, n, self.heads, self.kv_heads, D, D, element_bytes, self.max_ahead, self.max_behind, mesh=mesh)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """q, k, v and the gradient of out, [B,H,S,D] and [B,K,S,D]; the same on every rank."""

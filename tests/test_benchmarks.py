@@ -56,7 +56,7 @@ def test_misuse(arguments: dict[str, Any], message: str, capsys: pytest.CaptureF
     assert message in capsys.readouterr().err
 
 
-def record(name: str, kind: str, seconds: list[float], **more: int | None) -> dict[str, object]:
+def record(name: str, kind: str, seconds: list[float], **more: int | None) -> dict[str, Any]:
     defaults = dict(scale=1.0, layout=None, why_not=None, bytes=0, messages=0, peak_bytes=0, link_bytes=None, error=None)
     return {"name": name, "kind": kind, "seconds": seconds} | defaults | more
 

@@ -25,6 +25,8 @@ from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.messages import connect
+from autoseq.runtime.nodes import check_nodes, found_nodes, is_flat, make_nodes
 
 log = logging.getLogger("autoseq")
 
@@ -39,10 +41,25 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
     """
     try:
         chosen = parse_options(options)
-        group = group_from_mesh(chosen.mesh)
+        group = _sequence_group(chosen)
         return _compile(gm, inputs, chosen, group)
     except AutoSeqError as error:
         return _raiser(error)
+
+
+def _sequence_group(options: Options) -> SequenceGroup:
+    """The ranks that share the sequence. The first program that wants nodes has all ranks agree on them and make their groups."""
+    group, ranks_per_node = group_from_mesh(options.mesh), options.ranks_per_node
+    if ranks_per_node is None:
+        return group
+    check_nodes(group, ranks_per_node)
+    if is_flat(group, ranks_per_node):
+        return group
+    found = found_nodes(group, ranks_per_node)
+    if found is None:
+        agree_on_program(group, [f"ranks_per_node={ranks_per_node}"], None)
+        found = make_nodes(group, ranks_per_node)
+    return found
 
 
 def _raiser(error: AutoSeqError) -> Callable[..., Any]:
@@ -169,6 +186,7 @@ class _Runner:
         args = tuple(x.full() if isinstance(x, DeferredTensor) else x for x in args)
         if not self._agreed:
             agree_on_inputs(self._group, self._names, args, draws=self._draws)
+            connect(self._group, args)
             self._agreed = True
         self._check_floats(args)
         self._check_contents(args)

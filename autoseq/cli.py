@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from autoseq.runtime.errors import AutoSeqError, OptionError, TargetError
+from autoseq.runtime.strategies import STRATEGIES
 
 app = typer.Typer(
     name="autoseq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -27,8 +28,11 @@ _TARGET_HELP = (
 TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET_HELP, show_default=False)]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=1, help="Global length of the sequence, in tokens.", show_default=False)]
 WorldSize = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks that share the sequence.")]
+RanksPerNode = Annotated[
+    int | None, typer.Option("--ranks-per-node", min=1, help="Cut the ranks into nodes of so many, for two-level strategies.")
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a batch.")]
-StrategyName = Annotated[str, typer.Option("--strategy", help="auto, local, ulysses, ring or gather_kv.")]
+StrategyName = Annotated[str, typer.Option("--strategy", help=f"How attention crosses ranks: auto, {', '.join(STRATEGIES)}.")]
 LayoutName = Annotated[str, typer.Option("--layout", help="Which rows a rank holds: auto, contiguous or zigzag.")]
 Inner = Annotated[Literal["aot_eager", "inductor"], typer.Option("--inner", help="What compiles the rewritten graph.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the passes do, and full tracebacks, to stderr.")]
@@ -42,6 +46,7 @@ def inspect(
     batch: Batch = 1,
     strategy: StrategyName = "auto",
     layout: LayoutName = "auto",
+    ranks_per_node: RanksPerNode = None,
     graph: Annotated[Literal["before", "after", "both"], typer.Option("--graph", help="Which graph to print.")] = "after",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead, without graphs.")] = False,
     verbose: Verbose = False,
@@ -53,7 +58,9 @@ def inspect(
         from autoseq.target import load_target
 
         make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
-        found = inspect_model(make, seq_len=seq_len, world_size=world_size, strategy=strategy, layout=layout)
+        found = inspect_model(
+            make, seq_len=seq_len, world_size=world_size, strategy=strategy, layout=layout, ranks_per_node=ranks_per_node
+        )
         if as_json:
             print(inspection_json(found))
         else:
@@ -68,6 +75,7 @@ def verify(
     batch: Batch = 1,
     strategy: StrategyName = "auto",
     layout: LayoutName = "auto",
+    ranks_per_node: RanksPerNode = None,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest relative L2 error that counts as equal.")] = 1e-5,
     inner: Inner = "aot_eager",
     show_all: Annotated[bool, typer.Option("--all", help="Print every parameter, not only the worst few.")] = False,
@@ -80,7 +88,8 @@ def verify(
         from autoseq.verify import Case, verify_target
 
         load_target(target)  # a mistake in it is found before any process starts
-        case = Case(target, batch, seq_len, {"strategy": strategy, "layout": layout, "inner": inner})
+        options = {"strategy": strategy, "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
+        case = Case(target, batch, seq_len, options)
         errors = verify_target(case, world_size)
         ok = print_verification(results(), errors, world_size=world_size, tolerance=tolerance, show_all=show_all)
     raise typer.Exit(0 if ok else 1)
@@ -92,6 +101,7 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 20,
     strategy: StrategyName = "auto",
     layout: LayoutName = "auto",
+    ranks_per_node: RanksPerNode = None,
     inner: Inner = "aot_eager",
     verbose: Verbose = False,
 ) -> None:
@@ -100,7 +110,8 @@ def demo(
         from autoseq.demo import run_demo
         from autoseq.report import results
 
-        ok = run_demo(results(), world_size=world_size, steps=steps, options={"strategy": strategy, "layout": layout, "inner": inner})
+        options = {"strategy": strategy, "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
+        ok = run_demo(results(), world_size=world_size, steps=steps, options=options)
     raise typer.Exit(0 if ok else 1)
 
 

@@ -63,7 +63,8 @@ class Memory:
 
 def run_demo(console: Console, *, world_size: int, steps: int, options: Mapping[str, Any]) -> bool:
     """Run the demo and print what it found; whether both trainings agree."""
-    found = inspect_model(make, seq_len=SEQ_LEN, world_size=world_size, strategy=options["strategy"], layout=options["layout"])
+    asked = {name: options[name] for name in ("strategy", "layout", "ranks_per_node")}
+    found = inspect_model(make, seq_len=SEQ_LEN, world_size=world_size, **asked)
     where = {"cpu": "CPUs over gloo", "cuda": "GPUs over NCCL"}[device_kind(world_size)]
     with torch.device("meta"):
         size = sum(p.numel() for p in make()[0].parameters())

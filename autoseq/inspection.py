@@ -25,6 +25,7 @@ from autoseq.planner import SitePlan
 from autoseq.program import Program, build_program
 from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
+from autoseq.runtime.nodes import check_nodes, is_flat, make_nodes
 from autoseq.target import brief
 
 log = logging.getLogger("autoseq")
@@ -68,15 +69,21 @@ class Inspection:
 
 
 def inspect_model(
-    make: Callable[[], Made], *, seq_len: int, world_size: int, strategy: str = "auto", layout: str = "auto"
+    make: Callable[[], Made],
+    *,
+    seq_len: int,
+    world_size: int,
+    strategy: str = "auto",
+    layout: str = "auto",
+    ranks_per_node: int | None = None,
 ) -> Inspection:
     """Rewrite the model that `make` returns, with the keyword arguments of one call, for rank 0 of `world_size`.
 
     `make` runs on the meta device; a model that cannot be made or traced there is made with real weights. Raises
     AutoSeqError as compiling the model would, TargetError if the model itself fails.
     """
-    options = Options(strategy=strategy, layout=layout)
-    with _fake_group(world_size) as group:
+    options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node)
+    with _fake_group(world_size, ranks_per_node) as group:
         try:
             with torch.device("meta"):
                 model, kwargs = make()
@@ -94,12 +101,16 @@ def inspect_model(
 
 
 @contextlib.contextmanager
-def _fake_group(world_size: int) -> Iterator[SequenceGroup]:
+def _fake_group(world_size: int, ranks_per_node: int | None) -> Iterator[SequenceGroup]:
     if dist.is_initialized():
         raise MeshError("inspecting pretends to be one of many ranks, so it cannot run where torch.distributed is initialized")
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        yield group_from_mesh(None)
+        group = group_from_mesh(None)
+        if ranks_per_node is not None:
+            check_nodes(group, ranks_per_node)
+            group = group if is_flat(group, ranks_per_node) else make_nodes(group, ranks_per_node)
+        yield group
     finally:
         dist.destroy_process_group()
 

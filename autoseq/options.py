@@ -29,7 +29,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 class Options:
     """What `torch.compile(model, backend="autoseq", options={...})` takes; defaults are what most programs want.
 
-    mesh: the ranks that share one sequence, as a 1-D DeviceMesh; None means all ranks.
+    mesh: the ranks that share one sequence, as a DeviceMesh of one dim, or of two: nodes, ranks in a node. None means all ranks.
+    ranks_per_node: makes two dims of all ranks, in nodes of so many; the two-level strategies need to know them.
     strategy: how attention crosses ranks; "auto" picks, per site, the legal one that sends the fewest bytes.
     layout: which rows a rank holds; "auto" is zigzag where causal work would else be unbalanced.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
@@ -39,6 +40,7 @@ class Options:
     """
 
     mesh: DeviceMesh | None = None
+    ranks_per_node: int | None = None
     strategy: str = "auto"
     layout: str = "auto"
     outputs: Outputs = "deferred"
@@ -49,6 +51,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.mesh is not None and not isinstance(self.mesh, DeviceMesh):
             raise OptionError(f"option 'mesh' is a torch.distributed DeviceMesh or None, not {type(self.mesh).__name__}")
+        nodes = self.ranks_per_node
+        if nodes is not None and (type(nodes) is not int or nodes < 1):
+            raise OptionError(f"option 'ranks_per_node' is a number of ranks, 1 or more, or None, not {nodes!r}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not any(value is c or (isinstance(value, str) and value == c) for c in choices):

@@ -107,7 +107,7 @@ _READ = (
 
 
 def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple[Pass, ...]:
-    lowering = Pass("lower", partial(lower, strategies=plan.strategies()))
+    lowering = Pass("lower", partial(lower, strategies=plan.strategies(), axes=group.axes))
     if group.size == 1:
         return Pass("shard", lambda gm: Sharding([], [])), lowering
     gather = options.outputs == "full"

@@ -2,6 +2,8 @@
 
     attention(q, k, v, …, group="0")      →      ring.attention(q, k, v, …, group="0")
 
+On a mesh of two dims the call also gets the names of this rank's groups along them.
+
 Legal because every strategy computes the same function of the same local shards; only what is sent differs. Under
 activation checkpointing the attention keeps its result, and so does every collective: computing it again would send again.
 """
@@ -16,12 +18,14 @@ from autoseq.runtime import collectives, rows
 from autoseq.runtime.strategies import STRATEGIES
 
 
-def lower(gm: fx.GraphModule, *, strategies: Mapping[str, str]) -> int:
+def lower(gm: fx.GraphModule, *, strategies: Mapping[str, str], axes: tuple[str, ...] = ()) -> int:
     """Give each site (by its unique name) the strategy planned for it; returns the number of sites."""
     sites = [node for node in gm.graph.nodes if is_attention(node)]
     for node in sites:
         node.meta["attention"]["strategy"] = strategies[node.meta["attention"]["name"]]
         node.target = STRATEGIES[strategies[node.meta["attention"]["name"]]].attention
+        if axes:
+            node.kwargs = {**node.kwargs, "axes": axes}
         if "recompute" in node.meta:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     _save_what_is_sent(gm)

@@ -8,7 +8,7 @@ again under the same name is found as it is now.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -59,26 +59,52 @@ def group_of(name: str) -> SequenceGroup:
 
 
 def group_from_mesh(mesh: DeviceMesh | None) -> SequenceGroup:
-    """The sequence group of a one-dimensional mesh; without a mesh, all ranks there are.
+    """The sequence group of a mesh of one or two dims; without a mesh, all ranks there are.
 
-    Raises MeshError for a mesh of several dimensions and for a rank outside the mesh.
+    Raises MeshError for a mesh of more dims, for a rank outside the mesh, and for one whose ranks c10d would put in another order.
     """
     if mesh is None:
         return _world() if dist.is_available() and dist.is_initialized() else _alone()
-    if mesh.ndim != 1:
-        names = mesh.mesh_dim_names
-        example = f"mesh[{names[-1]!r}]" if names else "mesh[name], after naming its dimensions with mesh_dim_names"
+    if mesh.ndim > 2:
         raise MeshError(
-            f"The sequence needs a mesh of one dimension; this one has {mesh.ndim}, of shape {tuple(mesh.shape)}. "
-            f"Pass the dimension that splits the sequence: {example}."
+            f"The sequence needs a mesh of one dimension, or of two: nodes, and ranks inside a node. This one has {mesh.ndim}, of shape "
+            f"{tuple(mesh.shape)}. Pass the dimensions that split the sequence: {_example_of_dims(mesh, 1)} or {_example_of_dims(mesh, 2)}."
         )
     if mesh.get_coordinate() is None:
         raise MeshError(
             f"Rank {dist.get_rank()} is not part of the mesh {mesh.mesh.tolist()}. "
             "Call the model only on the mesh's ranks, or give each group of ranks a mesh of its own."
         )
-    group = mesh.get_group()
-    return SequenceGroup(name=group.group_name, size=group.size(), rank=group.rank())
+    if mesh.ndim == 1:
+        return group_of(mesh.get_group().group_name)
+    if 1 in mesh.shape:  # one node, or nodes of one rank: the other dim has all ranks
+        return group_of(mesh.get_group(0 if mesh.shape[1] == 1 else 1).group_name)
+    return replace(_flat_group(mesh), axes=tuple(mesh.get_group(dim).group_name for dim in range(2)))
+
+
+def _example_of_dims(mesh: DeviceMesh, count: int) -> str:
+    if not mesh.mesh_dim_names:
+        return f"{count} of its names, after naming them with mesh_dim_names" if count > 1 else "mesh[name]"
+    return f"mesh[{', '.join(map(repr, mesh.mesh_dim_names[-count:]))}]"
+
+
+def _flat_group(mesh: DeviceMesh) -> SequenceGroup:
+    """The group of all ranks of a 2-D mesh, which the mesh owns: made once, by all ranks of the program, and found again."""
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise MeshError(
+            f"The ranks of a mesh of two dimensions must ascend row by row, because torch.distributed orders a group by rank; this one is "
+            f"{mesh.mesh.tolist()}. Build it from torch.arange, with the ranks of a node beside each other."
+        )
+    if len(ranks) == dist.get_world_size():
+        return _world()
+    if not mesh.mesh_dim_names or mesh._get_root_mesh().size() < dist.get_world_size():
+        # Its group would be made by some of the ranks only, under a name that others may give to theirs.
+        raise MeshError(
+            f"The mesh {mesh.mesh.tolist()} has some of the {dist.get_world_size()} ranks. Take it from one mesh of all of them, such as "
+            "init_device_mesh(device, (replicas, nodes, ranks), mesh_dim_names=('replicas', 'nodes', 'ranks'))['nodes', 'ranks']."
+        )
+    return group_of(mesh._flatten().get_group().group_name)
 
 
 def _alone() -> SequenceGroup:

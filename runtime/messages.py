@@ -78,6 +78,19 @@ def post(op: str, group: SequenceGroup, when: str, messages: Sequence[Message]) 
         raise MessageError(f"{what}: {error}. {ADVICE}") from error
 
 
+def connect(group: SequenceGroup, tensors: Sequence[object]) -> None:
+    """Have all ranks of a group, and of its axes, meet once on a GPU, where one of the tensors is.
+
+    NCCL connects ranks at a group's first call, and then waits for all of them; a ring leaves out messages that nobody needs.
+    """
+    device = next((x.device for x in tensors if isinstance(x, Tensor) and x.is_cuda), None)
+    if device is None:
+        return
+    for name in (group.name, *group.axes):
+        if name:
+            dist.all_reduce(torch.zeros(1, device=device), group=process_group(name))
+
+
 def gather_shards(op: str, group: SequenceGroup, shard: Tensor) -> Tensor:
     """Every rank's flat shard, as [P, n]. Sends (P-1) shards."""
     with Described(op, group):

@@ -107,8 +107,8 @@ def refuse(rank: int, world_size: int, kind: str) -> str:
     return "no error"
 
 
-def _two_dimensional_mesh(rank: int) -> None:
-    compile_tiny(mesh=dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "sequence")))
+def _three_dimensional_mesh(rank: int) -> None:
+    compile_tiny(mesh=dist.init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("data", "nodes", "sequence")))
 
 
 def _other_lengths(rank: int) -> None:
@@ -137,7 +137,7 @@ def _one_rank_fails(rank: int) -> None:
 
 
 _MISTAKES: dict[str, Callable[[int], Any]] = {
-    "a mesh of two dimensions": _two_dimensional_mesh,
+    "a mesh of three dimensions": _three_dimensional_mesh,
     "more ranks than positions": lambda rank: compile_tiny(length=1),
     "local attention on two ranks": lambda rank: compile_tiny(strategy="local"),
     "a fallback under strict": lambda rank: compile_tiny(after="roll", strict=True),
@@ -152,7 +152,7 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
 @pytest.mark.parametrize(
     ("kind", "messages"),
     [
-        ("a mesh of two dimensions", ["MeshError: The sequence needs a mesh of one dimension; this one has 2"] * 2),
+        ("a mesh of three dimensions", [r"MeshError: .* mesh of one dimension, or of two.* This one has 3.*mesh\['nodes', 'sequence'\]"] * 2),
         ("more ranks than positions", ["NoSequenceError: the sequence at .*test_errors.py:.* has 1 positions, fewer than the 2 ranks"] * 2),
         (
             "local attention on two ranks",

@@ -146,13 +146,17 @@ class Call:
         return [chunk for participant in range(self.participants) for chunk in self.keys_of(participant)]
 
     @cached_property
-    def needs(self) -> Needs:
-        """Which keys each participant needs of each other."""
+    def terms(self) -> Terms:
+        """What decides who needs what."""
         problem = self.problem
         heads = range(problem.first_head, problem.first_head + self.q.shape[1])
         fills = problem.empty_rows != "zero" and problem.sinks is None
-        terms = Terms(problem.mask, problem.captures, self.q.shape[0], heads, fills, problem.score)
-        return needs_of(terms, self.rows, self.participants)
+        return Terms(problem.mask, problem.captures, self.q.shape[0], heads, fills, problem.score)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Which keys each participant needs of each other."""
+        return needs_of(self.terms, self.rows, self.participants)
 
 
 ForwardKeys = Callable[[Call, Forward], Tensor | None]

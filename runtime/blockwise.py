@@ -59,6 +59,10 @@ class Forward:
             merge(self._out[tile.rows], self._lse[tile.rows], *result)
         self._empty.add(v, k_chunks)
 
+    def add_result(self, out: Tensor, lse: Tensor, rows: slice) -> None:
+        """Merge what another rank has found for some of the rows with keys that do not come here."""
+        merge(self._out[:, :, rows], self._lse[:, :, rows], out, lse)
+
     def result(self) -> tuple[Tensor, Tensor]:
         """out [B,H,s,Dv] and lse [B,H,s]; lse is -inf in a row that saw no key."""
         return self._empty.filled(), self._lse
@@ -90,6 +94,7 @@ class Backward:
         """`learned` are the captures that get a gradient."""
         dtype = accumulate_dtype(q.dtype)
         self._q, self._grad_out, self._lse, self._problem, self._q_chunks = q, grad_out, lse, problem, q_chunks
+        self._kv_heads = kv_heads
         self._tiling = Tiling(q, kv_heads, q_chunks, k_chunks, problem)
         self._captures = CaptureGradients(problem.captures, learned, dtype)
         self.dq = q.new_zeros(q.shape, dtype=dtype)
@@ -109,6 +114,19 @@ class Backward:
                 shares = self._plain(*part, tile)
             accumulate((self.dq[tile.rows], dk[tile.keys], dv[tile.keys]), shares)
         self._empty.add(k, v, k_chunks, self.dq, dk, dv)
+
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        """grad_out, out and lse: what another rank has to know of these rows to find the gradients of its keys."""
+        return self._grad_out, self._out, self._lse
+
+    def of_guests(
+        self, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, q_chunks: Sequence[Chunk], k_chunks: Sequence[Chunk]
+    ) -> Backward:
+        """The same for rows of another rank, which sees to their sinks and to those without keys; what captures get is counted here."""
+        problem = self._problem.for_guests()
+        guests = Backward(grad_out, q, out, lse, self._kv_heads, q_chunks, k_chunks, problem, self._captures.learned)
+        guests._captures = self._captures
+        return guests
 
     @cached_property
     def _delta(self) -> Tensor:

@@ -75,7 +75,7 @@ class Terms:
 def needs_of(terms: Terms, rows: Rows, participants: int) -> Needs:
     """The keys that bounds and predicate allow, as far as that can be proven; all of them if some row may be left without any."""
     mask = terms.mask
-    if terms.fills_empty_rows and not _always_reached(terms, rows):
+    if fills_rows(terms, rows):
         return within_bounds(rows, None, None, participants)
     bounds = within_bounds(rows, mask.max_ahead, mask.max_behind, participants)
     captures = _readable(terms)
@@ -85,6 +85,11 @@ def needs_of(terms: Terms, rows: Rows, participants: int) -> Needs:
     q_chunks, k_chunks = ([chunk for p in everyone for chunk in of(p)] for of in (rows.queries, rows.keys))
     cuts = Cuts.of(mask, captures, terms.batch, terms.heads, q_chunks, k_chunks)
     return bounds if cuts.empty is None else _proven(bounds, cuts, cuts.empty.all(0), rows)
+
+
+def fills_rows(terms: Terms, rows: Rows) -> bool:
+    """Whether some row may be worth something that depends on all keys."""
+    return terms.fills_empty_rows and not _always_reached(terms, rows)
 
 
 def _always_reached(terms: Terms, rows: Rows) -> bool:

@@ -53,6 +53,10 @@ class Problem:
         """Whether the fast kernels compute it: they take a tensor that is added to the scores, and no more."""
         return self.dropout_p == 0 and additive_terms(self.score) is not None and not needs_whole_rows(self.score)
 
+    def for_guests(self) -> Problem:
+        """The same for rows of another rank, to which their sinks and the rows without keys are left."""
+        return replace(self, sinks=None, empty_rows="zero")
+
 
 HeadRun = tuple[slice, slice, int]
 """Local query heads, their local KV heads, and the global index of the first: as many query heads for each KV head."""

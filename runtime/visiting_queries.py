@@ -1,0 +1,42 @@
+"""Queries that go round while keys stay (the variant of TokenRing, arXiv:2412.20501, for few queries or many key/value heads).
+
+Each rank's queries visit the ranks whose keys they may see, and (out, lse) come straight back, so that a link carries queries one way
+and results the other. In the backward q, grad_out, out and lse travel, dq comes back, and dK, dV are where they belong. That is fewer
+bytes than sending keys where queries are few against keys, as in cross-attention.
+
+No strategy by itself: `bidirectional_ring` takes this op where it sends less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoseq.runtime.attention_op import Settings
+from autoseq.runtime.groups import group_of
+from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.strategy import NOTHING, Cost, Site
+from autoseq.runtime.visit_op import visiting_op
+from autoseq.runtime.visits import Manner, always
+
+_MANNER = Manner(always)
+
+
+def _last_queries(k: Tensor, v: Tensor, settings: Settings) -> int:
+    """All other ranks' queries, but no more than a participant has of keys and values."""
+    (group,) = settings.groups
+    P, own = group_of(group).size, k.numel() + v.numel()
+    if P == 1:
+        return 0
+    if settings.empty_rows != "zero" and settings.sinks is None:
+        return own  # keys may travel instead
+    queries = local_length(settings.q_len, P, settings.layout) * k.shape[0] * k.shape[1] * settings.heads_per_kv * k.shape[3]
+    return torch.sym_min(own, (P - 1) * queries)
+
+
+visiting_queries_attention = visiting_op("visiting_queries_attention", _MANNER, kept=_last_queries)
+
+
+def visiting_queries_cost(site: Site, P: int, layout: Layout, rank: int) -> Cost:
+    """What `rank` sends. Where rows without keys are worth something that depends on all keys, the keys travel."""
+    return NOTHING if P == 1 else _MANNER.cost(site, P, layout, rank)

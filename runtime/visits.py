@@ -1,0 +1,203 @@
+"""Who visits whom: what the strategies share whose ranks exchange rows directly (`halo`, `balanced`, queries that go round).
+
+An asker whose queries may see keys of a holder makes a pair of participants. Either the keys go to the asker, or its queries go to the
+holder: whoever travels is the guest, whoever stays and works is the host, and what the host finds goes home.
+
+    guest     there, forward   home, forward       there, backward               home, backward
+    keys      K, V             -                   K, V unless kept              dK, dV in float32
+    queries   q                out, lse, float32   lse, grad_out, out, and q     dq in float32
+                                                   unless kept
+
+In round n a participant is host of the one n places before it and guest of the one n places after it. All of this follows from the
+mask and the sizes, so all ranks know it without asking. `runtime/visit_op.py` does what is planned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import sympy
+
+from autoseq.runtime import runs, strategy
+from autoseq.runtime.holdings import Holdings
+from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.mask import Mask
+from autoseq.runtime.needs import Needs, Rows, Terms, fills_rows, needs_of, within_bounds
+from autoseq.runtime.runs import Runs
+from autoseq.runtime.strategy import Cost, Site, accumulator_bytes
+
+KEYS, QUERIES = range(2)
+KINDS = (KEYS, QUERIES)
+
+Guest = tuple[int, int]
+"""(KEYS or QUERIES, participant)."""
+
+Goes = Callable[[int, int, int], bool]
+"""Whether the queries of an asker go to a holder, of P participants; otherwise the holder's keys go to the asker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """`keys[host][guest]` and `queries[host][guest]`: the guest's local rows that go to the host."""
+
+    keys: Needs
+    queries: Needs
+
+    def rows(self, kind: int, host: int, guest: int) -> Runs:
+        return (self.keys, self.queries)[kind][host][guest]
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The rounds in which anybody is anybody's guest, neighbours first."""
+        return _rounds(self)
+
+    def guests(self, host: int) -> list[Guest]:
+        """All that come to a host, in the order in which they come."""
+        comers = [(kind, (host - n) % len(self.keys)) for n in self.rounds for kind in KINDS]
+        return [(kind, guest) for kind, guest in comers if self.rows(kind, host, guest)]
+
+    def kept(self, host: int, elements: tuple[int, int], room: int | None) -> tuple[Guest, ...]:
+        """The last guests whose rows, of so many elements of keys or of queries, a host has room for until the backward."""
+        return _kept(self, host, elements, room)
+
+
+@lru_cache(maxsize=256)
+def _rounds(visits: Visits) -> tuple[int, ...]:
+    size = len(visits.keys)
+    held = {(host - guest) % size for host in range(size) for guest in range(size) for kind in KINDS if visits.rows(kind, host, guest)}
+    return tuple(sorted(held, key=lambda n: (min(n, size - n), n)))
+
+
+@lru_cache(maxsize=256)
+def _kept(visits: Visits, host: int, elements: tuple[int, int], room: int | None) -> tuple[Guest, ...]:
+    kept: list[Guest] = []
+    for kind, guest in reversed(visits.guests(host)):
+        if room is not None:
+            room -= runs.count(visits.rows(kind, host, guest)) * elements[kind]
+            if room < 0:
+                break
+        kept.append((kind, guest))
+    return tuple(reversed(kept))
+
+
+@lru_cache(maxsize=256)
+def _visits(needs: Needs, rows: Rows, max_ahead: int | None, max_behind: int | None, goes: Goes) -> Visits:
+    everyone = range(len(needs))
+    # Seen from a key, the bounds change places: these are the queries that may see some key of a holder.
+    turned = Rows(rows.k_holdings, rows.q_holdings, rows.t, rows.s, rows.k_len, rows.q_len)
+    seeing = within_bounds(turned, max_behind, max_ahead, len(needs))
+
+    def keys(asker: int, holder: int) -> Runs:
+        return () if asker == holder or goes(asker, holder, len(needs)) else needs[asker][holder]
+
+    def queries(holder: int, asker: int) -> Runs:
+        goes_there = asker != holder and goes(asker, holder, len(needs)) and needs[asker][holder]
+        return seeing[holder][asker] if goes_there else ()
+
+    return Visits(*(tuple(tuple(of(host, guest) for guest in everyone) for host in everyone) for of in (keys, queries)))
+
+
+def never(asker: int, holder: int, P: int) -> bool:
+    """All keys go to whoever asks for them."""
+    return False
+
+
+def always(asker: int, holder: int, P: int) -> bool:
+    """All queries go to the keys that they may see."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How the participants of an attention visit each other.
+
+    `early`: as many rounds ahead are messages posted; None: all at once. `keeps_all`: whatever came in the forward stays for the
+    backward; otherwise the last that came, as far as they are no larger than a participant's own keys and values.
+    """
+
+    goes: Goes
+    early: int | None = 1
+    keeps_all: bool = False
+
+    def visits(self, needs: Needs, rows: Rows, mask: Mask, *, fills: bool) -> Visits:
+        """`fills`: a row without keys is worth something that depends on all keys, so no part of it may be computed elsewhere."""
+        return _visits(needs, rows, mask.max_ahead, mask.max_behind, never if fills else self.goes)
+
+    def room(self, own_elements: int) -> int | None:
+        """How many elements a participant keeps, whose own keys and values are so many."""
+        return None if self.keeps_all else own_elements
+
+    def of_site(self, site: Site, P: int, layout: Layout) -> Visits:
+        """The visits for a site, without what only the values of a tensor rule out."""
+        terms, rows = terms_of_site(site), rows_of_site(site, P, layout)
+        return self.visits(needs_of(terms, rows, P), rows, terms.mask, fills=fills_rows(terms, rows))
+
+    def cost(self, site: Site, P: int, layout: Layout, rank: int) -> Cost:
+        """What `rank` sends for a site, row by row of what its mask leaves."""
+        visits, own = self.of_site(site, P, layout), local_length(site.k_len, P, layout)
+        key, query = elements = (site.kv_heads * (site.head_dim + site.value_dim), site.heads * site.head_dim)
+        values, e, a = site.heads * site.value_dim, site.element_bytes, accumulator_bytes(site)
+        forward, backward = [], []
+        for other in range(P):
+            kept = visits.kept(other, elements, self.room(own * key))
+            if rows := runs.count(visits.keys[other][rank]):
+                forward.append(rows * key * e)
+                backward += [] if (KEYS, rank) in kept else [rows * key * e]
+            if rows := runs.count(visits.queries[other][rank]):
+                forward.append(rows * query * e)
+                again = 0 if (QUERIES, rank) in kept else query
+                backward.append(rows * ((2 * values + again) * e + site.heads * a))
+            if rows := runs.count(visits.queries[rank][other]):
+                forward.append(rows * (values + site.heads) * a)
+                backward.append(rows * query * a)
+            if rows := runs.count(visits.keys[rank][other]):
+                backward.append(rows * key * a)
+        return Cost(site.batch * sum(forward), site.batch * sum(backward), len(forward), len(backward))
+
+    def counts(self, site: Site, P: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
+        """The values of this module's symbols for full shards and a mask without a predicate."""
+        s, t = (local_length(n, P, layout) for n in (site.q_len, site.k_len))
+        visits = self.of_site(replace(site, q_len=s * P, k_len=t * P, predicate="", score="", empty_rows="zero"), P, layout)
+        elements = (site.kv_heads * (site.head_dim + site.value_dim), site.heads * site.head_dim)
+        kept = {(kind, guest, host) for host in range(P) for kind, guest in visits.kept(host, elements, self.room(t * elements[KEYS]))}
+        counts = dict.fromkeys((KEYS_SENT, KEYS_AGAIN, KEYS_HOSTED, QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED), 0)
+        for kind, (sent, again, hosted) in enumerate(_SYMBOLS):
+            for other in range(P):
+                if visits.rows(kind, other, rank):
+                    counts[sent] += 1
+                    counts[again] += (kind, rank, other) not in kept
+                counts[hosted] += bool(visits.rows(kind, rank, other))
+        return counts
+
+
+# How many shards of keys, and of queries, a rank sends, sends again in the backward, and hosts.
+KEYS_SENT, KEYS_AGAIN, KEYS_HOSTED = sympy.symbols("n_k m_k h_k", nonnegative=True, integer=True)
+QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED = sympy.symbols("n_q m_q h_q", nonnegative=True, integer=True)
+_SYMBOLS = ((KEYS_SENT, KEYS_AGAIN, KEYS_HOSTED), (QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED))
+
+
+def formulas() -> dict[str, sympy.Expr]:
+    """The fields of `Cost` where whole shards visit, in the symbols of this module and of `strategy`."""
+    keys = strategy.B * strategy.t * strategy.K * (strategy.D + strategy.V)
+    rows, D, V, e, a = strategy.B * strategy.s * strategy.H, strategy.D, strategy.V, strategy.e, strategy.a
+    return {
+        "forward_bytes": keys * KEYS_SENT * e + rows * (QUERIES_SENT * D * e + QUERIES_HOSTED * (V + 1) * a),
+        "backward_bytes": keys * (KEYS_AGAIN * e + KEYS_HOSTED * a)
+        + rows * (QUERIES_SENT * (2 * V * e + a) + QUERIES_AGAIN * D * e + QUERIES_HOSTED * D * a),
+        "forward_messages": KEYS_SENT + QUERIES_SENT + QUERIES_HOSTED,
+        "backward_messages": KEYS_AGAIN + KEYS_HOSTED + QUERIES_SENT + QUERIES_HOSTED,
+    }
+
+
+def terms_of_site(site: Site) -> Terms:
+    """What of a site decides who needs what; of what its predicate looks up, only the names are known."""
+    fills = site.empty_rows != "zero" and not site.has_sinks
+    return Terms(Mask(site.max_ahead, site.max_behind, site.predicate), None, site.batch, range(site.heads), fills, site.score)
+
+
+def rows_of_site(site: Site, P: int, layout: Layout) -> Rows:
+    """The rows of a site on P plain ranks."""
+    held = Holdings.of(P, layout)
+    return Rows(held, held, *(local_length(n, P, layout) for n in (site.q_len, site.k_len)), site.q_len, site.k_len)

@@ -5,19 +5,23 @@ On a machine with a GPU the same tests run compiled: they are marked `gpu` too.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from autoseq.runtime import packing, plain
+from autoseq.runtime import fused, packing, plain
 from autoseq.runtime.layout import Layout
+from test_kernels import over_blocks
 
 # Rows, head dims and strides that do not fill a tile, and that do.
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -37,20 +41,30 @@ class Forms:
         return torch.randn(shape, generator=generator).to(self.device, dtype)
 
 
+@contextlib.contextmanager
+def modules_anew(*, interpret: bool) -> Iterator[None]:
+    """Triton decides when a kernel is defined whether it is interpreted, so the modules are imported anew, and again afterwards."""
+    _forget_modules()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", str(int(interpret)))
+        # Triton 3.9 warns until one of the two is chosen; either way of rounding a*b + c is within the tolerances here.
+        environment.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+        yield
+    _forget_modules()
+
+
+def _forget_modules() -> None:
+    for name in MODULES:
+        package, _, module = name.rpartition(".")
+        sys.modules.pop(name, None)
+        vars(sys.modules[package]).pop(module, None)
+
+
 @pytest.fixture(params=[pytest.param("cpu", marks=needs_triton), pytest.param("cuda", marks=[needs_triton, pytest.mark.gpu])])
-def forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Forms]:
-    """Triton decides when a kernel is defined whether it is interpreted, so the modules are imported anew."""
-    with_interpreter = request.param == "cpu"
-    monkeypatch.setenv("TRITON_INTERPRET", str(int(with_interpreter)))
-    before = {name: sys.modules.pop(name, None) for name in MODULES}
-    try:
-        with np.errstate(all="ignore"):  # what the interpreter computes with: infinities are meant
-            yield Forms(request.param)
-    finally:
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
+def forms(request: pytest.FixtureRequest) -> Iterator[Forms]:
+    # What the interpreter computes with warns of infinities, which are meant.
+    with modules_anew(interpret=request.param == "cpu"), np.errstate(all="ignore"):
+        yield Forms(request.param)
 
 
 def bits(x: Tensor) -> Tensor:
@@ -113,6 +127,18 @@ def test_nothing_to_do(forms: Forms) -> None:
     assert forms.packing.join_rows(empty.flatten(), [2, 0, 2, 8], 2, "zigzag")[0].shape == (2, 0, 4, 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_through_the_fused_forms(forms: Forms, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they serve, they are what attention over blocks calls, forward and backward."""
+    q, k, v, grad = (forms.randn(2, H, 24, 8, dtype=dtype) for H in (4, 2, 2, 4))
+    expected = over_blocks([q, k, v, grad], 3, True)
+    monkeypatch.setattr(fused, "why_plain", lambda _: "")
+    monkeypatch.setattr(plain, "merge", None)
+    monkeypatch.setattr(plain, "accumulate", None)
+    for x, y in zip(over_blocks([q, k, v, grad], 3, True), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)  # roundings of weights and logs; what the kernels give is the same
+
+
 # Packing --------------------------------------------------------------------------------------------------------------
 
 # Heads [start, end) of each rank, for each tensor.
@@ -166,3 +192,82 @@ def test_rows(forms: Forms, P: int, layout: Layout, dtype: torch.dtype) -> None:
     sizes = [size for shape in shapes for size in shape]
     for x, y in zip(forms.packing.join_rows(flat, sizes, P, layout), ys, strict=True):
         assert x.is_contiguous() and torch.equal(bits(x), bits(y.contiguous()))
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+STRIDES = ("i64", "i32", "i32", "i32")
+COUNTS = ("i32", "i32")
+TILE = {"ROWS": 32, "COLUMNS": 128}
+
+
+def signature(names: str, *, tuples: dict[str, tuple[Any, ...]], **pointers: str) -> dict[str, Any]:
+    """The types of a kernel's arguments: sizes are 32 bits wide unless they are said to be something else."""
+    return {name: tuples.get(name, pointers.get(name, "constexpr" if name.isupper() else "i32")) for name in names.split()}
+
+
+LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "merging._merge_kernel": (
+        signature(
+            "out lse block_out block_lse heads rows dim row_tiles out_at lse_at block_out_at block_lse_at ROWS COLUMNS",
+            tuples={"out_at": STRIDES, "lse_at": STRIDES[:3], "block_out_at": STRIDES, "block_lse_at": STRIDES[:3]},
+            out="*fp32", lse="*fp32", block_out="*bf16", block_lse="*fp32",
+        ),
+        TILE,
+    ),
+    "merging._add_kernel": (
+        signature(
+            "totals shares heads rows dims row_tiles ends totals_at shares_at ROWS COLUMNS",
+            tuples={
+                **dict.fromkeys(("heads", "rows", "dims", "row_tiles", "ends"), ("i32",) * 3),
+                **dict.fromkeys(("totals_at", "shares_at"), (STRIDES,) * 3),
+                "totals": ("*fp32",) * 3, "shares": ("*bf16",) * 3,
+            },
+        ),
+        {"ROWS": (32, 32, 64), "COLUMNS": (128, 128, 64)},
+    ),
+    "packing._split_heads_kernel": (
+        signature(
+            "x flat starts counts bases batch rows dim row_tiles x_at P ROWS COLUMNS",
+            tuples={**dict.fromkeys(("starts", "counts", "bases"), COUNTS), "x_at": STRIDES}, x="*bf16", flat="*bf16",
+        ),
+        {"P": 2, **TILE},
+    ),
+    "packing._join_heads_kernel": (
+        signature(
+            "flat x starts counts bases heads rows dim row_tiles P ROWS COLUMNS SUM",
+            tuples=dict.fromkeys(("starts", "counts", "bases"), COUNTS), x="*bf16", flat="*bf16",
+        ),
+        {"P": 2, **TILE, "SUM": "fp32"},
+    ),
+    "packing._rows_kernel": (
+        signature(
+            "x flat base rank_size heads rows local_rows dim row_tiles x_at P ZIGZAG PACK ROWS COLUMNS",
+            tuples={"x_at": STRIDES}, x="*bf16", flat="*bf16",
+        ),
+        {"P": 2, "ZIGZAG": True, "PACK": True, **TILE},
+    ),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_compile_for_gpus(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to machine code, which needs no GPU: what the interpreter accepts the compiler may not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types, constants = LAUNCHES[name]
+    with modules_anew(interpret=False):
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        module, kernel = name.split(".")
+        constants = {key: triton.language.float32 if value == "fp32" else value for key, value in constants.items()}
+        source = triton.compiler.ASTSource(getattr(getattr(Forms("cuda"), module), kernel), types, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 1000
+    assert compiled.metadata.shared == 0, "elementwise work shares nothing between threads"
+
+
+def test_cpu_takes_the_plain_forms() -> None:
+    assert "GPU" in fused.why_plain(torch.zeros(1))
+    assert fused.missing() == "" or "pip install triton" in fused.missing()

@@ -13,11 +13,14 @@ import flash_attn_stand_in  # noqa: F401 (registers its operators)
 from aten_stand_ins import AtenOnCuda, FlashAttn
 from autoseq.runtime import aten_kernels, flash_attn_kernel, kernel_call, kernels
 from autoseq.runtime.aten_kernels import CPU, CUDNN, EFFICIENT, FLASH
+from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.flash_attn_kernel import FLASH_ATTN
 from autoseq.runtime.kernel_call import BlockCall, Kernel
 from autoseq.runtime.kernels import attend, attend_backward, choose, why_not
+from autoseq.runtime.mask import Mask
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.reference_kernel import REFERENCE
+from autoseq.runtime.tiles import Problem
 from dense_attention import relative_error
 
 SCALE = 0.3
@@ -129,6 +132,44 @@ def test_gradients_of_two_halves_add_up() -> None:
     dk, dv = (torch.cat([half[i] for half in halves], 2) for i in (1, 2))
     for x, y in zip((dq, dk, dv), expected, strict=True):
         assert relative_error(x, y) <= TOLERANCE[torch.float64]
+
+
+def over_blocks(tensors: list[Tensor], num_blocks: int, is_causal: bool) -> list[Tensor]:
+    """out, lse, dq, dk and dv of keys that come in so many blocks, as ranks send them."""
+    q, k, v, grad = tensors
+    n = q.shape[2]
+    problem = Problem(Mask(max_ahead=0 if is_causal else None), [], SCALE)
+    chunks = [(start, start, n // num_blocks) for start in range(0, n, n // num_blocks)]
+    forward = Forward(q, k.shape[1], v.shape[3], [(0, 0, n)], chunks, problem)
+    for chunk in chunks:
+        forward.add(k, v, [chunk])
+    out, lse = forward.result()
+    backward = Backward(grad, q, out.to(q.dtype), lse, k.shape[1], [(0, 0, n)], chunks, problem)
+    dk, dv = (torch.zeros_like(x, dtype=accumulate_dtype(q.dtype)) for x in (k, v))
+    for chunk in chunks:
+        backward.add(k, v, [chunk], dk, dv)
+    return [out, lse, backward.dq, dk, dv]
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
+def test_error_does_not_grow_with_the_number_of_blocks(dtype: torch.dtype, is_causal: bool) -> None:
+    """A kernel rounds each block's share to its inputs' dtype once; the sums over blocks are in float32.
+
+    The shares' roundings are independent, so they add up no faster than the result: the tenth is chance. A merge is one rounding more
+    a block in float32; and ATen's CPU kernel for halves takes an exponential that is good to 2^-20, twice in a block's sum.
+    """
+    tensors = draw((256, 256, 4, 2, 32, 32), dtype)
+    allowed = torch.ones(256, 256, dtype=torch.bool)
+    expected = dense(*tensors, allowed.tril() if is_causal else allowed)
+    errors = {
+        count: [float(relative_error(x, y)) for x, y in zip(over_blocks(tensors, count, is_causal), expected, strict=True)]
+        for count in (1, 2, 4, 8)
+    }
+    for count, found in errors.items():
+        allowance = count * 6e-8 if dtype == torch.float32 else 2 * 2.0**-20
+        for name, error, of_one in zip(("out", "lse", "dq", "dk", "dv"), found, errors[1], strict=True):
+            assert error <= 1.1 * of_one + allowance, (name, count, errors)
 
 
 # What only a GPU runs ------------------------------------------------------------------------------------------------

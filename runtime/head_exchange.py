@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -22,10 +23,9 @@ from autoseq.runtime import fused
 from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.packing import shapes_of
+from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.posted import arrived, post_all_to_all
-
-HeadRange = tuple[int, int]
-"""Global head indices [start, end)."""
+from autoseq.runtime.stages import HeadRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Exchange:
         """Send the heads of this rank's rows to the ranks that compute them. What arrives, flat: wait before it is read."""
         send_sizes = [sum(self._sent(i, p, prod(x.shape) // x.shape[1]) for i, x in enumerate(xs)) for p in range(self.group.size)]
         recv_sizes = [sum(prod(shape) for shape in self._pieces(xs))] * self.group.size
-        return post_all_to_all(self.group, split_heads(list(xs), *self._bounds()), send_sizes, recv_sizes)
+        return post_all_to_all(self.group, split_heads(list(xs), *self.bounds()), send_sizes, recv_sizes)
 
     def arrived_rows(self, flat: Tensor, xs: Sequence[Tensor]) -> list[Tensor]:
         """All rows of this rank's heads, from what arrived for `xs`."""
@@ -70,7 +70,7 @@ class Exchange:
     def arrived_heads(self, flat: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
         """All heads of this rank's rows, from what arrived for `ys`."""
         shapes = [(y.shape[0], self.ranges[i][-1][1], y.shape[2] // self.group.size, y.shape[3]) for i, y in enumerate(ys)]
-        return join_heads(flat, [size for shape in shapes for size in shape], *self._bounds())
+        return join_heads(flat, [size for shape in shapes for size in shape], *self.bounds())
 
     def trade_rows(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """`to_rows` without a gradient."""
@@ -89,10 +89,31 @@ class Exchange:
         start, end = self.ranges[i][rank]
         return (end - start) * head_size
 
-    def _bounds(self) -> tuple[list[int], list[int]]:
+    def bounds(self) -> tuple[list[int], list[int]]:
         """Starts and ends, tensor by tensor for rank 0, then for rank 1, ..."""
         flat = [bounds for per_rank in zip(*self.ranges, strict=True) for bounds in per_rank]
         return [start for start, _ in flat], [end for _, end in flat]
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What arrived of one `post_heads`: of which of some tensors."""
+
+    exchange: Exchange
+    tensors: list[int]
+    flat: Tensor
+
+
+def landed_heads(arrivals: Sequence[Landed], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Tensors of the given shapes [B,H,s,D], from stages that brought some heads of some of them each."""
+    if not arrivals:
+        return []
+    sizes = [size for shape in shapes for size in shape]
+    if len(arrivals) == 1:
+        return join_heads(arrivals[0].flat, sizes, *arrivals[0].exchange.bounds())
+    starts, ends = ([bound for each in arrivals for bound in each.exchange.bounds()[i]] for i in (0, 1))
+    tensors = [i for each in arrivals for _ in range(each.exchange.group.size) for i in each.tensors]
+    return join_stages([each.flat for each in arrivals], sizes, tensors, starts, ends)
 
 
 class _ToRows(Function):
@@ -143,6 +164,38 @@ def _(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> lis
 
 
 @torch.library.custom_op(
+    "autoseq::join_stages",
+    mutates_args=(),
+    schema="(Tensor[] flats, SymInt[] sizes, int[] tensors, int[] starts, int[] ends) -> Tensor[]",
+)
+def join_stages(flats: list[Tensor], sizes: list[int], tensors: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    """`join_heads` from several buffers, one after the other: piece i is of heads [start, end) of tensor `tensors[i]`."""
+    pieces = [piece for piece in zip(tensors, starts, ends, strict=True) if piece[1] < piece[2]]
+    shared = [_shared([heads for i, *heads in pieces if i == number]) for number in range(len(sizes) // 4)]
+    dtype = flats[0].dtype
+    accumulate = accumulate_dtype(dtype)
+    totals = [
+        flats[0].new_zeros(shape, dtype=accumulate) if several else flats[0].new_empty(shape)
+        for shape, several in zip(shapes_of(sizes), shared, strict=True)
+    ]
+    left = iter(pieces)
+    for flat in flats:
+        place = 0
+        while place < flat.numel():
+            number, start, end = next(left)
+            target = totals[number][:, start:end]
+            piece = flat[place : place + target.numel()].view(target.shape)
+            place += target.numel()
+            target.add_(piece) if shared[number] else target.copy_(piece)
+    return [total.to(dtype) for total in totals]
+
+
+@join_stages.register_fake
+def _(flats: list[Tensor], sizes: list[int], tensors: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    return [flats[0].new_empty(shape) for shape in shapes_of(sizes)]
+
+
+@torch.library.custom_op(
     "autoseq::join_rows", mutates_args=(), schema="(Tensor flat, SymInt[] sizes, int P, str layout) -> Tensor[]"
 )
 def join_rows(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
@@ -164,3 +217,8 @@ def split_rows(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
 @split_rows.register_fake
 def _(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
     return ys[0].new_empty(sum(y.numel() for y in ys))
+
+
+def _shared(ranges: list[list[int]]) -> bool:
+    """Whether some head is in several ranges."""
+    return any(start < end for (_, end), (start, _) in pairwise(sorted(ranges)))

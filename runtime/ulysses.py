@@ -4,35 +4,147 @@ One packed all-to-all gives each rank all rows of its share of the heads, whole 
 the rows home. Any number of heads works: query heads are split as evenly as they go, some ranks may get none, and a rank
 receives just the KV heads its query heads use, so grouped heads travel once unless several ranks need them (P > K).
 
+Large messages go in stages, each some heads of every rank's share, so that they travel while the attention of other heads is computed
+(`runtime/stages.py`); the bytes stay the same. A stage has whole groups of heads. Where no rank has more than one KV head, that comes
+with the first stage and its gradient leaves with the last.
+
 The attention in the middle is the same op as `local`'s; a KV head that several ranks used gets its gradient summed in float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from torch import Tensor
 
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.groups import group_of
-from autoseq.runtime.head_exchange import Exchange, HeadRange
+from autoseq.runtime.groups import SequenceGroup, group_of
+from autoseq.runtime.head_exchange import Exchange, Landed, landed_heads
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
+from autoseq.runtime.stages import STAGES, HeadRange, Staged, Wanted, add_up, attend_in_stages, cut, num_stages, pipelined, queries_of
 from autoseq.runtime.strategy import Site, Strategy
 from autoseq.runtime.traffic import Traffic
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStage:
+    """Some heads of every rank's share: query heads and the KV heads they use, by rank, and whether the latter travel with them."""
+
+    heads: list[HeadRange]
+    kv_heads: list[HeadRange]
+    brings_keys: bool = True  # else those of the stage before are used again
+    returns_keys: bool = True  # else their gradients are added to those of the next stage
+
+    @property
+    def asked(self) -> list[int]:
+        """Which of q, k and v come for it."""
+        return [0, 1, 2] if self.brings_keys else [0]
+
+
+def head_stages(P: int, heads: int, kv_heads: int, query_bytes: int, key_bytes: int) -> list[HeadStage]:
+    """The stages, given the bytes of a rank's rows of one query head, and of one KV head's keys and values."""
+    ratio = heads // kv_heads
+    shares = [query_heads(rank, P, heads) for rank in range(P)]
+    covers = [covering_kv_heads(share, ratio) for share in shares]
+    most, most_keys = (max(_count(each) for each in of_ranks) for of_ranks in (shares, covers))
+    message_bytes = query_bytes * heads + key_bytes * sum(_count(cover) for cover in covers)
+    stages = num_stages(message_bytes, most_keys if most_keys > 1 else most) if P > 1 else 1
+    if most_keys > 1:
+        parts = [cut(cover, stages) for cover in covers]
+        queries = [[queries_of(part, ratio, share) for part in own] for own, share in zip(parts, shares, strict=True)]
+        return [HeadStage([own[i] for own in queries], [own[i] for own in parts]) for i in range(stages)]
+    queries = [cut(share, stages) for share in shares]
+    return [HeadStage([own[i] for own in queries], covers, i == 0, i == stages - 1) for i in range(stages)]
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     """With evenly split heads it sends (P-1)/P of q, out and the KV heads (times max(1, P/K)); backward the same."""
     seq = group_of(terms.group)
-    heads = [query_heads(rank, seq.size, q.shape[1]) for rank in range(seq.size)]
-    kv_heads = [covering_kv_heads(each, terms.heads_per_kv) for each in heads]
-    rows = Exchange([heads, kv_heads, kv_heads], terms.layout, seq).to_rows(q, k, v)
-    out = terms.call_on_all_rows(whole_attention, *rows, first_head=heads[seq.rank][0])
-    return Exchange([heads], terms.layout, seq).to_heads(out)[0]
+    query_bytes = q.shape[0] * q.shape[2] * q.shape[3] * q.element_size()
+    key_bytes = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    stages = head_stages(seq.size, q.shape[1], k.shape[1], query_bytes, key_bytes)
+    return attend_in_stages(_Ulysses(stages, terms.layout, seq), q, k, v, terms)
 
 
 attention = attention_function(__name__, _compute)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ulysses(Staged):
+    """One attention. It keeps q, k, v, out and lse of each stage, all rows of this rank's heads."""
+
+    stages: list[HeadStage]
+    layout: Layout
+    group: SequenceGroup
+
+    def forward(self, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        kept: list[Tensor] = []
+
+        def post(number: int) -> Tensor:
+            asked = self.stages[number].asked
+            return self._exchange(number, asked).post_rows([(q, k, v)[i] for i in asked])
+
+        def work(number: int, flat: Tensor) -> Tensor:
+            asked = self.stages[number].asked
+            rows = self._exchange(number, asked).arrived_rows(flat, [(q, k, v)[i] for i in asked])
+            rows += [] if self.stages[number].brings_keys else kept[-4:-2]
+            out, lse, _ = whole_attention.forward(*rows, *self._settings(number, terms))
+            kept.extend((*rows, out, lse))
+            return self._exchange(number, [0]).post_heads([out])
+
+        flats = pipelined(self.group, len(self.stages), post, work)
+        arrivals = [Landed(self._exchange(number, [0]), [0], flat) for number, flat in enumerate(flats)]
+        return landed_heads(arrivals, [(*q.shape[:3], v.shape[3])])[0], kept
+
+    def backward(
+        self, terms: Terms, wanted: Wanted, grad_out: Tensor, kept: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[list[Tensor]]]:
+        shares: list[list[Tensor]] = []
+        homes: list[tuple[Exchange, list[int]]] = []
+        of_keys: list[Tensor] = []  # dk and dv of keys that several stages use
+
+        def post(number: int) -> Tensor:
+            return self._exchange(number, [0]).post_rows([grad_out])
+
+        def work(number: int, flat: Tensor) -> Tensor | None:
+            stage, of_stage = self.stages[number], kept[5 * number : 5 * number + 5]
+            (grad,) = self._exchange(number, [0]).arrived_rows(flat, [grad_out])
+            tensors = (grad, *of_stage, of_stage[1].new_empty(0))
+            dq, *dkv, share = whole_attention.backward(wanted.learned, wanted.sinks, *tensors, *self._settings(number, terms))
+            shares.append(share)
+            if not (stage.brings_keys and stage.returns_keys):
+                of_keys[:] = [add_up(parts) for parts in zip(dkv, *([of_keys] if of_keys else []), strict=True)]
+                dkv = [total.to(part.dtype) for total, part in zip(of_keys, dkv, strict=True)]
+            home = [i for i in wanted.of_qkv if i == 0 or stage.returns_keys]
+            if not home:
+                return None
+            homes.append((self._exchange(number, home), home))
+            return homes[-1][0].post_heads([(dq, *dkv)[i] for i in home])
+
+        flats = pipelined(self.group, len(self.stages), post, work)
+        shapes = self._shapes(grad_out, *kept[:3])
+        arrivals = [Landed(sent, [wanted.of_qkv.index(i) for i in home], flat) for (sent, home), flat in zip(homes, flats, strict=True)]
+        found = dict(zip(wanted.of_qkv, landed_heads(arrivals, [shapes[i] for i in wanted.of_qkv]), strict=True))
+        return [found.get(i) for i in range(3)], shares
+
+    def _exchange(self, number: int, tensors: Sequence[int]) -> Exchange:
+        """Of a stage's query heads (0), and heads of keys (1) and values (2)."""
+        stage = self.stages[number]
+        return Exchange([stage.kv_heads if i else stage.heads for i in tensors], self.layout, self.group)
+
+    def _settings(self, number: int, terms: Terms) -> tuple[Any, ...]:
+        """Attention of all rows in global order: one chunk, and no group to ask."""
+        return terms.flat([], layout="contiguous", first_head=self.stages[number].heads[self.group.rank][0])
+
+    def _shapes(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, ...]]:
+        """Of this rank's rows of all heads of q, k and v."""
+        kv_heads, t = self.stages[-1].kv_heads[-1][1], k.shape[2] // self.group.size
+        return [(*grad_out.shape[:3], q.shape[3]), *((x.shape[0], kv_heads, t, x.shape[3]) for x in (k, v))]
 
 
 class Ulysses(Strategy):
@@ -51,8 +163,8 @@ class Ulysses(Strategy):
         return {
             "forward_bytes": B * e * forward,
             "backward_bytes": B * e * backward,
-            "forward_messages": sympy.Integer(2),
-            "backward_messages": sympy.Integer(2),
+            "forward_messages": 2 * STAGES,
+            "backward_messages": 2 * STAGES,
         }
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
@@ -61,10 +173,14 @@ class Ulysses(Strategy):
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         heads = [query_heads(each, group_size, site.heads) for each in range(group_size)]
         kv_heads = [_count(covering_kv_heads(each, site.heads // site.kv_heads)) for each in heads]
-        return Strategy.sizes(self, site, group_size, layout, rank) | {
+        known = Strategy.sizes(self, site, group_size, layout, rank)
+        query_bytes = site.batch * known[strategy.s] * site.head_dim * site.element_bytes
+        key_bytes = site.batch * known[strategy.t] * (site.head_dim + site.value_dim) * site.element_bytes
+        return known | {
             OWN_HEADS: _count(heads[rank]),
             OWN_KV_HEADS: kv_heads[rank],
             SENT_KV_HEADS: sum(kv_heads) - kv_heads[rank],
+            STAGES: len(head_stages(group_size, site.heads, site.kv_heads, query_bytes, key_bytes)),
         }
 
 

@@ -156,7 +156,7 @@ def over_blocks(tensors: list[Tensor], num_blocks: int, is_causal: bool) -> list
 def test_error_does_not_grow_with_the_number_of_blocks(dtype: torch.dtype, is_causal: bool) -> None:
     """A kernel rounds each block's share to its inputs' dtype once; the sums over blocks are in float32.
 
-    The shares' roundings are independent, so they add up no faster than the result: the tenth is chance. A merge is one rounding more
+    The shares' roundings are independent, so they add up as the shares do: the fifth is chance. A merge is one rounding more
     a block in float32; and ATen's CPU kernel for halves takes an exponential that is good to 2^-20, twice in a block's sum.
     """
     tensors = draw((256, 256, 4, 2, 32, 32), dtype)
@@ -169,7 +169,7 @@ def test_error_does_not_grow_with_the_number_of_blocks(dtype: torch.dtype, is_ca
     for count, found in errors.items():
         allowance = count * 6e-8 if dtype == torch.float32 else 2 * 2.0**-20
         for name, error, of_one in zip(("out", "lse", "dq", "dk", "dv"), found, errors[1], strict=True):
-            assert error <= 1.1 * of_one + allowance, (name, count, errors)
+            assert error <= 1.2 * of_one + allowance, (name, count, errors)
 
 
 # What only a GPU runs ------------------------------------------------------------------------------------------------

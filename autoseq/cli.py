@@ -1,4 +1,4 @@
-"""The `autoseq` command: inspect, verify, demo.
+"""The `autoseq` command: inspect, verify, demo, doctor.
 
 Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 misuse. A user's mistake never shows a traceback.
 """
@@ -113,6 +113,23 @@ def demo(
         options = {"strategy": strategy, "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
         ok = run_demo(results(), world_size=world_size, steps=steps, options=options)
     raise typer.Exit(0 if ok else 1)
+
+
+@app.command(epilog="Example: autoseq doctor --json")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show versions, devices, and which attention kernels there are, or why they are not and what to install."""
+    with _exit_codes(verbose):
+        from autoseq.doctor import checkup, checkup_json, print_checkup
+        from autoseq.report import results
+
+        found = checkup()
+        if as_json:
+            print(checkup_json(found))
+        else:
+            print_checkup(results(), found)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,144 @@
+"""What `autoseq doctor` finds: versions, devices, ways to communicate, and which attention kernels are there, or why they are not.
+
+Nothing is run on a device and no package is imported but torch and, if it is there, flash-attn, whose import is what may fail.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+
+import torch
+import torch.distributed
+from rich.console import Console
+
+from autoseq.report import readable_bytes, table
+from autoseq.runtime import fused
+from autoseq.runtime.kernel_call import BlockCall, Kernel
+from autoseq.runtime.kernels import KERNELS
+
+_PACKAGES = ("torch", "triton", "flash-attn", "transformers")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that autoseq may use: what it is, and why it is not available ("" if it is) with what to do about that."""
+
+    name: str
+    about: str
+    why_not: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that torch can compute on. A CPU has no capability."""
+
+    name: str
+    kind: str
+    capability: tuple[int, int] | None
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """All findings. A version is None where something is not installed or not part of this build."""
+
+    versions: dict[str, str | None]
+    devices: list[Device]
+    communication: list[Finding]
+    kernels: list[Finding]
+
+
+def checkup() -> Checkup:
+    """Look at this installation."""
+    devices = _devices()
+    return Checkup(_versions(), devices, _communication(), [*_kernels(devices), _fused(devices)])
+
+
+def checkup_json(found: Checkup) -> str:
+    """One object, as documented: scripts may rely on these names."""
+    return json.dumps({
+        "versions": found.versions,
+        "devices": [asdict(device) for device in found.devices],
+        "communication": [_finding_json(finding) for finding in found.communication],
+        "kernels": [_finding_json(finding) for finding in found.kernels],
+    })  # fmt: skip
+
+
+def print_checkup(console: Console, found: Checkup) -> None:
+    """Tables of everything; what is not there says why."""
+    console.print(table("Versions", ("what", "version"), [(name, version or "not there") for name, version in found.versions.items()]))
+    console.print(table("Devices", ("device", "kind", "capability", ":memory"), [_device_row(device) for device in found.devices]))
+    for title, findings in (("Communication", found.communication), ("Attention kernels, in the order they are tried", found.kernels)):
+        rows = [(each.name, each.about, "no" if each.why_not else "yes", each.why_not) for each in findings]
+        console.print(table(title, ("name", "what it is", "available", "why not"), rows))
+
+
+def _versions() -> dict[str, str | None]:
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    parts = {"CUDA": torch.version.cuda, "cuDNN": cudnn and str(cudnn), "NCCL": nccl}
+    return {"autoseq": _version("autoseq"), "python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}, **parts}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[Device]:
+    cpu = Device(f"{os.cpu_count()} x {platform.machine()}", "cpu", None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [cpu, *(_cuda_device(torch.cuda.get_device_properties(i)) for i in range(count))]
+
+
+def _cuda_device(found: "torch._C._CudaDeviceProperties") -> Device:
+    return Device(found.name, "cuda", (found.major, found.minor), found.total_memory)
+
+
+def _communication() -> list[Finding]:
+    if not torch.distributed.is_available():
+        why = "this build of torch has no torch.distributed; install one from pytorch.org"
+        return [Finding("gloo", "between CPUs", why), Finding("nccl", "between CUDA devices", why)]
+    gloo = "" if torch.distributed.is_gloo_available() else "this build of torch has no gloo; install one from pytorch.org"
+    nccl = "" if torch.distributed.is_nccl_available() else "this build of torch has no NCCL; CUDA builds for Linux from pytorch.org have"
+    if not nccl and not torch.cuda.is_available():
+        nccl = "torch finds no CUDA device"
+    return [Finding("gloo", "between CPUs", gloo), Finding("nccl", "between CUDA devices", nccl)]
+
+
+def _kernels(devices: Sequence[Device]) -> list[Finding]:
+    return [Finding(kernel.name, kernel.about, kernel.missing() or _idle(kernel, devices)) for kernel in KERNELS]
+
+
+def _idle(kernel: Kernel, devices: Iterable[Device]) -> str:
+    """Why a kernel that is there computes nothing on any device: of the last one, for its first dtype."""
+    why = ""
+    for device in devices:
+        call = BlockCall(device.kind, device.capability or (0, 0), torch.bfloat16, 512, 512, 64, 64, "none")
+        whys = [kernel.cannot_serve(replace(call, dtype=dtype)) for dtype in _DTYPES]
+        if not all(whys):
+            return ""
+        why = whys[0]
+    return why
+
+
+def _fused(devices: Sequence[Device]) -> Finding:
+    about = "Triton: packing, merging and adding in one pass each, plain torch without it"
+    if fused.missing() or any(device.kind == "cuda" for device in devices):
+        return Finding("fused", about, fused.missing())
+    return Finding("fused", about, "torch finds no CUDA device")
+
+
+def _finding_json(finding: Finding) -> dict[str, object]:
+    return {"name": finding.name, "about": finding.about, "available": not finding.why_not, "why_not": finding.why_not}
+
+
+def _device_row(device: Device) -> tuple[str, ...]:
+    capability = ".".join(map(str, device.capability)) if device.capability else ""
+    return device.name, device.kind, capability, readable_bytes(device.memory_bytes)

@@ -1,12 +1,16 @@
-"""A ring that uses both directions of its links (after TokenRing, arXiv:2412.20501): half of the keys go round each way.
+"""A ring that uses both directions of its links (after TokenRing, arXiv:2412.20501): half of the keys go round each way, or the queries.
 
 A full-duplex link carries as much one way while it carries the other, so a hop takes half as long as a plain ring's; what is sent in
 all is the same, in twice as many messages. A rank's keys are halved in local order: with zigzag rows its early chunk goes up and its
 late chunk down, past just those ranks that a causal mask lets see it.
+
+Where queries are few against keys, as in cross-attention, they travel instead and (out, lse) come back the other way
+(`runtime/visiting_queries.py`): whichever sends fewer bytes in a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import sympy
@@ -15,10 +19,13 @@ from torch import Tensor
 from autoseq.runtime import runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.circle import Route
+from autoseq.runtime.groups import group_of
 from autoseq.runtime.lanes import Lane, lanes_cost, lanes_op
-from autoseq.runtime.layout import Layout
+from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.needs import Needs
-from autoseq.runtime.strategy import Cost, Site, Strategy
+from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes
+from autoseq.runtime.visiting_queries import visiting_queries_attention, visiting_queries_cost
 
 
 @lru_cache(maxsize=256)
@@ -36,15 +43,26 @@ bidirectional_ring_attention = lanes_op("bidirectional_ring_attention", _lanes)
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
-    """Sends what a ring sends, half of it each way."""
-    return terms.call(bidirectional_ring_attention, q, k, v)
+    """Sends what a ring sends, half of it each way, or queries and results."""
+    sizes = (q.element_size(), accumulate_dtype(q.dtype).itemsize)
+    by_queries = _queries_are_less(q.shape[1:], (*k.shape[1:], v.shape[3]), sizes, group_of(terms.group).size - 1)
+    return terms.call(visiting_queries_attention if by_queries else bidirectional_ring_attention, q, k, v)
+
+
+def _queries_are_less(queries: Sequence[int], keys: Sequence[int], sizes: tuple[int, int], hops: int) -> bool:
+    """Whether a step sends fewer bytes if queries [H,s,D] travel rather than keys and values [K,t,D,Dv]; sizes are those of an element
+    and of an accumulator."""
+    (H, s, D), (K, t, _, V), (e, a) = queries, keys, sizes
+    query_row = H * ((D * e + V * a + a) + (D * e + 2 * V * e + a) + D * a)  # q; out and lse home; q, grad_out, out and lse; dq home
+    key_row = K * (D + V) * ((2 * hops - 1) * e + hops * a)  # of all hops
+    return hops * s * query_row < t * key_row
 
 
 attention = attention_function(__name__, _compute)
 
 
 class BidirectionalRing(Strategy):
-    """Half of the keys and values go round each way, queries stay."""
+    """Half of the keys and values go round each way, or queries that are few."""
 
     name = "bidirectional_ring"
     merges_partial_softmaxes = True
@@ -62,4 +80,8 @@ class BidirectionalRing(Strategy):
         }
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
+        s, t = (local_length(n, group_size, layout) for n in (site.q_len, site.k_len))
+        keys, sizes = (site.kv_heads, t, site.head_dim, site.value_dim), (site.element_bytes, accumulator_bytes(site))
+        if _queries_are_less((site.heads, s, site.head_dim), keys, sizes, group_size - 1):
+            return visiting_queries_cost(site, group_size, layout, rank)
         return lanes_cost(_lanes, site, group_size, layout, rank)

@@ -9,7 +9,7 @@ import pytest
 import sympy
 import torch
 
-from attention_job import SPLIT, Run, call_keywords, layouts_of, runs_of, serves, shard, site_of
+from attention_job import SPLIT, Run, axes_of, call_keywords, layouts_of, runs_of, serves, shard, site_of
 from autoseq.runtime import strategy as symbols
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -30,6 +30,7 @@ FULL = {name: replace(case, mask="none") for name, case in FULL.items()}
 CASES = FULL | {
     "padded rows": Case(13, 13, batch=2, kv_heads=2, mask="none"),
     "cross attention, other value dim": Case(7, 21, value_dim=5, mask="none"),
+    "few queries": Case(8, 64, kv_heads=2, mask="none", dtype=torch.bfloat16),
     "causal": Case(16, 16, kv_heads=2, dtype=torch.bfloat16),
     "causal, padded": Case(13, 13),
     "a window": Case(32, 32, mask="window"),
@@ -39,17 +40,18 @@ CASES = FULL | {
 }
 
 
-def count_on_rank(rank: int, P: int, runs: list[Run]) -> list[Cost]:
+def count_on_rank(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[Cost]:
     """Counted traffic of attentions: forward, then backward."""
-    return [_counted(rank, P, *run) for run in runs]
+    axes = axes_of(mesh)
+    return [_counted(rank, P, *run, axes) for run in runs]
 
 
-def _counted(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> Cost:
+def _counted(rank: int, P: int, strategy: str, layout: Layout, case: Case, axes: tuple[str, ...]) -> Cost:
     from autoseq.runtime.counting import counters, reset_counters
 
     *qkv, grad = (shard(x, rank, P, layout, padding="edge") for x in case.tensors())
     leaves = [x.requires_grad_() for x in qkv]
-    keywords = call_keywords(case, layout)
+    keywords = call_keywords(case, layout) | dict(axes=axes)
     reset_counters()
     out = STRATEGIES[strategy].attention(*leaves, case.captures(), **keywords)
     forward = list(counters().values())

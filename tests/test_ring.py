@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from attention_job import attend_on_rank
+from attention_job import attend_on_rank, site_of
 from autoseq.runtime import circle
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.packed import Packed
+from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case
 from ranks import run_ranks
 
@@ -100,6 +102,16 @@ def test_what_a_ring_holds_does_not_grow_with_ranks(strategy: str) -> None:
         keys = FULL.kv_heads * (FULL.k_len // P) * (FULL.head_dim + FULL.value_dim)
         for held in run_ranks(largest_held, P, strategy, FULL):
             assert held <= 2 * keys * 2 + 3 * keys * 4
+
+
+FEW = Case(8, 512, mask="none", kv_heads=4)
+
+
+def test_the_bidirectional_ring_sends_whatever_is_less() -> None:
+    """Keys for self-attention, also with many KV heads; queries and results where the queries are few."""
+    for case, by_queries in [(FULL, False), (replace(FULL, kv_heads=4), False), (FEW, True), (replace(FEW, dtype=torch.float16), True)]:
+        ring, both = (STRATEGIES[name].cost(site_of(case), 4, "contiguous") for name in RINGS)
+        assert (both.step_bytes < ring.step_bytes) if by_queries else (both.step_bytes == ring.step_bytes)
 
 
 def attend_twice(rank: int, P: int, strategy: str, case: Case) -> bool:

@@ -41,14 +41,15 @@ SHAPES = {
     "a single token": Case(1, 1),
     "fewer queries than keys": Case(7, 21),
     "more queries than keys": Case(21, 7, kv_heads=2),
+    "few queries": Case(6, 80, batch=2, kv_heads=2, value_dim=5),
     "queries for some ranks, keys for fewer": Case(5, 2),
     "several tiles": Case(1101, 1101, heads=1, kv_heads=1, head_dim=4, value_dim=4),
 }
 
 
-def check_all(P: int, runs: dict[str, Run], tolerance: float | None = None) -> None:
+def check_all(P: int, runs: dict[str, Run], tolerance: float | None = None, mesh: tuple[int, ...] = ()) -> None:
     """Every run gives the oracle's numbers, and nothing reaches the padding. All that fail are told, by name."""
-    per_rank = run_ranks(attend_all_on_rank, P, runs)
+    per_rank = run_ranks(attend_all_on_rank, P, runs, mesh)
     failures = []
     for i, (name, (_, layout, case)) in enumerate(runs.items()):
         try:

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import importlib.util
 import itertools
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -271,3 +272,10 @@ def test_kernels_compile_for_gpus(name: str, tmp_path: Path, monkeypatch: pytest
 def test_cpu_takes_the_plain_forms() -> None:
     assert "GPU" in fused.why_plain(torch.zeros(1))
     assert fused.missing() == "" or "pip install triton" in fused.missing()
+
+
+def test_benchmark_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "fused_kernels.py"))["main"]()
+    assert "Nothing to measure: torch finds no CUDA device" in capsys.readouterr().out

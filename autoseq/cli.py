@@ -115,6 +115,22 @@ def demo(
     raise typer.Exit(0 if ok else 1)
 
 
+@app.command(epilog="Example: autoseq strategies")
+def strategies(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of docs/strategies.md instead.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what each strategy sends, which attention it serves, and why it does not serve the rest."""
+    with _exit_codes(verbose):
+        from autoseq.report import results
+        from autoseq.strategy_table import markdown, print_strategies
+
+        if as_markdown:
+            print(markdown(), end="")
+        else:
+            print_strategies(results())
+
+
 @app.command(epilog="Example: autoseq doctor --json")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,

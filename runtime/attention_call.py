@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autoseq.runtime.attention_op import AttentionOp
 from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.tiles import EmptyRows
 
@@ -47,6 +48,15 @@ class Terms:
         """The op on all rows in global order (padding last) and the heads from `first_head` on: one chunk, and no group to ask."""
         return op.forward(q, k, v, *self.flat([], layout="contiguous", first_head=first_head))[0]
 
+    @property
+    def two_axes(self) -> tuple[str, str] | None:
+        """This rank's groups across nodes and inside its node; None on one rank. Raises UnsupportedError where there are none."""
+        if len(self.axes) == 2:
+            return self.axes[0], self.axes[1]
+        if group_of(self.group).size > 1:
+            raise UnsupportedError(f"Attention on two levels needs the groups along both dims of a mesh; it got {self.axes}.")
+        return None
+
     def flat(
         self,
         groups: Sequence[str],
@@ -64,8 +74,8 @@ class Terms:
 Compute = Callable[[Tensor, Tensor, Tensor, Terms], Tensor]
 
 
-def attention_function(module: str, compute: Compute) -> Callable[..., Tensor]:
-    """`<module>.attention`, a function that programs call."""
+def attention_function(module: str, compute: Compute, name: str = "attention") -> Callable[..., Tensor]:
+    """`<module>.<name>`, a function that programs call."""
 
     def attention(
         q: Tensor,
@@ -99,7 +109,7 @@ def attention_function(module: str, compute: Compute) -> Callable[..., Tensor]:
         return compute(q, k, v, Terms((captures, sinks, seed), settings, q.shape[1] // k.shape[1], layout, group, tuple(axes)))
 
     # Where the function is found again by name, in the code of a graph.
-    attention.__module__, attention.__qualname__ = module, "attention"
+    attention.__module__, attention.__name__, attention.__qualname__ = module, name, name
     return attention
 
 

@@ -1,4 +1,4 @@
-"""Keys that go round one group in one or two lanes: what `ring` and `bidirectional_ring` share.
+"""Keys that go round a group in lanes: what `ring`, `bidirectional_ring` and `double_ring` share.
 
 A lane is some of the keys and the directions in which they go round; `runtime/circle.py` has the walk of one lane.
 """
@@ -21,7 +21,7 @@ from autoseq.runtime.needs import Needs
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.runs import Runs
-from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, needs_of_site
+from autoseq.runtime.strategy import NOTHING, Cost, Site, accumulator_bytes, needs_of_site
 
 Lane = tuple[Route, Route]
 """The routes of some of the keys, forward and backward."""
@@ -31,14 +31,17 @@ Lanes = Callable[[Needs, int, int], tuple[Lane, ...]]
 
 
 @lru_cache(maxsize=256)
-def cheapest_lane(needs: Needs, key_bytes: int, grad_bytes: int) -> Lane:
-    """The directions in which the fewest bytes are sent; where both send as many, up in the forward and back in the backward."""
+def cheapest_lane(needs: Needs, key_bytes: int, grad_bytes: int, *, keeps: bool = True) -> Lane:
+    """The directions in which the fewest bytes are sent; where both send as many, up in the forward and back in the backward.
+
+    `keeps` says that the backward starts with the last keys of the forward.
+    """
     everyone = range(len(needs))
     up, down = (Route.of(needs, step) for step in (1, -1))
     forward = min((up, down), key=lambda route: sum(sum(route.sent_forward(rank)) for rank in everyone))
 
     def backward_bytes(route: Route) -> int:
-        sent = [route.sent_backward(rank, forward) for rank in everyone]
+        sent = [route.sent_backward(rank, forward if keeps else None) for rank in everyone]
         return sum(key_bytes * sum(keys) + grad_bytes * sum(grads) for keys, grads in sent)
 
     return forward, min((up, down) if forward is down else (down, up), key=backward_bytes)
@@ -56,13 +59,30 @@ def lanes_op(name: str, lanes: Lanes) -> AttentionOp:
     return attention_op(name, forward, backward, kept=_last_keys)
 
 
-def lanes_cost(lanes: Lanes, site: Site, P: int, layout: Layout, rank: int) -> Cost:
-    """What `rank` sends for a site, row by row of what its mask leaves."""
-    ways = lanes(needs_of_site(site, P, layout), site.element_bytes, accumulator_bytes(site))
-    forward = [rows for route, _ in ways for rows in route.sent_forward(rank)]
-    backward = [back.sent_backward(rank, route) for route, back in ways]
-    keys, grads = ([rows for sent in backward for rows in sent[i]] for i in (0, 1))
+def lanes_cost(
+    lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), heads: range | None = None
+) -> Cost:
+    """What `rank` sends for a site, row by row of what its mask leaves; `places` and `heads` as for `needs_of_site`."""
+    needs = needs_of_site(site, P, layout, places, heads)
+    return rows_cost(site, [lane_rows(lane, rank) for lane in lanes(needs, site.element_bytes, accumulator_bytes(site))])
+
+
+LaneRows = tuple[list[int], list[int], list[int]]
+"""Rows in each message of a forward, of the keys of a backward and of its gradients."""
+
+
+def lane_rows(lane: Lane, rank: int, *, keeps: bool = True) -> LaneRows:
+    """What `rank` sends along a lane."""
+    forward, backward = lane
+    return forward.sent_forward(rank), *backward.sent_backward(rank, forward if keeps else None)
+
+
+def rows_cost(site: Site, sent: Sequence[LaneRows]) -> Cost:
+    """What a rank sends along some lanes."""
+    forward, keys, grads = ([rows for lane in sent for rows in lane[i]] for i in range(3))
     elements = site.batch * site.kv_heads * (site.head_dim + site.value_dim)
+    if elements == 0:
+        return NOTHING
     return Cost(
         forward_bytes=elements * site.element_bytes * sum(forward),
         backward_bytes=elements * (site.element_bytes * sum(keys) + accumulator_bytes(site) * sum(grads)),
@@ -83,26 +103,26 @@ def _last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
 
 def _walk_forward(op: str, call: Call, work: Forward, lanes: Sequence[Lane]) -> Tensor | None:
     """Bring all keys to `work`; what is left of them at the end, lane by lane, is kept for the backward."""
-    visit = _visitor(call, lambda keys, chunks: work.add(*keys.tensors, chunks))
+    visit = visitor(call, lambda keys, chunks: work.add(*keys.tensors, chunks))
     circles = [Circle(op, call.group, forward, number) for number, (forward, _) in enumerate(lanes)]
-    last = finish(in_step(circle.forward(_own(call)) for circle in circles), visit)
+    last = finish(in_step(circle.forward(own_keys(call)) for circle in circles), visit)
     return torch.cat([keys.message() for keys in last]) if call.participants > 1 else None
 
 
 def _walk_backward(op: str, call: Call, work: Backward, kept: Tensor, lanes: Sequence[Lane]) -> tuple[Tensor, Tensor]:
     """Bring all keys again, first those kept, and the gradients home: dk and dv."""
-    own, dtype = _own(call), work.dq.dtype
+    own, dtype = own_keys(call), work.dq.dtype
     dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in own.tensors)
-    visit = _visitor(call, lambda keys, chunks, grads: work.add(*keys.tensors, chunks, *grads.tensors))
+    visit = visitor(call, lambda keys, chunks, grads: work.add(*keys.tensors, chunks, *grads.tensors))
     circles = [Circle(op, call.group, backward, number) for number, (_, backward) in enumerate(lanes)]
     ends = [forward.keys_at(call.me, forward.size - 1) for forward, _ in lanes] if call.participants > 1 else []
-    left = _unpacked(kept, own, ends) or [None] * len(lanes)
+    left = unpacked(kept, own, ends) or [None] * len(lanes)
     grads = Packed((dk, dv), own.rows)
     finish(in_step(c.backward(own, grads, *before) for c, *before in zip(circles, left, [f for f, _ in lanes], strict=True)), visit)
     return dk, dv
 
 
-def _visitor(call: Call, work: Callable[..., None]) -> Callable[..., None]:
+def visitor(call: Call, work: Callable[..., None]) -> Callable[..., None]:
     """Works on the keys of a participant that this one needs; its own come once in every lane, whole."""
     seen: set[int] = set()
 
@@ -115,16 +135,17 @@ def _visitor(call: Call, work: Callable[..., None]) -> Callable[..., None]:
     return visit
 
 
-def _own(call: Call) -> Packed:
+def own_keys(call: Call) -> Packed:
+    """The keys and values that a rank brings, where the program has them."""
     return Packed((call.k, call.v), ((0, call.k.shape[2]),))
 
 
-def _unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed | None]:
+def unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed | None]:
     """Packed rows of several lanes, one after the other in a buffer."""
-    unpacked: list[Packed | None] = []
+    found: list[Packed | None] = []
     place = 0
     for each in rows:
         size = runs.count(each) * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in like.tensors)
-        unpacked.append(Packed.of_flat(flat[place : place + size], like.tensors, each))
+        found.append(Packed.of_flat(flat[place : place + size], like.tensors, each))
         place += size
-    return unpacked
+    return found

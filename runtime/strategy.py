@@ -59,6 +59,9 @@ class Cost:
     forward_messages: int
     backward_messages: int
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, each) + getattr(other, each) for each in self.__dataclass_fields__))
+
     @property
     def step_bytes(self) -> int:
         """Forward and backward."""
@@ -85,6 +88,16 @@ def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = 
     fills = site.empty_rows != "zero" and not site.has_sinks
     terms = Terms(mask, None, site.batch, range(site.heads) if heads is None else heads, fills, site.score)
     return needs_of(terms, Rows(held, held, s, t, site.q_len, site.k_len), P)
+
+
+def needs_two_dims(site: Site) -> str | None:
+    """Why a strategy of two levels cannot serve, or None."""
+    if len(site.mesh) == 2 and min(site.mesh) > 1:
+        return None
+    return (
+        "it works on two levels and needs several nodes of several ranks: "
+        "give option mesh a DeviceMesh of two dimensions, or set ranks_per_node"
+    )
 
 
 class Strategy(ABC):

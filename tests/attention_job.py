@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.layout import Layout, local_length, rank_positions
@@ -15,7 +16,7 @@ from autoseq.runtime.strategy import Site
 from dense_attention import Case
 
 
-def site_of(case: Case) -> Site:
+def site_of(case: Case, mesh: tuple[int, ...] = ()) -> Site:
     """A case as the planner sees it."""
     known = {name: value for name, value in case.settings().items() if name in Site.__dataclass_fields__}
     return Site(
@@ -27,6 +28,7 @@ def site_of(case: Case) -> Site:
         element_bytes=case.dtype.itemsize,
         learned=case.score_case().learned,
         has_sinks=case.has_sinks,
+        mesh=mesh,
         **known,
     )
 
@@ -41,37 +43,44 @@ def layouts_of(strategy: str) -> list[Layout]:
     return [layout for layout in get_args(Layout) if STRATEGIES[strategy].cannot_lay_out(layout) is None]
 
 
-def serves(strategy: str, case: Case, P: int) -> bool:
+def serves(strategy: str, case: Case, P: int, mesh: tuple[int, ...] = ()) -> bool:
     """Whether a strategy may compute a case."""
-    return STRATEGIES[strategy].cannot_serve(site_of(case), P) is None
+    return STRATEGIES[strategy].cannot_serve(site_of(case, mesh), P) is None
 
 
 Run = tuple[str, Layout, Case]
 """A strategy, a layout and a case."""
 
 
-def runs_of(strategy: str, P: int, cases: Mapping[str, Case]) -> dict[str, Run]:
+def runs_of(strategy: str, P: int, cases: Mapping[str, Case], mesh: tuple[int, ...] = ()) -> dict[str, Run]:
     """The cases that a strategy serves, in each layout that it takes, by a name for each run."""
     return {
         f"{name}, {layout}": (strategy, layout, case)
         for name, case in cases.items()
         for layout in layouts_of(strategy)
-        if serves(strategy, case, P)
+        if serves(strategy, case, P, mesh)
     }
 
 
-def attend_all_on_rank(rank: int, P: int, runs: dict[str, Run]) -> list[tuple[Tensor, ...]]:
+def axes_of(mesh: tuple[int, ...]) -> tuple[str, ...]:
+    """This rank's groups along the dims of a mesh of all ranks, if it has dims."""
+    return group_from_mesh(init_device_mesh("cpu", mesh)).axes if mesh else ()
+
+
+def attend_all_on_rank(rank: int, P: int, runs: dict[str, Run], mesh: tuple[int, ...] = ()) -> list[tuple[Tensor, ...]]:
     """`attend_on_rank` for many runs in one job, which costs as much to start as a dozen of them."""
-    results = []
+    results, axes = [], axes_of(mesh)
     for name, run in runs.items():
         try:
-            results.append(attend_on_rank(rank, P, *run))
+            results.append(attend_on_rank(rank, P, *run, axes=axes))
         except Exception as error:
             raise RuntimeError(f"in the run {name!r}") from error
     return results
 
 
-def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> tuple[Tensor, ...]:
+def attend_on_rank(
+    rank: int, P: int, strategy: str, layout: Layout, case: Case, axes: tuple[str, ...] = ()
+) -> tuple[Tensor, ...]:
     """This rank's padded shards of out, dq, dk, dv, then its shares of the further gradients."""
     q, k, v, grad = case.tensors()
     q, grad = (shard(x, rank, P, layout, padding="edge") for x in (q, grad))
@@ -80,7 +89,7 @@ def attend_on_rank(rank: int, P: int, strategy: str, layout: Layout, case: Case)
     k, v = (shard(x, rank, P, layout, padding="nan") for x in (k, v))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     captures, sinks = case.captures(), case.sinks()
-    out = STRATEGIES[strategy].attention(*leaves, captures, sinks, case.dropout_seed(), **call_keywords(case, layout))
+    out = STRATEGIES[strategy].attention(*leaves, captures, sinks, case.dropout_seed(), **call_keywords(case, layout), axes=axes)
     leaves += [x for x in (*captures, sinks) if x is not None and x.requires_grad]
     return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 

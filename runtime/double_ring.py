@@ -1,0 +1,179 @@
+"""Double ring: a ring across nodes, and inside each of its hops a ring inside the node (Gu et al., LoongTrain, arXiv:2406.18485).
+
+At outer hop h each rank has the keys of the rank at its own place in another node, which came in one message, and these go round the
+node while the next ones are under way. So the slow links between nodes carry each key N-1 times, not once for every rank that passes it on:
+
+    outer hop   0                    1                        ...  N-1
+    across      K, V of my column    K, V of my column             -
+    inside      K, V of my node      K, V of the node before
+
+The backward is nested likewise: the gradients for a node's keys come together where the keys arrived, and ride the outer circle home.
+Both circles go in the direction in which the mask lets fewer rows travel. The last keys of the outer circle are kept for the backward.
+
+Bytes without a mask, with k the size of a local K: forward 2k(N-1) across and 2kN(R-1) inside, a ring's 2k(P-1) in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from torch import Tensor
+
+from autoseq.runtime import runs, strategy
+from autoseq.runtime.attention_call import Terms, attention_function
+from autoseq.runtime.attention_op import Call, Settings, attention_op
+from autoseq.runtime.blockwise import Backward, Forward
+from autoseq.runtime.circle import Circle, finish
+from autoseq.runtime.groups import group_of
+from autoseq.runtime.lanes import Lane, cheapest_lane, lane_rows, own_keys, rows_cost, unpacked, visitor
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.local import whole_attention
+from autoseq.runtime.needs import Needs
+from autoseq.runtime.packed import Packed
+from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, needs_two_dims
+
+_INSIDE = 2  # the tag of the inner circles' messages, beside which the outer circle's are in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The ways of the keys for one place in a node: across nodes, and inside node `n` those that came from node `o`: `inside[n][o]`."""
+
+    across: Lane
+    inside: tuple[tuple[Lane, ...], ...]
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(needs: Needs, place: int, ranks: int, key_bytes: int, grad_bytes: int) -> Routes:
+        nodes = range(len(needs) // ranks)
+        parts = [[_between(needs, asker, holder, ranks) for holder in nodes] for asker in nodes]
+        # What arrives across nodes is for the whole node.
+        columns = [[runs.union(*(of_one[place] for of_one in parts[asker][holder])) for holder in nodes] for asker in nodes]
+        across = cheapest_lane(tuple(map(tuple, columns)), key_bytes, grad_bytes)
+        inside = [[cheapest_lane(part, key_bytes, grad_bytes, keeps=False) for part in of_one] for of_one in parts]
+        return Routes(across, tuple(map(tuple, inside)))
+
+
+def _between(needs: Needs, asker: int, holder: int, ranks: int) -> Needs:
+    """What the ranks of one node need of those of another."""
+    return tuple(of_one[holder * ranks : (holder + 1) * ranks] for of_one in needs[asker * ranks : (asker + 1) * ranks])
+
+
+@dataclass(frozen=True)
+class _Circles:
+    """The circles of one call: one across nodes, and inside the node one for the keys of each node."""
+
+    op: str
+    call: Call
+    routes: Routes
+
+    @classmethod
+    def of(cls, op: str, call: Call) -> _Circles:
+        inside = call.groups[1]
+        sizes = (call.k.element_size(), accumulate_dtype(call.k.dtype).itemsize)
+        return cls(op, call, Routes.of(call.needs, inside.rank, inside.size, *sizes))
+
+    def across(self, direction: int) -> Circle:
+        return Circle(self.op, self.call.groups[0], self.routes.across[direction])
+
+    def inside(self, node: int, direction: int) -> Circle:
+        across, inside = self.call.groups
+        return Circle(self.op, inside, self.routes.inside[across.rank][node][direction], _INSIDE)
+
+    def forward(self) -> Generator[Any, None, Packed]:
+        """Yields what a circle through all ranks would; returns the last keys of the outer one."""
+        walk = self.across(0).forward(own_keys(self.call))
+        return (yield from _nested(walk, lambda node, held: self._numbered(node, self.inside(node, 0).forward(held))))
+
+    def backward(self, own_grads: Packed, kept: Packed | None) -> Generator[Any, None, None]:
+        """The same with room for gradients; those of a node's keys come together in what the outer circle sends on."""
+        walk = self.across(1).backward(own_keys(self.call), own_grads, kept, self.routes.across[0])
+        yield from _nested(
+            walk,
+            lambda node, held, grads: self._numbered(node, self.inside(node, 1).backward(held, grads, None, None)),
+        )
+
+    def _numbered(self, node: int, walk: Generator[Any, None, Any]) -> Generator[Any, None, None]:
+        """Places in a node as participants."""
+        for place, *step in walk:
+            yield node * self.call.groups[1].size + place, *step
+
+
+def _nested(walk: Generator[Any, None, Any], inside: Callable[..., Generator[Any, None, Any]]) -> Generator[Any, None, Any]:
+    """For each step of a walk the steps of the walk inside it; what the outer one returns."""
+    while True:
+        try:
+            step = next(walk)
+        except StopIteration as end:
+            return end.value
+        yield from inside(*step)
+
+
+def _forward(call: Call, work: Forward) -> Tensor | None:
+    last = finish(
+        _Circles.of("double_ring_attention", call).forward(), visitor(call, lambda keys, chunks: work.add(*keys.tensors, chunks))
+    )
+    return last.message() if call.groups[0].size > 1 else None
+
+
+def _backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]:
+    circles, own = _Circles.of("double_ring_attention_backward", call), own_keys(call)
+    dk, dv = (x.new_zeros(x.shape, dtype=work.dq.dtype) for x in own.tensors)
+    across = circles.across(0)
+    ends = [across.route.keys_at(across.group.rank, across.route.size - 1)] if across.route.size > 1 else []
+    (left,) = unpacked(kept, own, ends) or [None]
+    visit = visitor(call, lambda keys, chunks, grads: work.add(*keys.tensors, chunks, *grads.tensors))
+    finish(circles.backward(Packed((dk, dv), own.rows), left), visit)
+    return dk, dv
+
+
+def _last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
+    """At most as many as a rank has itself."""
+    return k.numel() + v.numel() if group_of(settings.groups[0]).size > 1 else 0
+
+
+double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=_last_keys)
+
+
+def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    """Sends at most (P-1)·B·K·t·(D+Dv) elements forward, N-1 of these parts across nodes; see the formulas for the backward."""
+    axes = terms.two_axes
+    return terms.call_on_all_rows(whole_attention, q, k, v) if axes is None else terms.call(double_ring_attention, q, k, v, groups=axes)
+
+
+attention = attention_function(__name__, _compute)
+
+
+class DoubleRing(Strategy):
+    """Keys and values go round the nodes, and inside each."""
+
+    name = "double_ring"
+    merges_partial_softmaxes = True
+    balanced_by_zigzag = True
+    attention = staticmethod(attention)
+
+    def cannot_serve(self, site: Site, group_size: int) -> str | None:
+        return needs_two_dims(site) or super().cannot_serve(site, group_size)
+
+    def formulas(self) -> dict[str, sympy.Expr]:
+        across, inside = strategy.N - 1, strategy.N * (strategy.R - 1)
+        elements = strategy.B * strategy.K * strategy.t * (strategy.D + strategy.V)
+        return {
+            "forward_bytes": (across + inside) * elements * strategy.e,
+            "backward_bytes": elements * ((across - 1 + inside) * strategy.e + (across + inside) * strategy.a),
+            "forward_messages": across + inside,
+            "backward_messages": 2 * (across + inside) - 1,
+        }
+
+    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
+        ranks = site.mesh[1]
+        node, place = divmod(rank, ranks)
+        needs = needs_of_site(site, group_size, layout)
+        routes = Routes.of(needs, place, ranks, site.element_bytes, accumulator_bytes(site))
+        rows = [lane_rows(routes.across, node), *(lane_rows(lane, place, keeps=False) for lane in routes.inside[node])]
+        return rows_cost(site, rows)

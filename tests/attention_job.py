@@ -79,19 +79,24 @@ def attend_all_on_rank(rank: int, P: int, runs: dict[str, Run], mesh: tuple[int,
 
 
 def attend_on_rank(
-    rank: int, P: int, strategy: str, layout: Layout, case: Case, axes: tuple[str, ...] = ()
+    rank: int, P: int, strategy: str, layout: Layout, case: Case, axes: tuple[str, ...] = (), device: str = "cpu"
 ) -> tuple[Tensor, ...]:
     """This rank's padded shards of out, dq, dk, dv, then its shares of the further gradients."""
-    q, k, v, grad = case.tensors()
+    q, k, v, grad = (x.to(device) for x in case.tensors())
     q, grad = (shard(x, rank, P, layout, padding="edge") for x in (q, grad))
     grad = _without_padding(grad, rank, P, layout, case.q_len)
     # Nothing may ever read a padding key: NaN would show in every row that does.
     k, v = (shard(x, rank, P, layout, padding="nan") for x in (k, v))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    captures, sinks = case.captures(), case.sinks()
-    out = STRATEGIES[strategy].attention(*leaves, captures, sinks, case.dropout_seed(), **call_keywords(case, layout), axes=axes)
+    captures, sinks, seed = [_on(device, x) for x in case.captures()], _on(device, case.sinks()), _on(device, case.dropout_seed())
+    out = STRATEGIES[strategy].attention(*leaves, captures, sinks, seed, **call_keywords(case, layout), axes=axes)
     leaves += [x for x in (*captures, sinks) if x is not None and x.requires_grad]
     return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def _on(device: str, x: Tensor | None) -> Tensor | None:
+    """A leaf like x on a device."""
+    return x if x is None or device == "cpu" else x.detach().to(device).requires_grad_(x.requires_grad)
 
 
 def call_keywords(case: Case, layout: Layout) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,17 +31,17 @@ from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.tiles import EmptyRows, Problem
 
-_SETTINGS = (
+SETTINGS = (
     "Tensor[] captures, Tensor? sinks, Tensor? seed, float scale, str score, str predicate, SymInt? max_ahead, SymInt? max_behind, "
     "str empty_rows, float dropout_p, SymInt q_len, SymInt k_len, SymInt first_head, SymInt heads_per_kv, str layout, int[] places, "
     "bool gathered, str[] groups"
 )
-_FORWARD = f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+_FORWARD = f"(Tensor q, Tensor k, Tensor v, {SETTINGS}) -> (Tensor, Tensor, Tensor)"
 # A custom op cannot leave a result out, so the gradients that not every call asks for come in a list: of the captures numbered in
 # `learned`, then of the sinks.
 _BACKWARD = (
     "(int[] learned, bool learns_sinks, Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kept, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])"
+    f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
@@ -187,14 +187,8 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: 
 
     def run(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
         settings = Settings(*flat)
-        call = Call.of(q, k, v, settings)
-        with _without_autocast(q):
-            work = Forward(call.q, k.shape[1], v.shape[3], call.padded_queries, call.all_keys, call.problem)
-            left = forward(call, work)
-            out, lse = work.result()
-        for start, end in call.paddings:
-            out[:, :, start:end] = out[:, :, start : start + 1]
-        return out.to(q.dtype), lse, _filled_up(left, k.new_empty(0), kept(k, v, settings))
+        out, lse, left = attended(Call.of(q, k, v, settings), forward)
+        return out, lse, _filled_up(left, k.new_empty(0), kept(k, v, settings))
 
     def run_backward(
         learned: list[int],
@@ -210,15 +204,10 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: 
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         settings = Settings(*flat)
         call = Call.of(q, k, v, settings)
-        rows = (call.q, out.detach(), lse.detach())
-        with _without_autocast(q):
-            work = Backward(grad_out.detach(), *rows, k.shape[1], call.queries, call.all_keys, call.problem, learned)
-            dk, dv = backward(call, work, left.detach())
-        captures, sinks = settings.captures, settings.sinks
-        shares = [grad.to(captures[i].dtype) for i, grad in zip(learned, work.learned(), strict=True)]
-        if learns_sinks and sinks is not None:
-            shares.append(work.dsinks().to(sinks.dtype))
-        return work.dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), shares
+        dq, (dk, dv), shares = differentiated(
+            call, settings, learned, learns_sinks, (grad_out, out, lse), lambda call, work: backward(call, work, left.detach())
+        )
+        return dq, dk.to(k.dtype), dv.to(v.dtype), shares
 
     op = torch.library.custom_op(f"autoseq::{name}", run, mutates_args=(), schema=_FORWARD)
     backward_op = torch.library.custom_op(f"autoseq::{name}_backward", run_backward, mutates_args=(), schema=_BACKWARD)
@@ -245,6 +234,40 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: 
 
     op.register_autograd(differentiate, setup_context=_save)
     return AttentionOp(op, backward_op)
+
+
+def attended(call: Call, forward: ForwardKeys) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out in q's dtype, lse, and what the forward leaves."""
+    with _without_autocast(call.q):
+        work = Forward(call.q, call.k.shape[1], call.v.shape[3], call.padded_queries, call.all_keys, call.problem)
+        left = forward(call, work)
+        out, lse = work.result()
+    for start, end in call.paddings:
+        out[:, :, start:end] = out[:, :, start : start + 1]
+    return out.to(call.q.dtype), lse, left
+
+
+T = TypeVar("T")
+
+
+def differentiated(
+    call: Call,
+    settings: Settings,
+    learned: list[int],
+    learns_sinks: bool,
+    rows: tuple[Tensor, Tensor, Tensor],
+    backward: Callable[[Call, Backward], T],
+) -> tuple[Tensor, T, list[Tensor]]:
+    """dq, what the backward returns, and the gradients of captures and sinks; `rows` are grad_out, out and lse."""
+    grad_out, out, lse = (x.detach() for x in rows)
+    with _without_autocast(call.q):
+        work = Backward(grad_out, call.q, out, lse, call.k.shape[1], call.queries, call.all_keys, call.problem, learned)
+        brought = backward(call, work)
+    captures, sinks = settings.captures, settings.sinks
+    shares = [grad.to(captures[i].dtype) for i, grad in zip(learned, work.learned(), strict=True)]
+    if learns_sinks and sinks is not None:
+        shares.append(work.dsinks().to(sinks.dtype))
+    return work.dq.to(call.q.dtype), brought, shares
 
 
 def _filled_up(left: Tensor | None, empty: Tensor, elements: int) -> Tensor:

@@ -1,38 +1,173 @@
-"""Gather KV: every rank gets all keys and values in one all-gather, queries stay (as in Llama 3's context parallelism,
-Grattafiori et al., arXiv:2407.21783, section 3.3.2).
+"""Gather KV: the keys and values come to the queries, which stay (as in Llama 3's context parallelism, Grattafiori et al.,
+arXiv:2407.21783, section 3.3.2).
 
-K and V travel packed. The gathered copy is dropped after the forward; the backward gathers again, and the gradients of all
-keys go home by one reduce-scatter, in float32. Each rank's keys stay where the gather put them: the blocks say what global
+K and V travel packed, in stages of KV heads: the next stage's gather is in flight under this one's attention, and so are the gradients
+of the stage before (`runtime/stages.py`). Only two stages' keys are held at a time; the backward gathers them after, and sends the
+gradients home in float32. Without a mask that is an all-gather and a reduce-scatter; with one, each rank gets only the rows that its
+queries may see, by an all-to-all (`runtime/gathered.py`). Each rank's keys stay where the gather put them: the chunks say what global
 positions they have, so no layout is ever undone by a copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import sympy
-import torch
 from torch import Tensor
 
-from autoseq.runtime import strategy
+from autoseq.runtime import runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Call, attention_op
-from autoseq.runtime.blockwise import Backward, Forward
-from autoseq.runtime.layout import Layout
-from autoseq.runtime.messages import gather_shards, sum_shards
-from autoseq.runtime.packed import pack, unpack
-from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.gathered import (
+    gathered_attention,
+    gathered_attention_backward,
+    pack_rows,
+    send_gradients,
+    send_rows,
+    somebody_sends,
+    sum_gradients,
+    takes_all,
+)
+from autoseq.runtime.groups import ALONE, SequenceGroup, group_of
+from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.mask import Mask
+from autoseq.runtime.posted import post_all_gather, post_reduce_scatter
+from autoseq.runtime.stages import STAGES, HeadRange, Staged, Wanted, attend_in_stages, cat_heads, cut, num_stages, pipelined, queries_of
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site
 from autoseq.runtime.traffic import Traffic
 
 
+@dataclass(frozen=True, slots=True)
+class KeyStage:
+    """Some KV heads and the query heads that use them, both counted from the first that are here."""
+
+    kv_heads: HeadRange
+    heads: HeadRange
+
+
+def key_stages(P: int, heads: range, kv_heads: int, heads_per_kv: int, head_bytes: int) -> list[KeyStage]:
+    """The stages of some global query heads and the KV heads they use, given the bytes of a participant's rows of one KV head."""
+    first, first_kv = heads.start, heads.start // heads_per_kv
+    stages = num_stages(head_bytes * kv_heads, kv_heads) if P > 1 else 1
+    parts = cut((first_kv, first_kv + kv_heads), stages)
+    queries = [queries_of(part, heads_per_kv, (heads.start, heads.stop)) for part in parts]
+    return [KeyStage((a - first_kv, b - first_kv), (c - first, d - first)) for (a, b), (c, d) in zip(parts, queries, strict=True)]
+
+
+def gather_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, *, groups: Sequence[str] | None = None, places: Sequence[int] = (), first_head: int = 0
+) -> Tensor:
+    """Attention to the keys of all participants of a group; see `Settings` for groups and places. The heads are those from `first_head` on.
+
+    Sends (P-1)·B·K·t·(D+Dv) elements forward or, with a mask, fewer; backward the same and as many float32 gradients.
+    """
+    names = [terms.group] if groups is None else list(groups)
+    (group,) = (group_of(name) for name in names)
+    head_bytes = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
+    stages = key_stages(group.size, range(first_head, first_head + q.shape[1]), k.shape[1], terms.heads_per_kv, head_bytes)
+    # Ranks that have no heads are in a group with others that have none.
+    sends = group if k.shape[1] else ALONE
+    return attend_in_stages(_GatherKV(stages, sends, names, list(places), first_head), q, k, v, terms)
+
+
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
-    """Sends (P-1)·B·K·t·(D+Dv) elements forward; backward the same and as many float32 gradients."""
-    return terms.call(gather_kv_attention, q, k, v)
+    return gather_and_attend(q, k, v, terms)
 
 
 attention = attention_function(__name__, _compute)
 
 
+@dataclass(frozen=True, slots=True)
+class _GatherKV(Staged):
+    """One attention. It keeps what it was given, out, and each stage's lse."""
+
+    stages: list[KeyStage]
+    group: SequenceGroup
+    names: list[str]
+    places: list[int]
+    first_head: int
+
+    def forward(self, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def work(number: int, keys: Tensor) -> None:
+            found.append(gathered_attention(keys, *self._part(number, q, k, v), *self._settings(number, terms)))
+
+        pipelined(self.group, len(self.stages), lambda number: self._gather(None, number, terms, q, k, v), work)
+        out = cat_heads([out for out, _ in found])
+        return out, [q, k, v, out, *(lse for _, lse in found)]
+
+    def backward(
+        self, terms: Terms, wanted: Wanted, grad_out: Tensor, kept: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[list[Tensor]]]:
+        q, k, v, out, *lses = kept
+        dqs: list[Tensor] = []
+        shares: list[list[Tensor]] = []
+
+        def work(number: int, keys: Tensor) -> Tensor | None:
+            part, settings = self._part(number, q, k, v), self._settings(number, terms)
+            grad, own_out = (_of(x, self.stages[number].heads) for x in (grad_out, out))
+            tensors = (grad, keys, *part, own_out, lses[number])
+            dq, grads, share = gathered_attention_backward(wanted.learned, wanted.sinks, *tensors, *settings)
+            dqs.append(dq)
+            shares.append(share)
+            return self._send_home(grads, part, terms, settings) if 1 in wanted.of_qkv or 2 in wanted.of_qkv else None
+
+        landed = pipelined(self.group, len(self.stages), lambda number: self._gather(grad_out, number, terms, q, k, v), work)
+        pairs = [self._home(number, flat, self._part(number, q, k, v), terms) for number, flat in enumerate(landed)]
+        dkv = [cat_heads(parts) for parts in zip(*pairs, strict=True)] if pairs else [None, None]
+        return [cat_heads(dqs), *dkv], shares
+
+    def _gather(self, after: Tensor | None, number: int, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Ask for a stage's keys."""
+        part = self._part(number, q, k, v)
+        if self._takes_all(terms):
+            return post_all_gather(self.group, pack_rows(after, *part[1:]))
+        return send_rows(after, *_own(part), *self._settings(number, terms))
+
+    def _send_home(self, grads: Tensor, part: list[Tensor], terms: Terms, settings: tuple[Any, ...]) -> Tensor:
+        return post_reduce_scatter(self.group, grads) if self._takes_all(terms) else send_gradients(grads, *_own(part), *settings)
+
+    def _home(self, number: int, came: Tensor, part: list[Tensor], terms: Terms) -> tuple[Tensor, Tensor]:
+        """dk and dv of a stage."""
+        if not self._takes_all(terms):
+            return sum_gradients(came, *_own(part), *self._settings(number, terms))
+        _, k, v = part
+        dk, dv = came[: k.numel()], came[k.numel() :]
+        return dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype)
+
+    def _takes_all(self, terms: Terms) -> bool:
+        return self.group.size == 1 or takes_all(mask_of(terms))
+
+    def _settings(self, number: int, terms: Terms) -> tuple[Any, ...]:
+        first_head = self.first_head + self.stages[number].heads[0]
+        return terms.flat(self.names, places=self.places, first_head=first_head)
+
+    def _part(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        stage = self.stages[number]
+        return [_of(q, stage.heads), _of(k, stage.kv_heads), _of(v, stage.kv_heads)]
+
+
+def mask_of(terms: Terms) -> Mask:
+    """The mask in the settings."""
+    _, _, predicate, max_ahead, max_behind, *_ = terms.settings
+    return Mask(max_ahead, max_behind, predicate)
+
+
+def _of(x: Tensor, heads: HeadRange) -> Tensor:
+    """Some of the heads."""
+    return x if heads == (0, x.shape[1]) else x[:, heads[0] : heads[1]]
+
+
+def _own(part: list[Tensor]) -> tuple[Tensor, Tensor, int, int]:
+    """What the exchange of rows is told."""
+    q, k, v = part
+    return k, v, q.shape[2], q.shape[1]
+
+
 class GatherKV(Strategy):
-    """All keys and values to every rank."""
+    """Keys and values to every rank, as far as its queries may see them."""
 
     name = "gather_kv"
     merges_partial_softmaxes = True
@@ -44,40 +179,64 @@ class GatherKV(Strategy):
         return {
             "forward_bytes": elements * strategy.e,
             "backward_bytes": elements * (strategy.e + strategy.a),
-            "forward_messages": sympy.Integer(1),
-            "backward_messages": sympy.Integer(2),
+            "forward_messages": STAGES,
+            "backward_messages": 2 * STAGES,
         }
 
+    def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
+        return Strategy.sizes(self, site, group_size, layout, rank) | {STAGES: len(_stages(site, group_size, layout))}
+
+    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
+        return gather_cost(site, group_size, layout, rank)
+
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
-        """The backward gathers again, and reduces the gradients of all keys."""
-        cost = self.cost(site, group_size, layout)
-        home = Traffic(cost.backward_messages - cost.forward_messages, cost.backward_bytes - cost.forward_bytes)
-        return {"all_gather": Traffic(2 * cost.forward_messages, 2 * cost.forward_bytes), "reduce_scatter": home}
+        return opaque_traffic(site, self.cost(site, group_size, layout))
 
 
-def _forward(call: Call, work: Forward) -> None:
-    for rank, shard in enumerate(_gather("gather_kv_attention", call)):
-        k, v = unpack(shard, call.k, call.v)
-        work.add(k, v, call.keys_of(rank))
+def gather_cost(
+    site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), first_head: int = 0, heads_per_kv: int | None = None
+) -> Cost:
+    """What `rank` sends for the heads of a site, of which the first has that number in the program; `places` as for `Holdings`."""
+    if site.kv_heads == 0:
+        return strategy.NOTHING
+    stages = _stages(site, P, layout, places, first_head, heads_per_kv)
+    total = strategy.NOTHING
+    for stage in stages:
+        total += _stage_cost(stage, site, P, layout, rank, places, first_head)
+    return total
 
 
-def _backward(call: Call, work: Backward, _: Tensor) -> tuple[Tensor, Tensor]:
-    op = "gather_kv_attention_backward"
-    gathered = _gather(op, call)
-    grads = torch.zeros_like(gathered, dtype=work.dq.dtype)
-    for rank, (shard, grad) in enumerate(zip(gathered, grads, strict=True)):
-        (k, v), (dk, dv) = unpack(shard, call.k, call.v), unpack(grad, call.k, call.v)
-        work.add(k, v, call.keys_of(rank), dk, dv)
-    own = grads[0] if call.group.size == 1 else sum_shards(op, call.group, grads)
-    dk, dv = unpack(own, call.k, call.v)
-    # An op's results must not share memory.
-    return dk.clone(), dv.clone()
+def _stage_cost(stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int) -> Cost:
+    elements = site.batch * (stage.kv_heads[1] - stage.kv_heads[0]) * (site.head_dim + site.value_dim)
+    if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
+        keys = grads = (P - 1) * _rows_of(site, P, layout, places)
+    else:
+        needs = needs_of_site(site, P, layout, places, range(first_head + stage.heads[0], first_head + stage.heads[1]))
+        if not somebody_sends(needs):
+            return strategy.NOTHING
+        others = [other for other in range(P) if other != rank]
+        keys = sum(runs.count(needs[other][rank]) for other in others)
+        grads = sum(runs.count(needs[rank][other]) for other in others)
+    forward = elements * keys * site.element_bytes
+    return Cost(forward, forward + elements * grads * accumulator_bytes(site), 1, 2)
 
 
-def _gather(op: str, call: Call) -> Tensor:
-    """Packed K and V of all ranks, [P, n]."""
-    shard = pack(call.k, call.v)
-    return shard[None] if call.group.size == 1 else gather_shards(op, call.group, shard)
+def opaque_traffic(site: Site, cost: Cost) -> dict[str, Traffic]:
+    """What of a cost is sent from inside opaque operators, and how."""
+    if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
+        return {}
+    return {"all_to_all": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 
 
-gather_kv_attention = attention_op("gather_kv_attention", _forward, _backward)
+def _stages(
+    site: Site, P: int, layout: Layout, places: tuple[int, ...] = (), first_head: int = 0, heads_per_kv: int | None = None
+) -> list[KeyStage]:
+    ratio = heads_per_kv or site.heads // site.kv_heads
+    head_bytes = site.batch * _rows_of(site, P, layout, places) * (site.head_dim + site.value_dim) * site.element_bytes
+    return key_stages(P, range(first_head, first_head + site.heads), site.kv_heads, ratio, head_bytes)
+
+
+def _rows_of(site: Site, P: int, layout: Layout, places: tuple[int, ...]) -> int:
+    """The padded rows of each participant's keys."""
+    ranks = len(places) or P
+    return local_length(site.k_len, ranks, layout) * ranks // P

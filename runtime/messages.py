@@ -12,9 +12,6 @@ from torch import Tensor
 from autoseq.runtime.errors import MessageError
 from autoseq.runtime.groups import SequenceGroup, process_group
 
-# The functional forms of the collectives keep their names from one torch release to the next.
-_ops = torch.ops._c10d_functional
-
 
 @dataclass(frozen=True, slots=True)
 class Pending:
@@ -89,19 +86,6 @@ def connect(group: SequenceGroup, tensors: Sequence[object]) -> None:
     for name in (group.name, *group.axes):
         if name:
             dist.all_reduce(torch.zeros(1, device=device), group=process_group(name))
-
-
-def gather_shards(op: str, group: SequenceGroup, shard: Tensor) -> Tensor:
-    """Every rank's flat shard, as [P, n]. Sends (P-1) shards."""
-    with Described(op, group):
-        gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(shard, group.size, group.name))
-    return gathered.view(group.size, -1)
-
-
-def sum_shards(op: str, group: SequenceGroup, shards: Tensor) -> Tensor:
-    """The sum over ranks of row `rank` of [P, n]. Sends (P-1) rows."""
-    with Described(op, group):
-        return _ops.wait_tensor(_ops.reduce_scatter_tensor(shards.view(-1), "sum", group.size, group.name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,13 @@ eagerly, a failure says which group it was on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from autoseq.runtime.errors import MessageError
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.messages import ADVICE
+from autoseq.runtime.messages import Described
 
 # The functional forms keep their names from one torch release to the next.
 _ops = torch.ops._c10d_functional
@@ -24,7 +22,7 @@ def arrived(group: SequenceGroup, posted: Tensor) -> Tensor:
     """Wait for what was posted (on CUDA: make the current stream wait). Raises MessageError."""
     if group.size == 1:
         return posted
-    with described(group, "waiting for a collective"):
+    with Described("waiting for a collective", group):
         return _ops.wait_tensor(posted)
 
 
@@ -32,7 +30,7 @@ def post_all_to_all(group: SequenceGroup, x: Tensor, send_sizes: Sequence[int], 
     """Rank i gets the i-th piece of the flat x; what the ranks send here comes in rank order. Sizes are in elements."""
     if group.size == 1:
         return x
-    with described(group, "all-to-all"):
+    with Described("all-to-all", group):
         return _ops.all_to_all_single(x, list(recv_sizes), list(send_sizes), group.name)
 
 
@@ -40,7 +38,7 @@ def post_all_gather(group: SequenceGroup, shard: Tensor) -> Tensor:
     """Every rank's flat shard, in rank order. Sends P-1 shards."""
     if group.size == 1:
         return shard
-    with described(group, "all-gather"):
+    with Described("all-gather", group):
         return _ops.all_gather_into_tensor(shard, group.size, group.name)
 
 
@@ -48,14 +46,6 @@ def post_reduce_scatter(group: SequenceGroup, shards: Tensor) -> Tensor:
     """The sum over ranks of this rank's P-th of the flat shards. Sends P-1 of them."""
     if group.size == 1:
         return shards
-    with described(group, "reduce-scatter"):
+    with Described("reduce-scatter", group):
         return _ops.reduce_scatter_tensor(shards, "sum", group.size, group.name)
 
-
-@contextmanager
-def described(group: SequenceGroup, what: str) -> Iterator[None]:
-    """A failed collective says on which group it was."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise MessageError(f"{what} on group {group.name!r}, rank {group.rank} of {group.size}: {error}. {ADVICE}") from error

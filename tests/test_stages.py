@@ -15,7 +15,7 @@ from dense_attention import Case, check_close
 from ranks import run_ranks
 from test_strategies import assembled, oracle
 
-STAGED = ["ulysses"]
+STAGED = ["ulysses", "gather_kv"]
 
 
 @contextmanager

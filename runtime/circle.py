@@ -121,10 +121,13 @@ class Circle:
                 here = Packed.empty(own.tensors, ())
         return here
 
-    def backward(self, own: Packed, own_grads: Packed, kept: Packed | None, forward: Route | None) -> Backward:
+    def backward(
+        self, own: Packed, own_grads: Packed, kept: Packed | None, forward: Route | None, own_first: bool = False
+    ) -> Backward:
         """All keys again and room for their gradients; this participant's come together in `own_grads`.
 
-        `kept` are the last keys of a forward along the route `forward`. Sends what `Route.sent_backward` says.
+        `kept` are the last keys of a forward along the route `forward`. Sends what `Route.sent_backward` says. The own keys come first
+        if others have to be waited for, or if `own_first` says so, else last.
         """
         if self.route.size == 1:
             yield self.group.rank, own, own_grads
@@ -134,10 +137,11 @@ class Circle:
         arriving = self._room(own, missing)
         theirs = route.first_keys((me + route.step) % route.size, forward)
         pending = self._post("first hop", [(own.part(theirs) if theirs else None, arriving)])
-        if missing:
+        own_first = own_first or bool(missing)
+        if own_first:
             yield me, own, own_grads
         pending.wait()
-        yield from self._round(own, self._first(own, kept, arriving), dtype, own_grads, None if missing else (me, own, own_grads))
+        yield from self._round(own, self._first(own, kept, arriving), dtype, own_grads, None if own_first else (me, own, own_grads))
 
     def _first(self, own: Packed, kept: Packed | None, arrived: Packed | None) -> Packed:
         """The keys of hop 1, from what was kept and what has come."""

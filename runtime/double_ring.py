@@ -29,7 +29,7 @@ from autoseq.runtime.attention_op import Call, Settings, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.lanes import Lane, cheapest_lane, lane_rows, own_keys, rows_cost, unpacked, visitor
+from autoseq.runtime.lanes import Lane, cheapest_lane, common_lanes, lane_rows, own_keys, rows_cost, unpacked, visitor
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.needs import Needs
@@ -42,21 +42,32 @@ _INSIDE = 2  # the tag of the inner circles' messages, beside which the outer ci
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The ways of the keys for one place in a node: across nodes, and inside node `n` those that came from node `o`: `inside[n][o]`."""
+    """The ways of the keys: `across[place]` between the ranks at one place of each node, `inside[n][o]` in node n for those of node o.
 
-    across: Lane
+    The ranks of a node take the nodes in one order, or they would not meet: all go the same way across, and if one has to wait
+    for keys from another node at the start of a backward, all start with the keys of their own.
+    """
+
+    across: tuple[Lane, ...]
     inside: tuple[tuple[Lane, ...], ...]
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(needs: Needs, place: int, ranks: int, key_bytes: int, grad_bytes: int) -> Routes:
+    def of(needs: Needs, ranks: int, key_bytes: int, grad_bytes: int) -> Routes:
         nodes = range(len(needs) // ranks)
         parts = [[_between(needs, asker, holder, ranks) for holder in nodes] for asker in nodes]
-        # What arrives across nodes is for the whole node.
-        columns = [[runs.union(*(of_one[place] for of_one in parts[asker][holder])) for holder in nodes] for asker in nodes]
-        across = cheapest_lane(tuple(map(tuple, columns)), key_bytes, grad_bytes)
-        inside = [[cheapest_lane(part, key_bytes, grad_bytes, keeps=False) for part in of_one] for of_one in parts]
+
+        def column(place: int) -> Needs:
+            """What arrives across nodes is for the whole node."""
+            return tuple(tuple(runs.union(*(of_one[place] for of_one in part)) for part in of_node) for of_node in parts)
+
+        across = common_lanes([column(place) for place in range(ranks)], key_bytes, grad_bytes)
+        inside = [[cheapest_lane(part, key_bytes, grad_bytes, keeps=False) for part in of_node] for of_node in parts]
         return Routes(across, tuple(map(tuple, inside)))
+
+    def own_first(self, node: int) -> bool:
+        """Whether some rank of a node starts its backward by waiting for keys."""
+        return any(back.size > 1 and bool(back.first_keys(node, forward)) for forward, back in self.across)
 
 
 def _between(needs: Needs, asker: int, holder: int, ranks: int) -> Needs:
@@ -74,12 +85,12 @@ class _Circles:
 
     @classmethod
     def of(cls, op: str, call: Call) -> _Circles:
-        inside = call.groups[1]
         sizes = (call.k.element_size(), accumulate_dtype(call.k.dtype).itemsize)
-        return cls(op, call, Routes.of(call.needs, inside.rank, inside.size, *sizes))
+        return cls(op, call, Routes.of(call.needs, call.groups[1].size, *sizes))
 
     def across(self, direction: int) -> Circle:
-        return Circle(self.op, self.call.groups[0], self.routes.across[direction])
+        across, inside = self.call.groups
+        return Circle(self.op, across, self.routes.across[inside.rank][direction])
 
     def inside(self, node: int, direction: int) -> Circle:
         across, inside = self.call.groups
@@ -92,7 +103,8 @@ class _Circles:
 
     def backward(self, own_grads: Packed, kept: Packed | None) -> Generator[Any, None, None]:
         """The same with room for gradients; those of a node's keys come together in what the outer circle sends on."""
-        walk = self.across(1).backward(own_keys(self.call), own_grads, kept, self.routes.across[0])
+        own_first = self.routes.own_first(self.call.groups[0].rank)
+        walk = self.across(1).backward(own_keys(self.call), own_grads, kept, self.across(0).route, own_first)
         yield from _nested(
             walk,
             lambda node, held, grads: self._numbered(node, self.inside(node, 1).backward(held, grads, None, None)),
@@ -174,6 +186,6 @@ class DoubleRing(Strategy):
         ranks = site.mesh[1]
         node, place = divmod(rank, ranks)
         needs = needs_of_site(site, group_size, layout)
-        routes = Routes.of(needs, place, ranks, site.element_bytes, accumulator_bytes(site))
-        rows = [lane_rows(routes.across, node), *(lane_rows(lane, place, keeps=False) for lane in routes.inside[node])]
+        routes = Routes.of(needs, ranks, site.element_bytes, accumulator_bytes(site))
+        rows = [lane_rows(routes.across[place], node), *(lane_rows(lane, place, keeps=False) for lane in routes.inside[node])]
         return rows_cost(site, rows)

@@ -36,15 +36,23 @@ def cheapest_lane(needs: Needs, key_bytes: int, grad_bytes: int, *, keeps: bool 
 
     `keeps` says that the backward starts with the last keys of the forward.
     """
-    everyone = range(len(needs))
-    up, down = (Route.of(needs, step) for step in (1, -1))
-    forward = min((up, down), key=lambda route: sum(sum(route.sent_forward(rank)) for rank in everyone))
+    return common_lanes((needs,), key_bytes, grad_bytes, keeps=keeps)[0]
 
-    def backward_bytes(route: Route) -> int:
-        sent = [route.sent_backward(rank, forward if keeps else None) for rank in everyone]
+
+def common_lanes(groups: Sequence[Needs], key_bytes: int, grad_bytes: int, *, keeps: bool = True) -> tuple[Lane, ...]:
+    """The same for several groups of which all are to go the same way."""
+    up, down = ([Route.of(needs, step) for needs in groups] for step in (1, -1))
+
+    def forward_rows(routes: list[Route]) -> int:
+        return sum(sum(route.sent_forward(rank)) for route in routes for rank in range(route.size))
+
+    def backward_bytes(routes: list[Route]) -> int:
+        each = zip(routes, forward, strict=True)
+        sent = [route.sent_backward(rank, before if keeps else None) for route, before in each for rank in range(route.size)]
         return sum(key_bytes * sum(keys) + grad_bytes * sum(grads) for keys, grads in sent)
 
-    return forward, min((up, down) if forward is down else (down, up), key=backward_bytes)
+    forward = min((up, down), key=forward_rows)
+    return tuple(zip(forward, min((up, down) if forward is down else (down, up), key=backward_bytes), strict=True))
 
 
 def lanes_op(name: str, lanes: Lanes) -> AttentionOp:

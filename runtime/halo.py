@@ -11,6 +11,7 @@ full neighbours on both sides; the first and the last ranks send less. Zigzag ro
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import sympy
 import torch
@@ -40,7 +41,8 @@ def _halo_elements(k: Tensor, v: Tensor, settings: Settings) -> int:
     halo = chunks * (torch.sym_max(behind, 0) + torch.sym_max(ahead, 0))
     if settings.q_len != settings.k_len:
         halo = halo + local_length(settings.q_len, P, settings.layout) * max(1, len(settings.places) // P)
-    return torch.sym_min(others, halo) * elements
+    rows: Any = torch.sym_min(others, halo)
+    return rows * elements
 
 
 def _may_fill_rows(settings: Settings) -> bool:
@@ -62,7 +64,7 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
 attention = attention_function(__name__, _compute)
 
 # How many keys behind and ahead of a query's own position it may see, and how many chunks of the sequence a rank holds.
-BEHIND, AHEAD, CHUNKS = sympy.symbols("W_behind W_ahead c", nonnegative=True, integer=True)
+BEHIND, AHEAD, CHUNKS = sympy.symbols("W_behind W_ahead m", nonnegative=True, integer=True)
 
 
 class Halo(Strategy):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from autoseq.runtime.balanced import Balanced
 from autoseq.runtime.bidirectional_ring import BidirectionalRing
 from autoseq.runtime.gather_kv import GatherKV
+from autoseq.runtime.halo import Halo
 from autoseq.runtime.local import Local
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategy import Strategy
 from autoseq.runtime.ulysses import Ulysses
 
-STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (Local(), Ulysses(), Ring(), BidirectionalRing(), GatherKV())}
+_ALL: tuple[Strategy, ...] = (Local(), Ulysses(), Ring(), BidirectionalRing(), GatherKV(), Halo(), Balanced())
+
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in _ALL}

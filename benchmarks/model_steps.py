@@ -81,4 +81,6 @@ def _compiled(work: Work, layers: int, strategy: str, seat: Seat) -> Callable[[]
     model = _model(work, layers)
     # aot_eager: Inductor's C++ compiler takes minutes on few cores, and what is compared here is what crosses the ranks.
     options: dict[str, Any] = {"strategy": strategy, "inner": "aot_eager"}
+    if seat.mesh:
+        options["ranks_per_node"] = seat.ranks_per_node
     return _step(model, torch.compile(model, backend="autoseq", options=options), work)

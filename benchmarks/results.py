@@ -35,6 +35,7 @@ class Result:
     floor_s: float | None = None
     over_floor: float | None = None  # the median over rounds
     over_peer: float | None = None  # against the fastest peer, likewise
+    rounds_s: tuple[float, ...] = ()  # the slowest rank's, round by round
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ def _result(m: _Merged, compute: Sequence[float], link: _Link | None, peer: _Mer
         floor_s=statistics.median(floors) if floors else None,
         over_floor=_ratio(m.seconds, floors) if floors else None,
         over_peer=_ratio(m.seconds, peer.seconds) if peer else None,
+        rounds_s=tuple(m.seconds),
     )  # fmt: skip
 
 

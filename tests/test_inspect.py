@@ -93,10 +93,10 @@ def test_json_is_the_documented_object() -> None:
     assert list(shown) == ["world_size", "sequence_length", "attention", "collectives", "fallbacks", "largest_intermediate"]
     assert (shown["world_size"], shown["sequence_length"], len(shown["attention"])) == (2, 32, 2)
     site = shown["attention"][0]
-    # K and V of 16 rows, 2 heads of 8, float32: gathered twice and their gradients sent home, each P-1 times.
+    # K and V, 2 heads of 8 in float32, of those 7 rows that the window lets rank 1 see: sent twice. Rank 0 itself sees none of rank 1's.
     assert site | {"source": ""} == {
         "name": "model.layers.0.self_attn", "source": "", "heads": 4, "kv_heads": 2, "mask": "(k <= q) & (k > q - 8)",
-        "strategy": "gather_kv", "bytes_per_rank": 3 * 2 * 16 * 2 * 8 * 4, "messages_per_rank": 3,
+        "strategy": "gather_kv", "bytes_per_rank": 2 * 2 * 7 * 2 * 8 * 4, "messages_per_rank": 3,
     }  # fmt: skip
     assert "sdpa_attention.py" in site["source"]
     assert {tuple(entry) for entry in shown["collectives"]} == {("op", "count", "bytes_per_rank")}

@@ -12,26 +12,26 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _find_pg_by_ranks_and_tag, _new_group_with_tag
 
-from autoseq.runtime.errors import MeshError
+from autoseq.runtime.errors import OptionError
 from autoseq.runtime.groups import SequenceGroup, process_group
 
 
 def check_nodes(group: SequenceGroup, ranks_per_node: int) -> None:
-    """Raises MeshError where a group of several ranks cannot be cut into nodes of so many."""
+    """Raises OptionError where a group of several ranks cannot be cut into nodes of so many."""
     if group.size == 1:
         return
     if group.size % ranks_per_node != 0:
         fitting = ", ".join(str(n) for n in range(1, group.size + 1) if group.size % n == 0)
-        raise MeshError(
+        raise OptionError(
             f"ranks_per_node={ranks_per_node} does not divide the {group.size} ranks of the sequence; nodes are equally large: {fitting}"
         )
     if group.axes:
         nodes, ranks = group.mesh
-        raise MeshError(
+        raise OptionError(
             f"ranks_per_node={ranks_per_node} and a mesh of {nodes} nodes of {ranks} ranks say the same thing twice: give one of them"
         )
     if group.size != dist.get_world_size():
-        raise MeshError(
+        raise OptionError(
             f"ranks_per_node cuts all {dist.get_world_size()} ranks into nodes, but the mesh has {group.size} of them. Give a mesh of two "
             f"dimensions instead: init_device_mesh(device, (replicas, nodes, {ranks_per_node}), "
             "mesh_dim_names=('replicas', 'nodes', 'ranks'))['nodes', 'ranks']"

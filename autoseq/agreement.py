@@ -12,40 +12,44 @@ from collections.abc import Sequence
 
 import torch
 
+from autoseq.meetings import meet
 from autoseq.runtime.errors import AutoSeqError, RankMismatchError, RendezvousError
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.rendezvous import exchange, timeout_s
+from autoseq.runtime.rendezvous import timeout_s
 
-_TIMEOUT_VARIABLE = "AUTOSEQ_COMPILE_TIMEOUT_S"
-_DEFAULT_TIMEOUT_S = 600.0
+COMPILE_TIMEOUT_VARIABLE = "AUTOSEQ_COMPILE_TIMEOUT_S"
+COMPILE_TIMEOUT_S = 600.0
 _SAMPLED_ELEMENTS = 4096
 _HASHED_WHOLE_BYTES = 1 << 22
 
 
-def _exchange(group: SequenceGroup, topic: str, payload: bytes) -> list[bytes]:
+def _meet_after_compiling(group: SequenceGroup, purpose: str, payload: bytes) -> list[bytes]:
     try:
-        return exchange(group, topic, payload, timeout_s=timeout_s(_TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S))
+        return meet(group, purpose, payload, timeout_s(COMPILE_TIMEOUT_VARIABLE, COMPILE_TIMEOUT_S))
     except RendezvousError as error:
-        raise RendezvousError(f"{error} {_TIMEOUT_VARIABLE} sets how many seconds ranks wait for each other's compilers.") from error
+        raise RendezvousError(f"{error} {COMPILE_TIMEOUT_VARIABLE} sets how many seconds ranks wait for each other's compilers.") from error
 
 
-def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> None:
-    """Compare this rank's program (its text, line by line) with the others'; raise on all ranks if any differs or failed."""
+def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> str:
+    """Compare this rank's program (its text, line by line) with the others'; raise on all ranks if any differs or failed.
+
+    Returns the program's digest.
+    """
     if group.size == 1:
-        return
+        return ""
     text = "\n".join(lines)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     mine = {"digest": digest, "failure": None if failure is None else f"{type(failure).__name__}: {failure}"}
-    theirs = [json.loads(reply) for reply in _exchange(group, "program", json.dumps(mine).encode())]
+    theirs = [json.loads(reply) for reply in _meet_after_compiling(group, "compiles a program", json.dumps(mine).encode())]
     failed = {rank: reply["failure"] for rank, reply in enumerate(theirs) if reply["failure"]}
     if failure is not None:
-        return  # the caller raises its own, which says more
+        return digest  # the caller raises its own, which says more
     if failed:
         rank, message = next(iter(failed.items()))
         raise RankMismatchError(f"rank {rank} of group {group.name!r} could not compile the program: {message}")
     if len({reply["digest"] for reply in theirs}) == 1:
-        return
-    texts = [zlib.decompress(t).decode() for t in _exchange(group, "program text", zlib.compress(text.encode()))]
+        return digest
+    texts = [zlib.decompress(t).decode() for t in _meet_after_compiling(group, "shows its program", zlib.compress(text.encode()))]
     raise RankMismatchError(_first_difference(group, texts))
 
 
@@ -72,7 +76,7 @@ def agree_on_inputs(group: SequenceGroup, names: Sequence[str], values: Sequence
     hashes = {name: _hash(value) for name, value in zip(names, values, strict=True)}
     if draws:
         hashes["torch's random state (call torch.manual_seed alike on every rank)"] = _hash(torch.get_rng_state())
-    replies = _exchange(group, "inputs", json.dumps(hashes).encode())
+    replies = _meet_after_compiling(group, "calls a program for the first time", json.dumps(hashes).encode())
     theirs = [json.loads(reply) for reply in replies]
     for name in hashes:
         for rank, other in enumerate(theirs):

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from autoseq.agreement import agree_on_inputs, agree_on_program
+from autoseq.call_shapes import CallShapes
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
@@ -79,7 +80,7 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
         failure = AutoSeqError(f"internal error while rewriting the program: {type(error).__name__}: {error}")
         failure.__cause__ = error
     lines = program.fingerprint() if program else ["(a fragment without attention)", *str(gm.graph).splitlines()]
-    agree_on_program(group, [*lines, repr(_comparable(options))], failure)
+    digest = agree_on_program(group, [*lines, repr(_comparable(options))], failure)
     if failure is not None:
         raise failure
     names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
@@ -89,9 +90,9 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
             mark_trainable(gm, inputs)
             leave_gradients_unsummed(gm, group=group.name)
             gm.recompile()
-        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group), None, names, group, options)
+        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group), None, names, group, options, None)
     compiled = _inner(program.gm, program.inputs, options, group)
-    return _Runner(compiled, program, names, group, options)
+    return _Runner(compiled, program, names, group, options, CallShapes(group, digest, names, program.inputs))
 
 
 def _tell_fragment(inputs: Sequence[object], options: Options, group: SequenceGroup) -> None:
@@ -169,8 +170,9 @@ class _Runner:
     """The compiled program as Dynamo calls it: checks the first inputs, gathers deferred ones, wraps sharded outputs."""
 
     def __init__(
-        self, compiled: Callable[..., Any], program: Program | None, names: Sequence[str], group: SequenceGroup, options: Options
-    ) -> None:
+        self, compiled: Callable[..., Any], program: Program | None, names: Sequence[str], group: SequenceGroup, options: Options,
+        shapes: CallShapes | None,
+    ) -> None:  # fmt: skip
         self._compiled, self._names, self._group, self._options = compiled, names, group, options
         self._outputs = program.sharding.outputs if program else []
         self._layout: Layout = program.plan.layout if program else "contiguous"
@@ -180,10 +182,12 @@ class _Runner:
         self._draws = program is not None and _draws(program)
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        self._agreed = False
+        self._agreed, self._shapes = False, shapes
 
     def __call__(self, *args: Any) -> Any:
         args = tuple(x.full() if isinstance(x, DeferredTensor) else x for x in args)
+        if self._shapes is not None:
+            self._shapes.agree(args)
         if not self._agreed:
             agree_on_inputs(self._group, self._names, args, draws=self._draws)
             connect(self._group, args)

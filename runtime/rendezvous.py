@@ -43,9 +43,25 @@ def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: flo
         return meeting.attend(payload, timeout_s)
     except dist.DistNetworkError as error:
         raise RendezvousError(
-            f"Rank {group.rank} lost the store while meeting its group {group.name!r} for {topic!r}: {error}. "
-            "The process that serves it (usually rank 0) has probably ended; look at its log first."
+            f"Rank {group.rank} lost the store while meeting its group {group.name!r} for {topic!r}: {error}. {_STORE_ADVICE}"
         ) from error
+
+
+def first_word(group: SequenceGroup, topic: str, word: str, *, instead_of: str) -> str:
+    """What the first rank to come to a topic said: `word`, or what another rank said before. One store request; nobody is waited for.
+
+    A topic serves again: `instead_of` is what was said there the last time, empty for nothing.
+    """
+    try:
+        return _store().compare_set(f"autoseq/{_identity(group, topic)}/word", instead_of, word).decode()
+    except dist.DistNetworkError as error:
+        raise RendezvousError(f"Rank {group.rank} lost the store: {error}. {_STORE_ADVICE}") from error
+
+
+def _identity(group: SequenceGroup, topic: str) -> str:
+    # Groups of different ranks may share a c10d name, so the name alone would not tell them apart.
+    ranks = dist.get_process_group_ranks(process_group(group.name))
+    return hashlib.sha256(repr((group.name, ranks, topic)).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +75,7 @@ class _Round:
 
     @classmethod
     def next(cls, group: SequenceGroup, topic: str) -> _Round:
-        store = _store()
-        # Groups of different ranks may share a c10d name, so the name alone would not tell them apart.
-        ranks = dist.get_process_group_ranks(process_group(group.name))
-        identity = hashlib.sha256(repr((group.name, ranks, topic)).encode()).hexdigest()[:24]
+        store, identity = _store(), _identity(group, topic)
         number = store.add(f"autoseq/{identity}/rounds/{group.rank}", 1)
         return cls(store, f"autoseq/{identity}/{number}", group, topic)
 
@@ -122,6 +135,9 @@ _ADVICE = (
     "Every rank must run the same program: look for an earlier error on a rank that is missing, or for a step that only "
     "some ranks take, such as `if rank == 0: print(output)`."
 )
+
+
+_STORE_ADVICE = "The process that serves it (usually rank 0) has probably ended; look at its log first."
 
 
 def _store() -> dist.Store:

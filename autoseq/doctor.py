@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
 import torch
+import torch.cuda.nccl
 import torch.distributed
 from rich.console import Console
 
@@ -117,7 +118,7 @@ def _kernels(devices: Sequence[Device]) -> list[Finding]:
 
 
 def _idle(kernel: Kernel, devices: Iterable[Device]) -> str:
-    """Why a kernel that is there computes nothing on any device: of the last one, for its first dtype."""
+    """Why a kernel that is there computes nothing on any device: of the last one, for a plain block in bfloat16."""
     why = ""
     for device in devices:
         call = BlockCall(device.kind, device.capability or (0, 0), torch.bfloat16, 512, 512, 64, 64, "none")

@@ -12,17 +12,11 @@ import functools
 import torch
 from torch import Tensor
 
-from autoseq.runtime.kernel_call import HALVES, BlockCall, Kernel, added, aligned, needs, same_head_dim, without_keys
+from autoseq.runtime.kernel_call import HALVES, BlockCall, Kernel, added, aligned, needs, no_cuda, same_head_dim, without_keys
 from autoseq.runtime.plain import accumulate_dtype
 
 _aten = torch.ops.aten
 _Grads = tuple[Tensor, Tensor, Tensor]
-
-
-def _no_cuda() -> str:
-    if not torch.backends.cuda.is_built():
-        return "this build of torch has no CUDA; install one from pytorch.org"
-    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 def _on_cuda(call: BlockCall, oldest: tuple[int, int]) -> str:
@@ -44,7 +38,7 @@ def _halves_without_bias(call: BlockCall, widest: int) -> str:
 
 
 def _flash_missing() -> str:
-    return _no_cuda() or needs(
+    return no_cuda() or needs(
         (torch.backends.cuda.is_flash_attention_available(), "this build of torch has no flash attention"),
         (torch.backends.cuda.flash_sdp_enabled(), "it is switched off in torch.backends.cuda"),
     )
@@ -81,7 +75,7 @@ def _flash_backward(
 
 
 def _cudnn_missing() -> str:
-    return _no_cuda() or needs(
+    return no_cuda() or needs(
         (torch.backends.cudnn.is_available(), "this build of torch has no cuDNN"),
         (torch.backends.cuda.cudnn_sdp_enabled(), "it is switched off in torch.backends.cuda"),
     )
@@ -122,22 +116,20 @@ def _cudnn_lse_dims(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _efficient_missing() -> str:
-    return _no_cuda() or needs((torch.backends.cuda.mem_efficient_sdp_enabled(), "it is switched off in torch.backends.cuda"))
+    return no_cuda() or needs((torch.backends.cuda.mem_efficient_sdp_enabled(), "it is switched off in torch.backends.cuda"))
 
 
 def _efficient_cannot_serve(call: BlockCall) -> str:
     return _on_cuda(call, (8, 0) if call.dtype == torch.bfloat16 else (7, 0)) or needs(
-        (call.dtype in (torch.float32, *HALVES), "it takes float32, float16 and bfloat16 only"),
-        # It adds what it is given in the queries' dtype. A mask survives that; numbers would be rounded before they are added.
-        (call.bias != "float" or call.dtype == torch.float32, "it would round the bias to the queries' dtype"),
+        (call.dtype in (torch.float32, *HALVES), "it takes float32, float16 and bfloat16 only")
     )
 
 
 def _efficient(
     q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    padded = _for_efficient(q, k, v)
-    bias = _efficient_bias(attn_bias, q, k)
+    padded = _for_efficient(q, k, v, attn_bias)
+    bias = _efficient_bias(attn_bias, *padded[:2])
     out, lse = _aten._scaled_dot_product_efficient_attention(*padded, bias, True, 0.0, is_causal, scale=scale)[:2]
     out, lse = out[..., : v.shape[-1]], lse[..., : q.shape[2]]
     if attn_bias is not None:
@@ -157,21 +149,27 @@ def _efficient_backward(
     is_causal: bool,
     scale: float,
 ) -> _Grads:
-    padded = _for_efficient(q, k, v)
-    grad_out, out = same_head_dim(grad_out, out, multiple=8)
+    padded = _for_efficient(q, k, v, attn_bias)
+    grad_out, out = (x.to(padded[0].dtype) for x in same_head_dim(grad_out, out, multiple=8))
     # The kernel is told the strides of out's batches and heads but takes its rows to be those of a contiguous [B,n,H,D].
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     # It loads lse by the 32 rows; past the last one the weights must come out as e^-inf.
     lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
-    state = torch.zeros((), dtype=torch.int64, device=q.device)
+    bias, state = _efficient_bias(attn_bias, *padded[:2]), torch.zeros((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        grad_out, *padded, _efficient_bias(attn_bias, q, k), out, lse, state, state, 0.0, [True, True, True, False], is_causal, scale=scale
+        grad_out, *padded, bias, out, lse, state, state, 0.0, [True, True, True, False], is_causal, scale=scale
     )
     return dq[..., : q.shape[-1]], _of_kv_heads(dk[..., : k.shape[-1]], k), _of_kv_heads(dv[..., : v.shape[-1]], v)
 
 
-def _for_efficient(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """q, k and v with as many heads each, and head dims in multiples of 8; that of v may differ."""
+def _for_efficient(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None) -> list[Tensor]:
+    """q, k and v with as many heads each, and head dims in multiples of 8; that of v may differ.
+
+    The kernel adds a bias in the queries' dtype. A mask survives that, but numbers would be rounded before they are added: beside
+    them everything is float32.
+    """
+    if attn_bias is not None and attn_bias.is_floating_point():
+        q, k, v = q.float(), k.float(), v.float()
     q, k = same_head_dim(q, k, multiple=8)
     (v,) = same_head_dim(v, multiple=8)
     ratio = q.shape[1] // k.shape[1]

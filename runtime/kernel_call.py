@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +67,14 @@ def device_of(q: Tensor) -> tuple[str, tuple[int, int]]:
     """The type of a tensor's device and, on CUDA, its compute capability."""
     device = q.device.type
     return device, torch.cuda.get_device_capability(q.device) if device == "cuda" else (0, 0)
+
+
+@functools.cache
+def no_cuda() -> str:
+    """Why nothing runs on CUDA here, "" if it does."""
+    if not torch.backends.cuda.is_built():
+        return "this build of torch has no CUDA; install one from pytorch.org"
+    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 def needs(*conditions: tuple[bool, str]) -> str:

@@ -3,15 +3,17 @@
 `runtime/fused.py` chooses between these and plain torch, which they are held to. Imported only where Triton is.
 """
 
-# ruff: noqa: ANN001, ANN202 (Triton types a kernel by what it is launched with)
+# A kernel is typed by what it is launched with, and launched by subscripting it with a grid. Triton itself may be missing.
+# ruff: noqa: ANN001, ANN202
+# pyright: reportIndexIssue=false, reportMissingImports=false
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _TILE = 4096  # elements of a program: enough to keep a GPU's memory busy, few enough for its registers

@@ -4,7 +4,9 @@ One launch a tensor, whatever the number of ranks. `runtime/fused.py` chooses be
 Imported only where Triton is.
 """
 
-# ruff: noqa: ANN001, ANN202 (Triton types a kernel by what it is launched with)
+# A kernel is typed by what it is launched with, and launched by subscripting it with a grid. Triton itself may be missing.
+# ruff: noqa: ANN001, ANN202
+# pyright: reportIndexIssue=false, reportMissingImports=false
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from itertools import accumulate
 from math import prod
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from autoseq.runtime.layout import Layout, num_chunks

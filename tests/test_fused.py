@@ -258,13 +258,11 @@ def test_kernels_compile_for_gpus(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types, constants = LAUNCHES[name]
     with modules_anew(interpret=False):
-        import triton
-        from triton.backends.compiler import GPUTarget
-
+        triton, backends = (importlib.import_module(name) for name in ("triton", "triton.backends.compiler"))
         module, kernel = name.split(".")
         constants = {key: triton.language.float32 if value == "fp32" else value for key, value in constants.items()}
         source = triton.compiler.ASTSource(getattr(getattr(Forms("cuda"), module), kernel), types, constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        compiled = triton.compile(source, target=backends.GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
     assert compiled.metadata.shared == 0, "elementwise work shares nothing between threads"
 

@@ -51,12 +51,13 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, batch: int = 2) -> list[Ten
     return [torch.randn(each, generator=generator).to(dtype) for each in shapes]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, allowed: Tensor) -> list[Tensor]:
+def dense(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, allowed: Tensor, bias: Tensor | None = None) -> list[Tensor]:
     """out, lse, dq, dk, dv in float64."""
     q, k, v, grad = (x.double() for x in (q, k, v, grad))
     ratio = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(ratio, 1), v.repeat_interleave(ratio, 1)
-    scores = (q @ keys.mT * SCALE).masked_fill(~allowed, -torch.inf)
+    scores = q @ keys.mT * SCALE + (0 if bias is None else bias.double())
+    scores = scores.masked_fill(~allowed, -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0)
     out = weights @ values
     grad_scores = weights * (grad @ values.mT - (grad * out).sum(-1, keepdim=True)) * SCALE
@@ -68,7 +69,8 @@ def check_block(tensors: list[Tensor], attn_bias: Tensor | None, is_causal: bool
     q, k, v, grad = tensors
     out, lse = attend(q, k, v, attn_bias, is_causal, SCALE)
     grads = attend_backward(grad, q, k, v, out.to(q.dtype), lse, attn_bias, is_causal, SCALE)
-    expected = dense(q, k, v, grad, allowed)
+    added = attn_bias is not None and attn_bias.is_floating_point()
+    expected = dense(q, k, v, grad, allowed, attn_bias if added else None)
     seen = expected[1] > -torch.inf
     assert torch.equal(lse > -torch.inf, seen), "lse is -inf exactly in the rows without keys"
     assert lse.dtype == accumulate_dtype(q.dtype)
@@ -188,8 +190,8 @@ CHOICES: dict[str, tuple[BlockCall, list[str]]] = {
     "halves on CUDA": (BF16, ["flash_attn", "flash", "cudnn", "efficient", "reference"]),
     "float16 is a half too": (replace(BF16, dtype=torch.float16), ["flash_attn", "flash", "cudnn", "efficient", "reference"]),
     "a mask": (replace(BF16, bias="mask"), ["efficient", "reference"]),
-    "a bias would be rounded to bfloat16": (replace(BF16, bias="float"), ["reference"]),
-    "a bias in float32 is not": (replace(BF16, dtype=torch.float32, bias="float"), ["efficient", "reference"]),
+    "a bias": (replace(BF16, bias="float"), ["efficient", "reference"]),
+    "a bias in float32": (replace(BF16, dtype=torch.float32, bias="float"), ["efficient", "reference"]),
     "float32": (replace(BF16, dtype=torch.float32), ["efficient", "reference"]),
     "float64": (replace(BF16, dtype=torch.float64), ["reference"]),
     "a wide head": (replace(BF16, key_dim=192), ["flash_attn", "flash", "efficient", "reference"]),
@@ -247,10 +249,12 @@ def every_block(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, 
         for mask, make in MASKS.items():
             allowed = make(*size).to(device)
             yield f"{name}, {mask}", tensors, None if mask == "no mask" else allowed, False, allowed
-        allowed = torch.ones(size, dtype=torch.bool, device=device)
-        yield f"{name}, a bias", tensors, torch.zeros(size, device=device), False, allowed
+        allowed, everything = MASKS["random"](*size).to(device), torch.ones(size, dtype=torch.bool, device=device)
+        bias = 4 * torch.randn(size, generator=torch.Generator().manual_seed(2)).to(device)
+        yield f"{name}, a bias", tensors, bias, False, everything
+        yield f"{name}, a bias and a mask", tensors, bias.masked_fill(~allowed, -torch.inf), False, allowed
         if size[0] == size[1]:
-            yield f"{name}, causal", tensors, None, True, allowed.tril()
+            yield f"{name}, causal", tensors, None, True, everything.tril()
 
 
 ON_GPU_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["float32", "float16", "bfloat16"])
@@ -264,18 +268,18 @@ def test_what_cuda_kernels_are_handed(cuda_kernel: Kernel, dtype: torch.dtype) -
         if not cuda_kernel.cannot_serve(BlockCall.of(*tensors[:3], attn_bias)):
             check_block(tensors, attn_bias, is_causal, allowed)
             served.append(name)
-    fewest = {EFFICIENT.name: 52 if dtype == torch.float32 else 42}.get(cuda_kernel.name, 0 if dtype == torch.float32 else 10)
-    assert len(served) >= fewest
-    assert bool(served) == bool(fewest)
+    # Of 63 blocks 50 have a mask or a bias; one shape has a single key, which is too few for cuDNN.
+    counts = {EFFICIENT.name: (63, 63), CUDNN.name: (0, 11)}.get(cuda_kernel.name, (0, 13))
+    assert len(served) == counts[dtype != torch.float32]
 
 
-def test_views_into_a_message_are_aligned(cuda_kernel: Kernel) -> None:
+@pytest.mark.usefixtures("cuda_kernel")
+def test_views_into_a_message_are_aligned() -> None:
     """Keys and values are views into a packed message, which start anywhere in it."""
     q, k, v, grad = draw((9, 11, 4, 2, 8, 8), torch.float16)
     flat = torch.cat([torch.zeros(3, dtype=torch.float16), k.reshape(-1), v.reshape(-1)])
     views = [flat[3 + i * k.numel() :][: k.numel()].view(k.shape) for i in range(2)]
-    check_block([q, *views, grad.expand_as(grad)], None, False, torch.ones(9, 11, dtype=torch.bool))
-    assert cuda_kernel in kernels.KERNELS
+    check_block([q, *views, grad], None, False, torch.ones(9, 11, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("lse_dims", [3, 4])

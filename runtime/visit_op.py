@@ -179,7 +179,8 @@ class _ForwardTrip(_Trip):
         assert came is not None
         call = self.call
         if kind == KEYS:
-            self._work.add(*came.tensors, came.chunks(call.keys_of(guest)))
+            k, v = came.tensors
+            self._work.add(k, v, came.chunks(call.keys_of(guest)))
             return None
         chunks, keys = came.chunks(call.rows.queries(guest)), call.keys_of(self.me)
         work = Forward(came.tensors[0], call.k.shape[1], call.v.shape[3], chunks, keys, call.problem.for_guests())
@@ -237,7 +238,8 @@ class _BackwardTrip(_Trip):
             keys = kept or came
             assert keys is not None
             found = Packed.empty(keys.tensors, keys.rows, self._dtype, zero=True)
-            self._work.add(*keys.tensors, keys.chunks(self.call.keys_of(guest)), *found.tensors)
+            (k, v), (dk, dv) = keys.tensors, found.tensors
+            self._work.add(k, v, keys.chunks(self.call.keys_of(guest)), dk, dv)
             return found
         assert came is not None
         lse, grad_out, out, *again = came.tensors

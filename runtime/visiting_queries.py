@@ -9,6 +9,8 @@ No strategy by itself: `bidirectional_ring` takes this op where it sends less.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,8 @@ def _last_queries(k: Tensor, v: Tensor, settings: Settings) -> int:
     if settings.empty_rows != "zero" and settings.sinks is None:
         return own  # keys may travel instead
     queries = local_length(settings.q_len, P, settings.layout) * k.shape[0] * k.shape[1] * settings.heads_per_kv * k.shape[3]
-    return torch.sym_min(own, (P - 1) * queries)
+    elements: Any = torch.sym_min(own, (P - 1) * queries)
+    return elements
 
 
 visiting_queries_attention = visiting_op("visiting_queries_attention", _MANNER, kept=_last_queries)

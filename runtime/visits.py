@@ -200,4 +200,5 @@ def terms_of_site(site: Site) -> Terms:
 def rows_of_site(site: Site, P: int, layout: Layout) -> Rows:
     """The rows of a site on P plain ranks."""
     held = Holdings.of(P, layout)
-    return Rows(held, held, *(local_length(n, P, layout) for n in (site.q_len, site.k_len)), site.q_len, site.k_len)
+    s, t = (local_length(n, P, layout) for n in (site.q_len, site.k_len))
+    return Rows(held, held, s, t, site.q_len, site.k_len)

@@ -27,6 +27,7 @@ EXIT_CODE = 9
 STALLED_S = 30.0  # a rank that stalls wakes up when the others have given up; this long if they never do
 
 Phase = Literal["forward", "backward"]
+Mesh = tuple[int, ...]  # nodes and ranks in each; empty for one level
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Messages:
 
 
 def attend(
-    rank: int, P: int, strategy: str, layout: Layout, case: Case, group: str
+    rank: int, P: int, strategy: str, layout: Layout, case: Case, group: str, axes: tuple[str, ...]
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Any]]:
     """The forward and the backward of one rank's attention."""
     leaves = [shard(x, rank, P, layout, padding="edge").requires_grad_() for x in case.tensors()[:3]]
-    keywords = {**call_keywords(case, layout), "group": group}
+    keywords = {**call_keywords(case, layout), "group": group, "axes": axes}
 
     def forward() -> Tensor:
         return STRATEGIES[strategy].attention(*leaves, [], None, None, **keywords)
@@ -65,7 +66,7 @@ def attend(
     return forward, lambda out: torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
-def stall_in_each(rank: int, P: int, cases: dict[str, tuple[str, Layout, Case, Phase]], timeout_s: float) -> dict[str, Outcome]:
+def stall_in_each(rank: int, P: int, cases: dict[str, tuple[str, Layout, Case, Phase]], mesh: Mesh, timeout_s: float) -> dict[str, Outcome]:
     """One case after the other, each on a new group in which VICTIM stalls halfway through the phase until the others gave up."""
     outcomes = {}
     for number, (name, (strategy, layout, case, phase)) in enumerate(cases.items()):
@@ -76,19 +77,19 @@ def stall_in_each(rank: int, P: int, cases: dict[str, tuple[str, Layout, Case, P
             dist.distributed_c10d._get_default_store().wait(keys, datetime.timedelta(seconds=STALLED_S))
             raise InterruptedError("the others gave up")
 
-        outcomes[name] = stop_halfway(rank, P, strategy, layout, case, phase, timeout_s, wait_for_the_others)
+        outcomes[name] = stop_halfway(rank, P, strategy, layout, case, phase, mesh, timeout_s, wait_for_the_others)
         dist.distributed_c10d._get_default_store().set(f"{done}{rank}", "")
         dist.barrier()
     return outcomes
 
 
-def die_in_one(rank: int, P: int, strategy: str, layout: Layout, case: Case, phase: Phase, timeout_s: float) -> Outcome:
+def die_in_one(rank: int, P: int, strategy: str, layout: Layout, case: Case, phase: Phase, mesh: Mesh, timeout_s: float) -> Outcome:
     """VICTIM dies halfway through the phase."""
-    return stop_halfway(rank, P, strategy, layout, case, phase, timeout_s, lambda: os._exit(EXIT_CODE))
+    return stop_halfway(rank, P, strategy, layout, case, phase, mesh, timeout_s, lambda: os._exit(EXIT_CODE))
 
 
 def stop_halfway(
-    rank: int, P: int, strategy: str, layout: Layout, case: Case, phase: Phase, timeout_s: float, stop: Callable[[], None]
+    rank: int, P: int, strategy: str, layout: Layout, case: Case, phase: Phase, mesh: Mesh, timeout_s: float, stop: Callable[[], None]
 ) -> Outcome:
     """A healthy step that counts messages, then one in which VICTIM stops before its middle message of the phase.
 
@@ -96,18 +97,32 @@ def stop_halfway(
     """
     messages = Messages()
     with mock.patch.object(CountedGroup, "count", messages.count):
-        healthy, doomed = (dist.new_group(backend=BACKEND, timeout=datetime.timedelta(seconds=s)) for s in (60, timeout_s))
-        forward, backward = attend(rank, P, strategy, layout, case, healthy.group_name)
+        healthy, doomed = (new_groups(rank, mesh, s) for s in (60, timeout_s))
+        forward, backward = attend(rank, P, strategy, layout, case, *healthy)
         out = forward()
         sent = {"forward": messages.posted}
         backward(out)
         sent["backward"] = messages.posted - sent["forward"]
-        forward, backward = attend(rank, P, strategy, layout, case, doomed.group_name)
+        forward, backward = attend(rank, P, strategy, layout, case, *doomed)
         out = forward() if phase == "backward" else torch.empty(0)
         dist.barrier()
         if rank == VICTIM:
             messages.stop_in(sent[phase] // 2 + 1, stop)
-        return outcome_of(lambda: (backward(out) if phase == "backward" else forward(), all_reduce(torch.ones(1), group=doomed.group_name)))
+        return outcome_of(lambda: (backward(out) if phase == "backward" else forward(), all_reduce(torch.ones(1), group=doomed[0])))
+
+
+def new_groups(rank: int, mesh: Mesh, timeout_s: float) -> tuple[str, tuple[str, ...]]:
+    """A group of all ranks and, with a mesh of nodes, those across nodes and inside this rank's node."""
+    keywords: dict[str, Any] = dict(backend=BACKEND, timeout=datetime.timedelta(seconds=timeout_s))
+    world = dist.new_group(**keywords).group_name
+    if not mesh:
+        return world, ()
+    inside = torch.arange(mesh[0] * mesh[1]).view(mesh)
+    axes = []
+    for parts in (inside.T.tolist(), inside.tolist()):
+        made = [dist.new_group(part, **keywords) for part in parts]
+        axes.append(next(group.group_name for group, part in zip(made, parts, strict=True) if rank in part))
+    return world, tuple(axes)
 
 
 def outcome_of(step: Callable[[], Any]) -> Outcome:

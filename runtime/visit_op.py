@@ -126,10 +126,12 @@ class _Trip(ABC):
     def _received(self, arrived: _Round) -> _Round:
         """Work on what comes in a round and send home what was found."""
         arrived.pending.wait()
-        host, guest = self._partners(arrived.number)
-        found = [self.work_on(kind, guest, arrived.came[kind]) if self.visits.rows(kind, self.me, guest) else None for kind in KINDS]
+        number, came = arrived.number, arrived.came
+        del arrived  # or what has left would be held under the work
+        host, guest = self._partners(number)
+        found = [self.work_on(kind, guest, came[kind]) if self.visits.rows(kind, self.me, guest) else None for kind in KINDS]
         back: Both = [self.home(kind, host) if self.visits.rows(kind, host, self.me) else None for kind in KINDS]
-        return self._posted(arrived.number, f"the way home from round {arrived.number}", found, back, guest, host, len(KINDS))
+        return self._posted(number, f"the way home from round {number}", found, back, guest, host, len(KINDS))
 
     def _posted(self, number: int, when: str, left: Both, came: Both, to: int, source: int, first_tag: int) -> _Round:
         pairs = enumerate(zip(left, came, strict=True), first_tag)

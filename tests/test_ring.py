@@ -12,6 +12,7 @@ import torch
 from attention_job import attend_on_rank, site_of
 from autoseq.runtime import circle
 from autoseq.runtime.blockwise import Backward, Forward
+from autoseq.runtime.layout import Layout
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case
@@ -71,7 +72,7 @@ def test_every_hop_is_posted_before_the_block_it_hides_behind() -> None:
         assert events.count("post") == events.count("wait") == 2 * (3 + 4)
 
 
-def largest_held(rank: int, P: int, strategy: str, case: Case) -> int:
+def largest_held(rank: int, P: int, strategy: str, case: Case, layout: Layout = "zigzag") -> int:
     """The most bytes of packed keys, values and gradients that are there at once."""
     held, most = 0, 0
     make = Packed.empty
@@ -91,7 +92,7 @@ def largest_held(rank: int, P: int, strategy: str, case: Case) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Packed, "empty", empty)
-        attend_on_rank(rank, P, strategy, "zigzag", case)
+        attend_on_rank(rank, P, strategy, layout, case)
     return most
 
 

@@ -26,6 +26,7 @@ from dense_attention import MASKS, SCORES, Case, check_close
 from ranks import run_ranks
 from test_costs import count_on_rank
 from test_needs import as_set, dense_needs, rows_of
+from test_ring import largest_held
 from test_strategies import assembled, oracle
 from visit_job import attend_twice
 
@@ -88,6 +89,20 @@ def test_what_they_send_is_their_cost(P: int) -> None:
 def test_they_give_the_same_bits_every_time() -> None:
     runs = [("by_queries", "zigzag", replace(case, dtype=torch.float32)) for case in list(MASKED.values())[:3]]
     assert all(all(of_rank) for of_rank in run_ranks(by_queries, 4, attend_twice, runs))
+
+
+@pytest.mark.parametrize("strategy", ["halo", "balanced"])
+def test_what_is_held_does_not_grow_with_ranks(strategy: str) -> None:
+    """Beside what is kept: what leaves for the next round, what came in this one and comes in the next, results of two
+    rounds. A halo of 4 rows has a neighbour's gradients and its own."""
+    heads, kv_heads, width, rows = 4, 2, 8, 16
+    keys, queries = rows * kv_heads * 2 * width, rows * heads * width
+    there = max(keys * 2, queries * 3 * 2 + rows * heads * 4)  # in bfloat16, but for the lse
+    found = max(keys, queries + rows * heads) * 4
+    for P in (2, 4, 8):
+        case = Case(rows * P, rows * P, mask="causal", heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16)
+        held = run_ranks(largest_held, P, strategy, replace(case, mask="window") if strategy == "halo" else case, "contiguous")
+        assert max(held) <= (2 * 4 * keys // rows * 4 if strategy == "halo" else 3 * there + 4 * found)
 
 
 def test_few_queries_are_fewer_bytes_than_many_keys() -> None:

@@ -6,7 +6,7 @@ Imported only where Triton is.
 
 # A kernel is typed by what it is launched with, and launched by subscripting it with a grid. Triton itself may be missing.
 # ruff: noqa: ANN001, ANN202
-# pyright: reportIndexIssue=false, reportMissingImports=false
+# pyright: reportIndexIssue=false, reportGeneralTypeIssues=false, reportMissingImports=false
 
 from __future__ import annotations
 

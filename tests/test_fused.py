@@ -264,7 +264,6 @@ def test_kernels_compile_for_gpus(name: str, tmp_path: Path, monkeypatch: pytest
         source = triton.compiler.ASTSource(getattr(getattr(Forms("cuda"), module), kernel), types, constants)
         compiled = triton.compile(source, target=backends.GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
-    assert compiled.metadata.shared == 0, "elementwise work shares nothing between threads"
 
 
 def test_cpu_takes_the_plain_forms() -> None:

@@ -29,7 +29,18 @@ from autoseq.runtime.attention_op import Call, Settings, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.lanes import Lane, cheapest_lane, common_lanes, lane_rows, own_keys, rows_cost, unpacked, visitor
+from autoseq.runtime.lanes import (
+    Lane,
+    cheapest_lane,
+    common_lanes,
+    lane_rows,
+    own_keys,
+    rows_cost,
+    unpacked,
+    visitor,
+    with_gradients,
+    with_keys,
+)
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.needs import Needs
@@ -127,9 +138,7 @@ def _nested(walk: Generator[Any, None, Any], inside: Callable[..., Generator[Any
 
 
 def _forward(call: Call, work: Forward) -> Tensor | None:
-    last = finish(
-        _Circles.of("double_ring_attention", call).forward(), visitor(call, lambda keys, chunks: work.add(*keys.tensors, chunks))
-    )
+    last = finish(_Circles.of("double_ring_attention", call).forward(), visitor(call, with_keys(work)))
     return last.message() if call.groups[0].size > 1 else None
 
 
@@ -139,8 +148,7 @@ def _backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]
     across = circles.across(0)
     ends = [across.route.keys_at(across.group.rank, across.route.size - 1)] if across.route.size > 1 else []
     (left,) = unpacked(kept, own, ends) or [None]
-    visit = visitor(call, lambda keys, chunks, grads: work.add(*keys.tensors, chunks, *grads.tensors))
-    finish(circles.backward(Packed((dk, dv), own.rows), left), visit)
+    finish(circles.backward(Packed((dk, dv), own.rows), left), visitor(call, with_gradients(work)))
     return dk, dv
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoseq.runtime import runs
 from autoseq.runtime.attention_op import AttentionOp, Call, Settings, attention_op
+from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, Route, finish, in_step
 from autoseq.runtime.groups import group_of
@@ -111,7 +112,7 @@ def _last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
 
 def _walk_forward(op: str, call: Call, work: Forward, lanes: Sequence[Lane]) -> Tensor | None:
     """Bring all keys to `work`; what is left of them at the end, lane by lane, is kept for the backward."""
-    visit = visitor(call, lambda keys, chunks: work.add(*keys.tensors, chunks))
+    visit = visitor(call, with_keys(work))
     circles = [Circle(op, call.group, forward, number) for number, (forward, _) in enumerate(lanes)]
     last = finish(in_step(circle.forward(own_keys(call)) for circle in circles), visit)
     return torch.cat([keys.message() for keys in last]) if call.participants > 1 else None
@@ -121,7 +122,7 @@ def _walk_backward(op: str, call: Call, work: Backward, kept: Tensor, lanes: Seq
     """Bring all keys again, first those kept, and the gradients home: dk and dv."""
     own, dtype = own_keys(call), work.dq.dtype
     dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in own.tensors)
-    visit = visitor(call, lambda keys, chunks, grads: work.add(*keys.tensors, chunks, *grads.tensors))
+    visit = visitor(call, with_gradients(work))
     circles = [Circle(op, call.group, backward, number) for number, (_, backward) in enumerate(lanes)]
     ends = [forward.keys_at(call.me, forward.size - 1) for forward, _ in lanes] if call.participants > 1 else []
     left = unpacked(kept, own, ends) or [None] * len(lanes)
@@ -141,6 +142,26 @@ def visitor(call: Call, work: Callable[..., None]) -> Callable[..., None]:
         work(keys, keys.chunks(call.keys_of(origin)), *grads)
 
     return visit
+
+
+def with_keys(work: Forward) -> Callable[[Packed, list[Chunk]], None]:
+    """What to do with keys in a forward."""
+
+    def add(keys: Packed, chunks: list[Chunk]) -> None:
+        k, v = keys.tensors
+        work.add(k, v, chunks)
+
+    return add
+
+
+def with_gradients(work: Backward) -> Callable[[Packed, list[Chunk], Packed], None]:
+    """What to do with keys in a backward, and where their gradients go."""
+
+    def add(keys: Packed, chunks: list[Chunk], grads: Packed) -> None:
+        (k, v), (dk, dv) = keys.tensors, grads.tensors
+        work.add(k, v, chunks, dk, dv)
+
+    return add
 
 
 def own_keys(call: Call) -> Packed:

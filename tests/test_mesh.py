@@ -16,8 +16,9 @@ from autoseq.cli import app
 from autoseq.inspection import inspect_model
 from autoseq.planner import NamedSite, Plan, make_plan
 from autoseq.runtime.counting import counters, reset_counters
-from autoseq.runtime.groups import SequenceGroup, group_from_mesh
+from autoseq.runtime.groups import SequenceGroup, group_from_mesh, process_group
 from autoseq.runtime.nodes import check_nodes, found_nodes, make_nodes
+from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from ranks import run_ranks
 from test_hybrid import LEVELS
@@ -29,7 +30,8 @@ TOLERANCE = 1e-5  # relative L2 of a float32 gradient, whose sums run in another
 def worst_gradient(model: nn.Module, oracle: nn.Module) -> float:
     """Relative L2 error of the gradient that is off the most."""
     pairs = zip(model.parameters(), oracle.parameters(), strict=True)
-    return max(((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in pairs if q.grad is not None and q.grad.norm() > 0)
+    grads = [(p.grad, q.grad) for p, q in pairs if p.grad is not None and q.grad is not None]
+    return max(((mine - theirs).norm() / theirs.norm()).item() for mine, theirs in grads if theirs.norm() > 0)
 
 
 def num_groups() -> int:
@@ -186,9 +188,9 @@ def nodes_of_six(rank: int, P: int) -> tuple[SequenceGroup, list[list[int]]]:
     assert found_nodes(world, 3) is None
     made = make_nodes(world, 3)
     assert made == found_nodes(world, 3)
-    ranks = [dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name)) for name in made.axes]
-    timeout = dist.distributed_c10d._resolve_process_group(made.axes[0])._get_backend(torch.device("cpu")).options._timeout
-    assert timeout == dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    ranks = [dist.get_process_group_ranks(process_group(name)) for name in made.axes]
+    ours, all_ranks = (process_group(name)._get_backend(torch.device("cpu")) for name in (made.axes[0], world.name))
+    assert ours.options._timeout == all_ranks.options._timeout
     return made, ranks
 
 
@@ -229,12 +231,12 @@ def test_auto_takes_the_fewest_bytes_of_what_is_balanced_and_says_why_others_los
     chosen = plan()
     (site,) = chosen.sites
     for layout in ("contiguous", "zigzag"):
-        for name, strategy in autoseq.runtime.strategies.STRATEGIES.items():
+        for name, strategy in STRATEGIES.items():
             able = strategy.cannot_serve(site.site.site, 4) is None and strategy.cannot_lay_out(layout) is None
             if able and not (layout == "contiguous" and strategy.balanced_by_zigzag):
                 assert chosen.step_bytes() <= strategy.cost(site.site.site, 4, layout).step_bytes, name
     reasons = dict(site.losers)
-    assert set(reasons) | {site.strategy} == set(autoseq.runtime.strategies.STRATEGIES)
+    assert set(reasons) | {site.strategy} == set(STRATEGIES)
     assert "needs several nodes" in reasons["hybrid"]
     assert "whole sequence on one rank" in reasons["local"]
 

@@ -115,6 +115,10 @@ def _comparable(options: Options) -> Mapping[str, object]:
     return {name: getattr(options, name) for name in options.__dataclass_fields__ if name != "mesh"}
 
 
+# To save memory Inductor would post a message only where it is waited for, and no message would travel while something is computed.
+INDUCTOR = {"reorder_for_peak_memory": False}
+
+
 def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: SequenceGroup) -> Callable[..., Any]:
     if options.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager, boxed_nop
@@ -123,7 +127,8 @@ def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: 
         return aot_eager(gm, list(fake), fw_compiler=compiler, bw_compiler=compiler)
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    return compile_fx(gm, list(fake), inner_compile=name_failures(compile_fx_inner, group))  # type: ignore[return-value, arg-type]
+    named = name_failures(compile_fx_inner, group)
+    return compile_fx(gm, list(fake), inner_compile=named, config_patches=INDUCTOR)  # type: ignore[return-value, arg-type]
 
 
 def _is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_job import Run, attend_on_rank, call_keywords, runs_of, shard, site_of
+from autoseq.backend import INDUCTOR
 from autoseq.runtime import stages
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case, check_close, relative_error
@@ -316,21 +318,53 @@ def train_in_stages(rank: int, P: int, case: dict[str, Any]) -> dict[str, Any]:
         return train_once(rank, P, case)
 
 
-def check_model(strategy: str, inner: str) -> None:
+@pytest.mark.parametrize("strategy", STAGED)
+def test_a_model_is_trained_in_stages(strategy: str) -> None:
     """Of four heads and two KV heads: two stages on two ranks."""
-    options, changes = {"strategy": strategy, "inner": inner}, {"num_hidden_layers": 1}
+    options, changes = {"strategy": strategy, "inner": "aot_eager"}, {"num_hidden_layers": 1}
     case = {"model": "llama", "changes": changes, "batch": {"batch_size": 2, "length": 37}, "options": options}
-    for result in run_ranks(train_in_stages, 2, case, timeout_s=300):
+    for result in run_ranks(train_in_stages, 2, case):
         assert result["loss"] <= LOSS_TOLERANCE
         assert max(result["gradients"].values()) <= GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("strategy", STAGED)
-def test_a_model_is_trained_in_stages(strategy: str) -> None:
-    check_model(strategy, "aot_eager")
+def compile_a_step(rank: int, P: int, strategy: str, mask: str) -> tuple[list[list[str]], tuple[Tensor, ...]]:
+    """The order in the code that Inductor makes of a forward and a backward, and their results."""
+    from torch._inductor.utils import run_and_get_code
+
+    case = ordered_case(mask)
+    *leaves, grad = (shard(x, rank, P, "contiguous", padding="edge").requires_grad_() for x in case.tensors())
+    attention: Any = torch.compiler.allow_in_graph(STRATEGIES[strategy].attention)
+    keywords = call_keywords(case, "contiguous")
+
+    @torch.compile(fullgraph=True, options=INDUCTOR)
+    def step(qkv: list[Tensor]) -> Tensor:
+        return attention(*(x * 1.0 for x in qkv), [], **keywords) * 1.0
+
+    def both_ways() -> tuple[Tensor, ...]:
+        out = step(leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad.detach()))
+
+    with three_stages():
+        results, codes = run_and_get_code(both_ways)
+    return [_order_in(code) for code in codes], results
+
+
+def _order_in(code: str) -> list[str]:
+    order, names = Order(), {}
+    for line in code.splitlines():
+        if alias := re.fullmatch(r"\s*(\w+) = (\w+)(?:  #.*)?", line):
+            names[alias[1]] = names.get(alias[2], alias[2])
+        elif call := re.match(r"\s*(?:(\w+) = )?torch\.ops\.\w+\.(\w+)\.default\((\w*)", line):
+            order.add(call[2], names.get(call[3], call[3]), call[1])
+    return order.events
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STAGED)
-def test_inductor_keeps_the_stages(strategy: str) -> None:
-    check_model(strategy, "inductor")
+@pytest.mark.parametrize(("strategy", "mask"), ORDERS)
+def test_inductor_keeps_the_order(strategy: str, mask: str) -> None:
+    compiled = run_ranks(compile_a_step, 2, strategy, mask, timeout_s=300)
+    for orders, _ in compiled:
+        assert orders == list(ORDERS[strategy, mask])
+    case = ordered_case(mask)
+    check_close(assembled([results for _, results in compiled], "contiguous", case), oracle(case), 1e-10)

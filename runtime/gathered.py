@@ -88,7 +88,8 @@ def gathered_attention(keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *flat: Any
 
     def forward(call: Call, work: Forward) -> None:
         for participant, part in enumerate(_parts(call, keys.detach())):
-            work.add(*part.tensors, part.chunks(call.keys_of(participant)))
+            part_k, part_v = part.tensors
+            work.add(part_k, part_v, part.chunks(call.keys_of(participant)))
 
     out, lse, _ = attended(Call.of(q, k, v, Settings(*flat)), forward)
     return out, lse
@@ -120,7 +121,8 @@ def gathered_attention_backward(
         pairs = list(zip(_parts(call, keys.detach()), _parts(call, grads), strict=True))
         grads[: sum(part.message().numel() for part, _ in pairs)].zero_()
         for participant, (part, grad) in enumerate(pairs):
-            work.add(*part.tensors, part.chunks(call.keys_of(participant)), *grad.tensors)
+            (part_k, part_v), (dk, dv) = part.tensors, grad.tensors
+            work.add(part_k, part_v, part.chunks(call.keys_of(participant)), dk, dv)
         return grads
 
     return differentiated(Call.of(q, k, v, settings), settings, learned, learns_sinks, (grad_out, out, lse), backward)
@@ -205,5 +207,6 @@ def _post(what: str, call: Call, leaving: Sequence[Tensor], arriving: Sequence[R
     with Described(what, call.group):
         group, given = process_group(call.group.name), [message.numel() for message in leaving]
         work = dist.all_to_all_single(target, torch.cat(list(leaving)), sizes, given, group=group, async_op=True)
-    torch._C._distributed_c10d._register_work(room, work)
+    # Where `wait_tensor` finds it, as it does the work of a functional collective.
+    torch._C._distributed_c10d._register_work(room, work)  # pyright: ignore[reportAttributeAccessIssue] (missing in torch's stubs)
     return room

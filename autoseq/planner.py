@@ -18,6 +18,8 @@ from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost, Site
 
+_ASKED = 16  # ranks whose cost is computed
+
 
 @dataclass(frozen=True, slots=True)
 class NamedSite:
@@ -150,12 +152,17 @@ def _is_causal(site: Site) -> bool:
 
 
 def _cheapest(named: NamedSite, P: int, layout: Layout, able: Sequence[str], refused: Mapping[str, str | None]) -> SitePlan:
-    """The strategy that sends the fewest bytes; of several the first in the registry."""
-    costs = {name: STRATEGIES[name].cost(named.site, P, layout) for name in able}
-    best = min(able, key=lambda name: costs[name].step_bytes)
+    """The strategy whose busiest rank sends the fewest bytes; of several the first in the registry."""
+    sent = {name: max(STRATEGIES[name].cost(named.site, P, layout, rank).step_bytes for rank in _some_ranks(P)) for name in able}
+    best = min(able, key=lambda name: sent[name])
     losers = tuple(
-        (name, reason or f"sends {costs[name].step_bytes:,} bytes a step, {best} {costs[best].step_bytes:,}")
+        (name, reason or f"its busiest rank sends {sent[name]:,} bytes a step, that of {best} {sent[best]:,}")
         for name, reason in refused.items()
         if name != best
     )
-    return SitePlan(named, best, costs[best], losers)
+    return SitePlan(named, best, STRATEGIES[best].cost(named.site, P, layout), losers)
+
+
+def _some_ranks(P: int) -> list[int]:
+    """All ranks, or of many the first, the last and some between."""
+    return sorted({round(i * (P - 1) / (_ASKED - 1)) for i in range(_ASKED)}) if P > _ASKED else list(range(P))

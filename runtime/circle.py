@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ class Route:
     def of(needs: Needs, step: int) -> Route:
         everyone = range(len(needs))
         wanted = [[needs[(origin + hop * step) % len(needs)][origin] for hop in everyone] for origin in everyone]
-        keys = tuple(tuple(runs.union(*of_one[hop:]) for hop in everyone) for of_one in wanted)
-        grads = tuple(tuple(runs.union(*of_one[1 : hop + 1]) for hop in everyone) for of_one in wanted)
+        # What is passed on is what anybody from this hop on needs; what has been found is what anybody up to it has seen.
+        keys = tuple(tuple(accumulate(reversed(of_one), runs.union))[::-1] for of_one in wanted)
+        grads = tuple(tuple(accumulate(of_one[1:], runs.union, initial=())) for of_one in wanted)
         return Route(step, keys, grads)
 
     @property

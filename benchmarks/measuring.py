@@ -71,7 +71,7 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def count(record: Record, step: Callable[[], object], seat: Seat) -> None:
-    """What a step sends and holds; exact, so once is enough."""
+    """What a step sends and holds; it hardly changes from step to step, so once is enough."""
     dist.barrier()
     link = through_link() if seat.on_network else None
     reset_counters()

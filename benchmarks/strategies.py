@@ -5,8 +5,9 @@
 
 A step is the forward and backward of one attention; before anything is timed its numbers are held to one device's. Times are medians
 of rounds in which all contenders take turns, ratios are medians of ratios within a round. On a machine that others use, read the
-ratios; bytes, messages and memory are exact. With `--network` the ranks sit on an emulated slow network (`slow_network.py`) and each
-time is set against its floor, `max(compute, bytes / bandwidth)`. `--layers N` times a whole compiled Llama instead.
+ratios; bytes and messages are exact, memory to within a buffer that a finished message had not let go of yet. With `--network` the
+ranks sit on an emulated slow network (`slow_network.py`) and each time is set against its floor, `max(compute, bytes / bandwidth)`.
+`--layers N` times a whole compiled Llama instead.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from autoseq.runtime import runs
 from autoseq.runtime.attention_op import AttentionOp, Call, Settings, attention_op
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
@@ -19,7 +18,7 @@ from autoseq.runtime.circle import Circle, Route, finish, in_step
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import Needs
-from autoseq.runtime.packed import Packed
+from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.strategy import NOTHING, Cost, Site, accumulator_bytes, needs_of_site
@@ -166,7 +165,7 @@ def with_gradients(work: Backward) -> Callable[[Packed, list[Chunk], Packed], No
 
 def own_keys(call: Call) -> Packed:
     """The keys and values that a rank brings, where the program has them."""
-    return Packed((call.k, call.v), ((0, call.k.shape[2]),))
+    return Packed.whole((call.k, call.v))
 
 
 def unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed | None]:
@@ -174,7 +173,7 @@ def unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed | 
     found: list[Packed | None] = []
     place = 0
     for each in rows:
-        size = runs.count(each) * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in like.tensors)
+        size = elements(like.tensors, each)
         found.append(Packed.of_flat(flat[place : place + size], like.tensors, each))
         place += size
     return found

@@ -19,10 +19,9 @@ def pack(*tensors: Tensor) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def unpack(buffer: Tensor, *likes: Tensor) -> list[Tensor]:
-    """Views of a flat buffer in the shapes of `likes`."""
-    pieces = buffer.split([like.numel() for like in likes])
-    return [piece.view(like.shape) for piece, like in zip(pieces, likes, strict=True)]
+def elements(like: Sequence[Tensor], rows: Runs) -> int:
+    """How many elements some rows of such tensors have."""
+    return runs.count(rows) * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in like)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +36,15 @@ class Packed:
     flat: Tensor | None = None
 
     @classmethod
+    def whole(cls, tensors: tuple[Tensor, ...]) -> Packed:
+        """All rows, where the program has them."""
+        return cls(tensors, ((0, tensors[0].shape[2]),))
+
+    @classmethod
     def empty(cls, like: Sequence[Tensor], rows: Runs, dtype: torch.dtype | None = None, *, zero: bool = False) -> Packed:
         """Room for some rows of such tensors."""
-        n = runs.count(rows)
-        shapes = [(*x.shape[:2], n, x.shape[3]) for x in like]
-        sizes = [prod(shape) for shape in shapes]
-        flat = (like[0].new_zeros if zero else like[0].new_empty)(sum(sizes), dtype=dtype or like[0].dtype)
-        return cls.of_flat(flat, like, rows)
+        new = like[0].new_zeros if zero else like[0].new_empty
+        return cls.of_flat(new(elements(like, rows), dtype=dtype or like[0].dtype), like, rows)
 
     @classmethod
     def of_flat(cls, flat: Tensor, like: Sequence[Tensor], rows: Runs) -> Packed:

@@ -22,7 +22,7 @@ from autoseq.runtime.attention_op import AttentionOp, Call, Kept, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.messages import Message, Pending, post
 from autoseq.runtime.needs import fills_rows
-from autoseq.runtime.packed import Packed
+from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.visits import KEYS, KINDS, QUERIES, Guest, Manner, Visits
 
@@ -153,7 +153,7 @@ class _Trip(ABC):
         """Views of what is kept, guest by guest, in a buffer that is made if there is none."""
         kept = self.kept_by(self.me)
         rows = [self.visits.rows(kind, self.me, guest) for kind, guest in kept]
-        sizes = [runs.count(n) * sum(x.shape[0] * x.shape[1] * x.shape[3] for x in like[g[0]]) for n, g in zip(rows, kept, strict=True)]
+        sizes = [elements(like[kind], here) for (kind, _), here in zip(kept, rows, strict=True)]
         buffer = self.call.k.new_empty(sum(sizes)) if buffer is None else buffer[: sum(sizes)]
         pieces = zip(kept, rows, buffer.split(sizes) if sizes else [], strict=True)
         return {guest: Packed.of_flat(piece, like[guest[0]], n) for guest, n, piece in pieces}, buffer
@@ -217,8 +217,7 @@ class _BackwardTrip(_Trip):
         lse = lse.contiguous()[..., None].view(call.q.dtype)
         self._keys, self._queries = (call.k, call.v), (lse, grad_out, out, call.q)
         self._kept, _ = self._shared_out(left, like=(self._keys, (call.q,)))
-        whole = [((0, x.shape[2]),) for x in (call.k, call.q)]
-        self._grads = (Packed(grads, whole[KEYS]), Packed((work.dq,), whole[QUERIES]))
+        self._grads = (Packed.whole(grads), Packed.whole((work.dq,)))
 
     def _travelling(self, kind: int, host: int, guest: int) -> tuple[Tensor, ...]:
         """Tensors like those that go to a host that has not kept them."""
@@ -267,4 +266,4 @@ class _BackwardTrip(_Trip):
 
 def _part(tensors: tuple[Tensor, ...], rows: runs.Runs) -> Packed | None:
     """Some rows of tensors that are still where the program has them."""
-    return Packed(tensors, ((0, tensors[0].shape[2]),)).part(rows) if rows and tensors else None
+    return Packed.whole(tensors).part(rows) if rows and tensors else None

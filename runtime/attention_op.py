@@ -220,7 +220,7 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: 
     backward_op.register_fake(_fake_backward)
 
     def differentiate(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        _, _, _, wanted, learns_sinks, *_ = ctx.needs_input_grad
+        wanted, learns_sinks = ctx.needs_input_grad[3:5]
         learned = [i for i, needed in enumerate(wanted) if needed]
         q, k, v, out, lse, left, *rest = ctx.saved_tensors
         captures, sinks, seed = rest[: len(wanted)], *_restored(rest[len(wanted) :], ctx.present)

@@ -152,7 +152,7 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
 @pytest.mark.parametrize(
     ("kind", "messages"),
     [
-        ("a mesh of three dimensions", [r"MeshError: .* mesh of one dimension, or of two.* This one has 3.*mesh\['nodes', 'sequence'\]"] * 2),
+        ("a mesh of three dimensions", [r"MeshError: .* of one dimension, or of two.* This one has 3.*mesh\['nodes', 'sequence'\]"] * 2),
         ("more ranks than positions", ["NoSequenceError: the sequence at .*test_errors.py:.* has 1 positions, fewer than the 2 ranks"] * 2),
         (
             "local attention on two ranks",

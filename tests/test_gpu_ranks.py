@@ -64,7 +64,7 @@ def beside(rank: int, P: int, strategy: str, layout: Layout, case: Case) -> floa
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
         attend_on_rank(rank, P, strategy, layout, case, device=device)
         torch.cuda.synchronize()
-    kernels = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == DeviceType.CUDA]
+    kernels = [(e.name, e.time_range.start, e.time_range.end) for e in trace.events() or () if e.device_type == DeviceType.CUDA]
     messages = [(start, end) for name, start, end in kernels if "nccl" in name.lower()]
     work = [(start, end) for name, start, end in kernels if "flash" in name.lower() or "fmha" in name.lower()]
     return sum(max(0.0, min(a_end, b_end) - max(a, b)) for a, a_end in messages for b, b_end in work)

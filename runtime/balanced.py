@@ -29,9 +29,9 @@ from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import fills_rows
-from autoseq.runtime.strategy import Cost, Site, Strategy
+from autoseq.runtime.strategy import Cost, Site, Strategy, rows_of_site, terms_of_site
 from autoseq.runtime.visit_op import visiting_op
-from autoseq.runtime.visits import Manner, rows_of_site, terms_of_site
+from autoseq.runtime.visits import Manner
 
 
 def _is_helped(asker: int, holder: int, P: int) -> bool:

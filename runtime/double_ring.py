@@ -25,15 +25,15 @@ from torch import Tensor
 
 from autoseq.runtime import runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Call, Settings, attention_op
+from autoseq.runtime.attention_op import Call, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
-from autoseq.runtime.groups import group_of
 from autoseq.runtime.lanes import (
     Lane,
     cheapest_lane,
     common_lanes,
     lane_rows,
+    last_keys,
     own_keys,
     rows_cost,
     unpacked,
@@ -152,12 +152,7 @@ def _backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]
     return dk, dv
 
 
-def _last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
-    """At most as many as a rank has itself."""
-    return k.numel() + v.numel() if group_of(settings.groups[0]).size > 1 else 0
-
-
-double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=_last_keys)
+double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=last_keys)
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:

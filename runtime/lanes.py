@@ -64,7 +64,7 @@ def lanes_op(name: str, lanes: Lanes) -> AttentionOp:
     def backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]:
         return _walk_backward(f"{name}_backward", call, work, kept, _lanes_of(call, lanes))
 
-    return attention_op(name, forward, backward, kept=_last_keys)
+    return attention_op(name, forward, backward, kept=last_keys)
 
 
 def lanes_cost(
@@ -103,10 +103,9 @@ def _lanes_of(call: Call, lanes: Lanes) -> tuple[Lane, ...]:
     return lanes(call.needs, call.k.element_size(), accumulate_dtype(call.k.dtype).itemsize)
 
 
-def _last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
-    """At most as many as a participant has itself."""
-    (group,) = settings.groups
-    return k.numel() + v.numel() if group_of(group).size > 1 else 0
+def last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
+    """What came last from the others in the first of the groups: at most as many keys and values as a participant has itself."""
+    return k.numel() + v.numel() if group_of(settings.groups[0]).size > 1 else 0
 
 
 def _walk_forward(op: str, call: Call, work: Forward, lanes: Sequence[Lane]) -> Tensor | None:

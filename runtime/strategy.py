@@ -82,18 +82,24 @@ def accumulator_bytes(site: Site) -> int:
     return max(4, site.element_bytes)
 
 
-def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = (), heads: range | None = None) -> Needs:
-    """Which keys P participants need of each other for some of the heads, without what only the values of a tensor tell.
+def terms_of_site(site: Site, heads: range | None = None) -> Terms:
+    """What decides who needs what, for some of the heads; of what the predicate looks up, only the names are known."""
+    mask = Mask(site.max_ahead, site.max_behind, site.predicate)
+    fills = site.empty_rows != "zero" and not site.has_sinks
+    return Terms(mask, None, site.batch, range(site.heads) if heads is None else heads, fills, site.score)
 
-    `places` are those of `Holdings`.
-    """
+
+def rows_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = ()) -> Rows:
+    """The rows of P participants; `places` are those of `Holdings`."""
     held = Holdings.of(P, layout, places)
     ranks = len(places) or P
     s, t = (local_length(n, ranks, layout) * ranks // P for n in (site.q_len, site.k_len))
-    mask = Mask(site.max_ahead, site.max_behind, site.predicate)
-    fills = site.empty_rows != "zero" and not site.has_sinks
-    terms = Terms(mask, None, site.batch, range(site.heads) if heads is None else heads, fills, site.score)
-    return needs_of(terms, Rows(held, held, s, t, site.q_len, site.k_len), P)
+    return Rows(held, held, s, t, site.q_len, site.k_len)
+
+
+def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = (), heads: range | None = None) -> Needs:
+    """Which keys the participants need of each other, without what only the values of a tensor tell."""
+    return needs_of(terms_of_site(site, heads), rows_of_site(site, P, layout, places), P)
 
 
 def needs_two_dims(site: Site) -> str | None:

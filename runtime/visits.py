@@ -21,12 +21,11 @@ from functools import lru_cache
 import sympy
 
 from autoseq.runtime import runs, strategy
-from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Needs, Rows, Terms, fills_rows, needs_of, within_bounds
+from autoseq.runtime.needs import Needs, Rows, fills_rows, needs_of, within_bounds
 from autoseq.runtime.runs import Runs
-from autoseq.runtime.strategy import Cost, Site, accumulator_bytes
+from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, rows_of_site, terms_of_site
 
 KEYS, QUERIES = range(2)
 KINDS = (KEYS, QUERIES)
@@ -189,16 +188,3 @@ def formulas() -> dict[str, sympy.Expr]:
         "forward_messages": KEYS_SENT + QUERIES_SENT + QUERIES_HOSTED,
         "backward_messages": KEYS_AGAIN + KEYS_HOSTED + QUERIES_SENT + QUERIES_HOSTED,
     }
-
-
-def terms_of_site(site: Site) -> Terms:
-    """What of a site decides who needs what; of what its predicate looks up, only the names are known."""
-    fills = site.empty_rows != "zero" and not site.has_sinks
-    return Terms(Mask(site.max_ahead, site.max_behind, site.predicate), None, site.batch, range(site.heads), fills, site.score)
-
-
-def rows_of_site(site: Site, P: int, layout: Layout) -> Rows:
-    """The rows of a site on P plain ranks."""
-    held = Holdings.of(P, layout)
-    s, t = (local_length(n, P, layout) for n in (site.q_len, site.k_len))
-    return Rows(held, held, s, t, site.q_len, site.k_len)

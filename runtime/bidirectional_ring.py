@@ -16,7 +16,7 @@ from functools import lru_cache
 import sympy
 from torch import Tensor
 
-from autoseq.runtime import runs, strategy
+from autoseq.runtime import runs
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.circle import Route
 from autoseq.runtime.groups import group_of
@@ -24,6 +24,7 @@ from autoseq.runtime.lanes import Lane, lanes_cost, lanes_op
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.needs import Needs
 from autoseq.runtime.plain import accumulate_dtype
+from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes
 from autoseq.runtime.visiting_queries import visiting_queries_attention, visiting_queries_cost
 
@@ -70,14 +71,9 @@ class BidirectionalRing(Strategy):
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:
-        hops = strategy.P - 1
-        elements = strategy.B * strategy.K * strategy.t * (strategy.D + strategy.V)
-        return {
-            "forward_bytes": hops * elements * strategy.e,
-            "backward_bytes": elements * ((hops - 1) * strategy.e + hops * strategy.a),
-            "forward_messages": 2 * hops,
-            "backward_messages": 2 * (2 * hops - 1),
-        }
+        """The bytes of a ring in twice as many messages."""
+        one_way = Ring().formulas()
+        return one_way | {name: 2 * one_way[name] for name in ("forward_messages", "backward_messages")}
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         s, t = (local_length(n, group_size, layout) for n in (site.q_len, site.k_len))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,58 +39,53 @@ def missing() -> str:
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
     """Merge a block's (out, lse) into the accumulators, in place: out [B,H,n,Dv] and lse [B,H,n] of any strides."""
-    if why_plain(out):
-        plain.merge(out, lse, block_out, block_lse)
-    else:
-        from autoseq.runtime import triton_merge
-
-        triton_merge.merge(out, lse, block_out, block_lse)
+    _merging(out).merge(out, lse, block_out, block_lse)
 
 
 def accumulate(totals: Sequence[Tensor], shares: Sequence[Tensor]) -> None:
     """Add each share to its total, in place and in the total's dtype: [B,H,n,D] of any strides."""
-    if why_plain(totals[0]):
-        plain.accumulate(totals, shares)
-    else:
-        from autoseq.runtime import triton_merge
-
-        triton_merge.accumulate(totals, shares)
+    _merging(totals[0]).accumulate(totals, shares)
 
 
 def split_heads(xs: list[Tensor], starts: list[int], ends: list[int]) -> Tensor:
     """`packing.split_heads`."""
-    if why_plain(xs[0]):
-        return packing.split_heads(xs, starts, ends)
-    from autoseq.runtime import triton_packing
-
-    return triton_packing.split_heads(xs, starts, ends)
+    return _packing(xs[0]).split_heads(xs, starts, ends)
 
 
 def join_heads(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
     """`packing.join_heads`."""
-    if why_plain(flat):
-        return packing.join_heads(flat, sizes, starts, ends)
-    from autoseq.runtime import triton_packing
-
-    return triton_packing.join_heads(flat, sizes, starts, ends)
+    return _packing(flat).join_heads(flat, sizes, starts, ends)
 
 
 def split_rows(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
     """`packing.split_rows`."""
-    if why_plain(ys[0]):
-        return packing.split_rows(ys, P, layout)
-    from autoseq.runtime import triton_packing
-
-    return triton_packing.split_rows(ys, P, layout)
+    return _packing(ys[0]).split_rows(ys, P, layout)
 
 
 def join_rows(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
     """`packing.join_rows`."""
-    if why_plain(flat):
-        return packing.join_rows(flat, sizes, P, layout)
+    return _packing(flat).join_rows(flat, sizes, P, layout)
+
+
+# Triton may be missing, so its forms are imported where they serve.
+
+
+def _merging(x: Tensor) -> Any:
+    """The module whose forms merge and add tensors like x."""
+    if why_plain(x):
+        return plain
+    from autoseq.runtime import triton_merge
+
+    return triton_merge
+
+
+def _packing(x: Tensor) -> Any:
+    """The module whose forms pack tensors like x."""
+    if why_plain(x):
+        return packing
     from autoseq.runtime import triton_packing
 
-    return triton_packing.join_rows(flat, sizes, P, layout)
+    return triton_packing
 
 
 @functools.cache

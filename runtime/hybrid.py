@@ -32,7 +32,7 @@ from autoseq.runtime.ring import Ring
 from autoseq.runtime.stages import STAGES
 from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims
 from autoseq.runtime.traffic import Traffic
-from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS, covering_kv_heads, query_heads
+from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS, Ulysses, covering_kv_heads, query_heads
 
 ACROSS, INSIDE = 0, 1
 """The dims of a mesh."""
@@ -132,12 +132,9 @@ class _Hybrid(Strategy):
 
 
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
-    """q, k and v there, out back; the backward the other way."""
-    s, t, D, V, e = strategy.s, strategy.t, strategy.D, strategy.V, strategy.B * strategy.e
-    forward = s * D * (strategy.H - OWN_HEADS) + t * (D + V) * SENT_KV_HEADS + s * V * OWN_HEADS * (along - 1)
-    backward = s * V * (strategy.H - OWN_HEADS) + (s * D * OWN_HEADS + t * (D + V) * OWN_KV_HEADS) * (along - 1)
-    two = sympy.Integer(2)
-    return {"forward_bytes": e * forward, "backward_bytes": e * backward, "forward_messages": two, "backward_messages": two}
+    """Those of `ulysses` in one stage, among the ranks along one dim."""
+    here = {strategy.P: along, STAGES: sympy.Integer(1)}
+    return {name: formula.xreplace(here) for name, formula in Ulysses().formulas().items()}
 
 
 def _count(heads: HeadRange) -> int:

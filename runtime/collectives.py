@@ -31,7 +31,6 @@ from torch.autograd import Function
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.layout import Layout, chunk_ranges, rank_positions, to_global, to_ranked
 from autoseq.runtime.messages import Described
-from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
 
 _ops = torch.ops._c10d_functional
 
@@ -101,41 +100,6 @@ def all_to_all_single(x: Tensor, *, send_sizes: list[int], recv_sizes: list[int]
 def own_rows(x: Tensor, rows: ShardedRows) -> Tensor:
     """This rank's rows of a replicated x, zeros in the padding. Its gradient is all-gathered."""
     return x if rows.whole else _TakeShard.apply(x, rows, False)
-
-
-@dataclass(frozen=True, slots=True)
-class CollectiveCost:
-    """What one rank sends for a collective and for its gradient."""
-
-    forward: Traffic
-    backward: Traffic
-
-
-def shard_cost(name: str, *, shard_bytes: int, P: int) -> CollectiveCost:
-    """Cost of take_shard, all_gather, all_gather_varying or reduce_scatter whose padded local shard has `shard_bytes`."""
-    gather, scatter = all_gather_traffic(shard_bytes, P), reduce_scatter_traffic(P * shard_bytes, P)
-    return {
-        "take_shard": CollectiveCost(SILENT, gather),
-        "all_gather": CollectiveCost(gather, SILENT),
-        "all_gather_varying": CollectiveCost(gather, scatter),
-        "reduce_scatter": CollectiveCost(scatter, gather),
-    }[name]
-
-
-def vary_cost(bucket_bytes: list[int], *, P: int) -> CollectiveCost:
-    """Cost of vary and vary_many, given the bytes that need a gradient, summed for each dtype."""
-    backward = sum((all_reduce_traffic(size, P) for size in bucket_bytes), SILENT)
-    return CollectiveCost(SILENT, backward)
-
-
-def all_reduce_cost(full_bytes: int, *, P: int) -> CollectiveCost:
-    """Cost of all_reduce on a value of `full_bytes`."""
-    return CollectiveCost(all_reduce_traffic(full_bytes, P), SILENT)
-
-
-def all_to_all_cost(send_bytes: list[int], recv_bytes: list[int], *, rank: int) -> CollectiveCost:
-    """Cost of all_to_all_single, given the bytes for and from each rank."""
-    return CollectiveCost(all_to_all_traffic(send_bytes, rank), all_to_all_traffic(recv_bytes, rank))
 
 
 @dataclass(frozen=True, slots=True)

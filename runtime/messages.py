@@ -26,14 +26,8 @@ class Pending:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise MessageError(f"{self.what}: {error}. {ADVICE}") from error
+                raise _lost(self.what, error) from error
         self.works.clear()  # a work holds its tensors
-
-
-ADVICE = (
-    "A rank of the group has failed, or runs a different program: look for the first error among all ranks. "
-    "If a rank is only slow, raise the timeout of init_process_group."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ def post(op: str, group: SequenceGroup, when: str, messages: Sequence[Message]) 
     try:
         return Pending(dist.batch_isend_irecv(batch), what)
     except RuntimeError as error:
-        raise MessageError(f"{what}: {error}. {ADVICE}") from error
+        raise _lost(what, error) from error
 
 
 def connect(group: SequenceGroup, tensors: Sequence[object]) -> None:
@@ -109,4 +103,11 @@ def failed_collective(error: RuntimeError, op: str, group: SequenceGroup) -> Mes
     # gloo's are plain RuntimeErrors that begin with the place in its source.
     if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
         return None
-    return MessageError(f"{op} on group {group.name!r}, rank {group.rank} of {group.size}: {error}. {ADVICE}")
+    return _lost(f"{op} on group {group.name!r}, rank {group.rank} of {group.size}", error)
+
+
+def _lost(what: str, error: RuntimeError) -> MessageError:
+    return MessageError(
+        f"{what}: {error}. A rank of the group has failed, or runs a different program: look for the first error among all ranks. "
+        "If a rank is only slow, raise the timeout of init_process_group."
+    )

@@ -1,7 +1,7 @@
 """What a collective sends, counted one way everywhere.
 
-The cost functions of the collectives and of the strategies, and the backend that counts real messages, all use these four
-conventions, so a formula and a measurement can be compared as integers. Bytes are those one rank sends, by the
+The dry run of a graph, the costs of strategies, and the backend that counts real messages all use these conventions, so a
+formula and a measurement can be compared as integers. Bytes are those one rank sends, by the
 bandwidth-optimal algorithm (Chan et al., "Collective communication", 2007); a collective is one message, and so is one send.
 """
 

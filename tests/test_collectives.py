@@ -13,6 +13,7 @@ from autoseq.runtime import collectives as c
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.layout import Layout, local_length, rank_positions
+from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
 from ranks import run_ranks
 
 
@@ -153,8 +154,7 @@ def check_vary_many(rank: int, P: int) -> None:
     assert not frozen.requires_grad
     assert not ints.requires_grad
     # One message per dtype: six and five float32 together, four float64.
-    cost = c.vary_cost([11 * 4, 4 * 8], P=P).backward
-    assert counters().get("all_reduce", (0, 0)) == (cost.messages, cost.bytes)
+    check_counted(all_reduce_traffic(11 * 4, P) + all_reduce_traffic(4 * 8, P))
 
 
 def check_share_gradient(rank: int, P: int) -> None:
@@ -305,21 +305,32 @@ def test_a_sharded_program_equals_one_device(case: Case, kind: str, trace: str) 
     run_ranks(check_program, case.P, case, kind, trace)
 
 
+def forward_and_backward(name: str, shard_bytes: int, P: int) -> tuple[Traffic, Traffic]:
+    """What a rank sends, whose padded shard has so many bytes."""
+    gather, scatter = all_gather_traffic(shard_bytes, P), reduce_scatter_traffic(P * shard_bytes, P)
+    return {
+        "take_shard": (SILENT, gather),
+        "all_gather": (gather, SILENT),
+        "all_gather_varying": (gather, scatter),
+        "reduce_scatter": (scatter, gather),
+    }[name]
+
+
 def check_cost(rank: int, P: int, name: str) -> None:
     case = Case(P, "zigzag", 7, outer=2)
     shard_bytes = case.rows_of(rank, case.full(), "edge").nbytes
     takes_full = name in ("take_shard", "reduce_scatter")
     x = (case.full() if takes_full else case.rows_of(rank, case.full(), "edge")).requires_grad_()
-    cost = c.shard_cost(name, shard_bytes=shard_bytes, P=P)
+    forward, backward = forward_and_backward(name, shard_bytes, P)
     reset_counters()
     y = getattr(c, name)(x, **case.sharding)
-    check_counted(cost.forward)
+    check_counted(forward)
     reset_counters()
     y.sum().backward()
-    check_counted(cost.backward)
+    check_counted(backward)
 
 
-def check_counted(traffic: Any) -> None:
+def check_counted(traffic: Traffic) -> None:
     counted = counters().values()
     assert (sum(m for m, _ in counted), sum(b for _, b in counted)) == (traffic.messages, traffic.bytes)
 
@@ -332,17 +343,16 @@ def test_costs_are_what_is_sent(name: str, P: int) -> None:
 
 def check_all_to_all_cost(rank: int, P: int) -> None:
     send, recv = [rank + b for b in range(P)], [a + rank for a in range(P)]
-    cost = c.all_to_all_cost([4 * n for n in send], [4 * n for n in recv], rank=rank)
     x = torch.ones(sum(send), requires_grad=True)
     reset_counters()
     y = c.all_to_all_single(x, send_sizes=send, recv_sizes=recv, group=group_from_mesh(None).name)
-    check_counted(cost.forward)
+    check_counted(all_to_all_traffic([4 * n for n in send], rank))
     reset_counters()
     y.sum().backward()
-    check_counted(cost.backward)
+    check_counted(all_to_all_traffic([4 * n for n in recv], rank))
     reset_counters()
     total = c.all_reduce(torch.ones(6), group=group_from_mesh(None).name)
-    check_counted(c.all_reduce_cost(total.nbytes, P=P).forward)
+    check_counted(all_reduce_traffic(total.nbytes, P))
 
 
 @pytest.mark.parametrize("P", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""The `autoseq` command: inspect, verify, demo, doctor.
+"""The `autoseq` command: inspect, verify, demo, strategies, doctor.
 
 Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 misuse. A user's mistake never shows a traceback.
 """

@@ -73,7 +73,7 @@ def run_demo(console: Console, *, world_size: int, steps: int, options: Mapping[
     console.print(f"layout {found.programs[0].plan.layout}\n")
     with _Live(console, steps) as live:
         memories = run_ranks(_train, world_size, steps, dict(options), backend="counted", listen=live.listen)
-    _print_traffic(console, live.steps, found)
+    _print_traffic(console, live.steps)
     _print_memory(console, memories)
     return _verdict(console, live.steps, found)
 
@@ -216,7 +216,7 @@ class _Live:
         self._progress.update(self._task, advance=1, description="training")
 
 
-def _print_traffic(console: Console, steps: Mapping[int, list[Step]], found: Inspection) -> None:
+def _print_traffic(console: Console, steps: Mapping[int, list[Step]]) -> None:
     sent = steps[0][-1].sent
     rows = [(op, messages, f"{count:,}", readable_bytes(count)) for op, (messages, count) in sent.items()]
     total = sum(messages for messages, _ in sent.values()), sum(count for _, count in sent.values())

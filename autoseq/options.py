@@ -31,8 +31,8 @@ class Options:
 
     mesh: the ranks that share one sequence, as a DeviceMesh of one dim, or of two: nodes, ranks in a node. None means all ranks.
     ranks_per_node: makes two dims of all ranks, in nodes of so many; the two-level strategies need to know them.
-    strategy: how attention crosses ranks; "auto" picks, per site, the legal one that sends the fewest bytes.
-    layout: which rows a rank holds; "auto" is zigzag where causal work would else be unbalanced.
+    strategy: how attention crosses ranks; "auto" picks, per site, the legal one whose busiest rank sends the fewest bytes.
+    layout: which rows a rank holds; "auto" is the one that sends less among those that balance causal work.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
     grad_sync: parameter gradients are reduced over the sequence group in the graph ("sequence") or left to the caller.
     inner: what compiles the rewritten graph.

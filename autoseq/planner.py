@@ -1,7 +1,8 @@
 """The planner: which strategy each attention site gets, and the layout of the whole graph.
 
 A pure function of data that every rank has alike (sites, group size, options), so every rank reaches the same plan. For
-now "auto" takes what is legal, balanced and sends the fewest bytes for a training step; the losers keep their reasons.
+now "auto" takes what is legal and balanced and whose busiest rank sends the fewest bytes in a training step; the losers keep
+their reasons.
 """
 
 from collections.abc import Mapping, Sequence

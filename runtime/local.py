@@ -1,6 +1,7 @@
 """Local: the whole sequence on one rank. Nothing is sent.
 
-It serves P = 1 and attention whose sequence is not sharded; `ulysses` runs the same op on its share of the heads.
+It serves P = 1 and attention whose sequence is not sharded; `ulysses` runs the same op on its share of the heads, and strategies of
+two levels run it where there is one rank.
 """
 
 from __future__ import annotations

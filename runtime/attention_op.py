@@ -1,7 +1,7 @@
 """Turns a strategy's forward and backward into a custom op that AOTAutograd and Inductor carry as one node.
 
-Point-to-point messages and data-dependent tiles do not trace, so that work lives inside `torch.library` ops. All of them have
-one schema, and with it one fake, one autograd formula and one treatment of padding:
+Point-to-point messages and data-dependent tiles do not trace, so that work lives inside `torch.library` ops. Those made here
+have one schema, and with it one fake and one autograd formula; these and those of `gathered` have one treatment of padding:
 
 - query rows past q_len are finite: the first of a chunk attends as row q_len-1 would, the others copy it;
 - their incoming gradient counts as zero, and keys past k_len are never looked at.

@@ -49,4 +49,4 @@ def _backward(call: Call, work: Backward, _: Tensor) -> tuple[Tensor, Tensor]:
     return dk, dv
 
 
-whole_attention = attention_op("block_attention", _forward, _backward)
+whole_attention = attention_op("whole_attention", _forward, _backward)

@@ -138,8 +138,7 @@ def test_reasons(change: dict[str, Any], reason: str) -> None:
 
 def test_zigzag_rows_are_refused() -> None:
     assert Balanced().cannot_lay_out("contiguous") is None
-    with pytest.raises(ValueError, match="every rank has as much causal work as the others"):
-        raise ValueError(Balanced().cannot_lay_out("zigzag"))
+    assert "every rank has as much causal work as the others" in str(Balanced().cannot_lay_out("zigzag"))
 
 
 def test_helpers_of_symbolic_lengths_are_compiled_once() -> None:

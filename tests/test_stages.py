@@ -123,7 +123,7 @@ def check_counted(strategy: str, case: Case, P: int, layout: str, rank: int, cou
 
 ROWS, HEADS, KV_HEADS = 48, 12, 6
 POSTS = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "send_rows", "send_gradients")
-ATTENDS = ("block_attention", "gathered_attention", "block_attention_backward", "gathered_attention_backward")
+ATTENDS = ("whole_attention", "gathered_attention", "whole_attention_backward", "gathered_attention_backward")
 
 # Of three stages. Each one's keys are posted before the attention of the stage before, and waited for after it; and so are, where
 # there are any, its results before and after the attention of the next stage.

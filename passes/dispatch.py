@@ -42,9 +42,6 @@ class Kind(StrEnum):
     SUMS = "a result: one row a token, in natural order"
 
 
-_ALONG_SLOTS = {Kind.ROWS, Kind.IDS, Kind.PERM, Kind.TOKENS, Kind.INVERSE, Kind.PATTERN}
-
-
 @dataclass(slots=True)
 class Dispatch:
     """One region: the node that sorts, what each of its values is, and how many slots a token has wherever tokens are read."""

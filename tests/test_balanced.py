@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from attention_job import assemble, site_of
+from attention_job import site_of
 from autoseq.runtime import balanced, visits
 from autoseq.runtime.balanced import Balanced
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from autoseq.runtime.visits import KEYS, KINDS, QUERIES, Visits
-from dense_attention import Case, check_close, dense_attention
+from dense_attention import Case
 from ranks import run_ranks
 from test_end_to_end import check_same_numbers
 from test_strategies import check_all
-from test_tracing import dynamic_lengths
+from test_tracing import check_dynamic_lengths
 from visit_job import attend_twice, kinds, record_on_rank
 
 SITE = Site(batch=1, q_len=64, k_len=64, heads=4, kv_heads=4, head_dim=128, value_dim=128, element_bytes=4, max_ahead=0)
@@ -132,8 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_reasons(change: dict[str, Any], reason: str) -> None:
     assert Balanced().cannot_serve(SITE, 4) is None
     assert Balanced().cannot_serve(replace(SITE, empty_rows="uniform"), 4) is None, "a causal mask leaves every row a key"
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(Balanced().cannot_serve(replace(SITE, **change), 4))
+    assert re.search(reason, str(Balanced().cannot_serve(replace(SITE, **change), 4)))
 
 
 def test_zigzag_rows_are_refused() -> None:
@@ -145,11 +145,7 @@ def test_helpers_of_symbolic_lengths_are_compiled_once() -> None:
     terms = dict(score="ALiBi with slopes that learn", has_sinks=True, dropout_p=0.2)
     first = Case(22, 22, mask="segments", batch=2, heads=6, kv_heads=2, value_dim=5, **terms)
     cases = [first, replace(first, q_len=33, k_len=33)]
-    per_rank = run_ranks(dynamic_lengths, 3, "balanced", "contiguous", cases)
-    for i, case in enumerate(cases):
-        parts = list(zip(*(r[i] for r in per_rank), strict=True))
-        results = *(assemble(list(x), case.q_len, "contiguous") for x in parts[:4]), *(torch.stack(x).sum(0) for x in parts[4:])
-        check_close(results, dense_attention(case), 1e-10)
+    check_dynamic_lengths("balanced", "contiguous", 3, cases)
 
 
 def test_a_causal_model_trains_with_helpers() -> None:

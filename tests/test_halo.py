@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -9,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from attention_job import Run, assemble, call_keywords, shard
+from attention_job import Run, call_keywords, shard
 from autoseq.runtime.halo import Halo, halo_attention
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
-from dense_attention import Case, MaskCase, check_close, dense_attention
+from dense_attention import Case, MaskCase
 from ranks import run_ranks
 from test_end_to_end import check_same_numbers
 from test_needs import dense_needs, rows_of
-from test_tracing import dynamic_lengths
+from test_tracing import check_dynamic_lengths
 from visit_job import all_sent, attend_twice, kinds, record_on_rank
 
 
@@ -133,8 +134,7 @@ REFUSED = {
 @pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED)
 def test_reasons(change: dict[str, Any], reason: str) -> None:
     assert Halo().cannot_serve(SITE, 4) is None
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(Halo().cannot_serve(replace(SITE, **change), 4))
+    assert re.search(reason, str(Halo().cannot_serve(replace(SITE, **change), 4)))
 
 
 def test_halos_of_symbolic_lengths_are_compiled_once() -> None:
@@ -142,11 +142,7 @@ def test_halos_of_symbolic_lengths_are_compiled_once() -> None:
     terms = dict(score="ALiBi with slopes that learn", has_sinks=True, dropout_p=0.2)
     first = Windowed(40, 40, window=(9, 0), batch=2, heads=6, kv_heads=2, value_dim=5, **terms)
     cases = [replace(first, q_len=n, k_len=n) for n in (40, 33, 14)]
-    per_rank = run_ranks(dynamic_lengths, 3, "halo", "contiguous", cases)
-    for i, case in enumerate(cases):
-        parts = list(zip(*(r[i] for r in per_rank), strict=True))
-        shards = *(assemble(list(x), case.q_len, "contiguous") for x in parts[:4]), *(torch.stack(x).sum(0) for x in parts[4:])
-        check_close(shards, dense_attention(case), 1e-10)
+    check_dynamic_lengths("halo", "contiguous", 3, cases)
 
 
 def test_a_model_with_windows_trains_through_halos() -> None:

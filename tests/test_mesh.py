@@ -1,6 +1,7 @@
 """Meshes of two dims: what a program takes them from, what it makes of them, and the plans and layouts that follow."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -171,9 +172,7 @@ def refuse(rank: int, P: int, kinds: list[str]) -> list[str]:
 def test_a_wrong_mesh_is_an_error_on_every_rank() -> None:
     for said in run_ranks(refuse, 4, list(MISTAKES)):
         for (kind, (_, message)), text in zip(MISTAKES.items(), said, strict=True):
-            with pytest.raises(ValueError, match=f"(?s){message}"):
-                raise ValueError(text)
-            assert kind
+            assert re.search(f"(?s){message}", text), f"{kind}: {text}"
 
 
 @pytest.mark.parametrize("given", [0, -1, 2.0, "2", True], ids=repr)

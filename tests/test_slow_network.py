@@ -22,7 +22,6 @@ from work import Work, relative_error, rows_of
 WHY_NOT = why_not()
 needs_network = pytest.mark.skipif(WHY_NOT is not None, reason=f"no slow network can be emulated here: {WHY_NOT}")
 SCRIPT = Path(slow_network.__file__)
-RATE_BYTES_PER_S = 10e6
 WORK = Work(64, heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from datetime import timedelta
 
@@ -287,8 +288,7 @@ def test_reasons(site: Site, P: int, names: list[str], reason: str | None) -> No
         refusal = STRATEGIES[name].cannot_serve(site, P)
         assert refusal is None if reason is None else refusal is not None
         if reason is not None:
-            with pytest.raises(ValueError, match=reason):
-                raise ValueError(refusal)
+            assert re.search(reason, str(refusal))
 
 
 def test_the_registry_is_ordered_and_named() -> None:

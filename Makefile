@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 # Passed on to pytest and to the demo, for example: make test PYTEST_ARGS='-k ring', make demo DEMO_ARGS='--world-size 4'
 PYTEST_ARGS ?=
+# Test files run side by side in so many processes; 0 runs them one after the other.
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 # Only when nobody chose a PYTHON, versions with their own names are tried after it.
@@ -41,7 +43,7 @@ demo: $(DEMO_STAMP)  ## Train a small Llama on 2 ranks beside the same training 
 # Both parts always run, so that one push shows every failure; pytest comes last, so its closing line is the last word on the tests.
 test: $(TEST_STAMP)  ## Lint, check types, run the test suite
 	@status=0; $(LINT); \
-	echo "pytest:"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -q $(PYTEST_ARGS) || status=$$?; \
+	echo "pytest:"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) || status=$$?; \
 	if [ $$status -ne 0 ]; then echo "make test: FAILED (lint or tests, see above)" >&2; fi; \
 	exit $$status
 

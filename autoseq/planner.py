@@ -38,7 +38,8 @@ class SitePlan:
 
     site: NamedSite
     strategy: str
-    cost: Cost
+    cost: Cost  # of rank 0
+    busiest_bytes: int  # what the rank sends in a step that sends most
     losers: tuple[tuple[str, str], ...]
 
 
@@ -53,8 +54,8 @@ class Plan:
         return {planned.site.name: planned.strategy for planned in self.sites}
 
     def step_bytes(self) -> int:
-        """What the sites send in a step."""
-        return sum(planned.cost.step_bytes for planned in self.sites)
+        """What the sites' busiest ranks send in a step."""
+        return sum(planned.busiest_bytes for planned in self.sites)
 
     def lines(self) -> list[str]:
         """The plan as text: for people, and for ranks to compare."""
@@ -161,7 +162,7 @@ def _cheapest(named: NamedSite, P: int, layout: Layout, able: Sequence[str], ref
         for name, reason in refused.items()
         if name != best
     )
-    return SitePlan(named, best, STRATEGIES[best].cost(named.site, P, layout), losers)
+    return SitePlan(named, best, STRATEGIES[best].cost(named.site, P, layout), sent[best], losers)
 
 
 def _some_ranks(P: int) -> list[int]:

@@ -44,7 +44,7 @@ class CallShapes:
         with forgotten_on_failure(self._group):
             is_new = combination not in record.combinations
             if len(record.combinations) > 1:
-                is_new = self._hear_first_word(record, combination, "meet for" if is_new else "run")
+                is_new = self._hear_first_word(record, combination, is_new)
             if is_new:
                 self._meet(record, combination)
                 record.combinations.add(combination)
@@ -54,13 +54,17 @@ class CallShapes:
         shapes = {self._names[i]: tuple(x.shape) if isinstance(x := values[i], Tensor) else x for i in self._varying}
         return f"program {self._program[:12]}" + "".join(f", {name}: {shape}" for name, shape in shapes.items())
 
-    def _hear_first_word(self, record: Agreed, combination: str, intent: str) -> bool:
+    def _hear_first_word(self, record: Agreed, combination: str, is_new: bool) -> bool:
         """Say what this rank is about to do, and hear what the first rank said. Whether the ranks are to meet."""
-        word = f"{record.calls}: {intent} {combination}"
-        topic = f"call {record.calls % WORDS_KEPT} of {record.token}"
-        heard = first_word(self._group, topic, word, instead_of=record.words[0])
+        number, before = record.calls, record.words[0]
+        word = f"{number}: {'meet for' if is_new else 'run'} {combination}"
+        topic = f"call {number % WORDS_KEPT} of {record.token}"
+        # A rank that had fallen so far behind that the topic served again heard then what was said for a call that is yet to come.
+        heard = before if _number(before) >= number else first_word(self._group, topic, word, instead_of=before)
         record.calls += 1
         record.words.append(heard)
+        if _number(heard) > number:
+            return is_new  # what the first rank said is gone; it did not meet, or it would still wait
         # A first rank that waits in a meeting is told there; one that runs a program hears nothing until this rank is gone.
         if heard != word and ": run " in heard:
             raise RankMismatchError(self._explain(self._group.rank, combination, "another rank", heard.partition(": run ")[2]))
@@ -88,6 +92,11 @@ class CallShapes:
             f"rank {rank} of group {self._group.name!r} calls the model with {ours}, and {other} with {theirs}. Nothing was sent. "
             "Every rank of a sequence group gets the same, full-length inputs in the same order; autoseq takes each rank's part itself."
         )
+
+
+def _number(word: str) -> int:
+    """The call that a word was said at; -1 for none."""
+    return int(word.partition(":")[0] or -1)
 
 
 def _is_symbolic(value: object) -> bool:

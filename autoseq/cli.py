@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from typing import Annotated, Literal
 
 import typer
@@ -36,6 +37,19 @@ StrategyName = Annotated[str, typer.Option("--strategy", help=f"How attention cr
 LayoutName = Annotated[str, typer.Option("--layout", help="Which rows a rank holds: auto, contiguous or zigzag.")]
 Inner = Annotated[Literal["aot_eager", "inductor"], typer.Option("--inner", help="What compiles the rewritten graph.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the passes do, and full tracebacks, to stderr.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(metadata.version("autoseq"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command(epilog="Example: autoseq inspect examples/plain_gpt.py:tiny --seq-len 4096 --world-size 4 --graph after")

@@ -107,7 +107,7 @@ def _communication() -> list[Finding]:
         why = "this build of torch has no torch.distributed; install one from pytorch.org"
         return [Finding("gloo", "between CPUs", why), Finding("nccl", "between CUDA devices", why)]
     gloo = "" if torch.distributed.is_gloo_available() else "this build of torch has no gloo; install one from pytorch.org"
-    nccl = "" if torch.distributed.is_nccl_available() else "this build of torch has no NCCL; CUDA builds for Linux from pytorch.org have"
+    nccl = "" if torch.distributed.is_nccl_available() else "this build of torch has no NCCL; CUDA builds for Linux have it"
     if not nccl and not torch.cuda.is_available():
         nccl = "torch finds no CUDA device"
     return [Finding("gloo", "between CPUs", gloo), Finding("nccl", "between CUDA devices", nccl)]

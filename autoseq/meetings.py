@@ -18,7 +18,7 @@ from autoseq.runtime.groups import SequenceGroup, process_group
 from autoseq.runtime.rendezvous import exchange
 
 WORDS_KEPT = 64
-"""Calls by which one rank may be ahead of another: collectives keep them closer than that."""
+"""Calls by which one rank may be ahead of another and still be compared with it: collectives keep them closer than that."""
 
 
 @dataclass(slots=True)

@@ -122,7 +122,9 @@ def _check_served(named: NamedSite, P: int, asked: str) -> None:
     """Whatever the layout."""
     refused = {name: s.cannot_serve(named.site, P) for name, s in STRATEGIES.items()}
     if asked != "auto" and refused[asked] is not None:
-        raise StrategyError(f"strategy {asked!r} cannot serve the attention at {named.source} ({named.name}): {refused[asked]}")
+        able = ", ".join(name for name, reason in refused.items() if reason is None) or "none"
+        where = f"the attention at {named.source} ({named.name})"
+        raise StrategyError(f"strategy {asked!r} cannot serve {where}: {refused[asked]}. Those that can: {able}")
     if all(reason is not None for reason in refused.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise StrategyError(f"no strategy can serve the attention at {named.source} ({named.name}): {reasons}")

@@ -172,7 +172,8 @@ def _check_lengths(sites: Sequence[NamedSite], group: SequenceGroup) -> None:
         if min(named.site.q_len, named.site.k_len) < group.size:
             raise NoSequenceError(
                 f"the sequence at {named.source} has {min(named.site.q_len, named.site.k_len)} positions, fewer than the "
-                f"{group.size} ranks that should share it; use a smaller mesh or longer inputs"
+                f"{group.size} ranks that should share it; use a smaller mesh or longer inputs. "
+                "To generate token by token, call the model that was not compiled"
             )
 
 
@@ -188,6 +189,7 @@ def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
     if lines and options.strict:
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
     for line in lines:
-        log.warning("%s", line)
+        # All ranks have the same to say.
+        log.log(logging.WARNING if group.rank == 0 else logging.DEBUG, "%s", line)
     for line in program.plan.lines():
         log.info("%s", line)

@@ -1,6 +1,7 @@
 """What the command line prints: tables for people, JSON for scripts."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,8 @@ _PIPE_WIDTH = 160
 
 
 def results() -> Console:
-    """Where results go: stdout, as wide as the terminal; a pipe is given room for whole rows."""
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    """Where results go: stdout, as wide as the terminal or COLUMNS says; a pipe is given room for whole rows."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=False)
 
 
@@ -96,7 +97,7 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> Non
     console.print(f"Largest intermediate of a rank: {shape}, {largest.num_bytes:,} bytes ({readable_bytes(largest.num_bytes)})")
     for program in found.programs:
         if graphs in ("before", "both"):
-            _print_graph(console, "before", program.before)
+            _print_graph(console, "before, its attention and masks already read", program.before)
         if graphs in ("after", "both"):
             _print_graph(console, "after, as rank 0 runs it", program.gm.graph)
 

@@ -9,8 +9,8 @@ from typing import get_args
 
 import sympy
 from rich.console import Console
+from rich.text import Text
 
-from autoseq.report import table
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
@@ -62,18 +62,26 @@ def markdown() -> str:
 
 
 def print_strategies(out: Console) -> None:
-    """The same tables for a terminal."""
-    costs = [
-        (name, summary(strategy), ", ".join(layouts(strategy)), *(formula_text(formula) for formula in strategy.formulas().values()))
-        for name, strategy in STRATEGIES.items()
-    ]
-    columns = ["strategy", "", "layouts", "bytes forward", "backward", "messages", "backward"]
-    out.print(table("What a rank sends without a mask", columns, costs))
-    reasons = _reasons()
-    cells = [(row.kind, *(_cell(reason, reasons) for reason in row.reasons.values())) for row in served()]
-    out.print(table("Which attention it serves", ["attention", *STRATEGIES], cells))
+    """The same for a terminal, strategy by strategy."""
+    rows, reasons = served(), _reasons()
+    for name, strategy in STRATEGIES.items():
+        formulas = {field: formula_text(formula) for field, formula in strategy.formulas().items()}
+        out.print(Text.assemble((name, "bold"), f"  {summary(strategy)}  Layouts: {', '.join(layouts(strategy))}."))
+        for way in ("forward", "backward"):
+            out.print(f"  {way}: {formulas[f'{way}_bytes']} bytes, messages: {formulas[f'{way}_messages']}")
+        refused = [f"{row.kind} [{reasons.index(reason) + 1}]" for row in rows if (reason := row.reasons[name])]
+        out.print(f"  serves {'all but: ' + '; '.join(refused) if refused else 'everything'}")
+    out.print(f"\n{LEGEND}\n\nWhy not:")
     for line in _numbered(reasons):
         out.print(line)
+
+
+LEGEND = """\
+Bytes are those that a rank sends for one attention whose mask leaves nothing out, or whose window is W; `autoseq inspect` says how much
+less it is with a mask. B batch; s, t a rank's rows of queries, of keys; H, K query, KV heads; D, V widths of keys, of values; P ranks
+(N nodes of R); e, a bytes of an element, of an accumulator; c stages; h, g, n query heads and KV heads that the rank computes, KV heads
+that it sends; m chunks that a rank holds; n_, m_, h_ ranks that its keys (k) or queries (q) go to, go to again, and whose it gets.
+docs/strategies.md says more."""
 
 
 def formula_text(formula: sympy.Expr) -> str:

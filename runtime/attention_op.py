@@ -3,7 +3,7 @@
 Point-to-point messages and data-dependent tiles do not trace, so that work lives inside `torch.library` ops. Those made here
 have one schema, and with it one fake and one autograd formula; these and those of `gathered` have one treatment of padding:
 
-- query rows past q_len are finite: the first of a chunk attends as row q_len-1 would, the others copy it;
+- query rows past q_len are finite: the first of a chunk attends as row q_len-1 would, the others copy it, with 0 in place of NaN;
 - their incoming gradient counts as zero, and keys past k_len are never looked at.
 
 Besides out and lse an op may keep what it has received for its backward, so that it is not sent again (`Kept`).
@@ -243,7 +243,8 @@ def attended(call: Call, forward: ForwardKeys) -> tuple[Tensor, Tensor, Tensor |
         left = forward(call, work)
         out, lse = work.result()
     for start, end in call.paddings:
-        out[:, :, start:end] = out[:, :, start : start + 1]
+        # A rank of nothing but padding has asked for no keys, and what comes of none may be NaN.
+        out[:, :, start:end] = out[:, :, start : start + 1].nan_to_num(0.0)
     return out.to(call.q.dtype), lse, left
 
 

@@ -125,8 +125,16 @@ def _walk_backward(op: str, call: Call, work: Backward, kept: Tensor, lanes: Seq
     ends = [forward.keys_at(call.me, forward.size - 1) for forward, _ in lanes] if call.participants > 1 else []
     left = unpacked(kept, own, ends) or [None] * len(lanes)
     grads = Packed((dk, dv), own.rows)
-    finish(in_step(c.backward(own, grads, *before) for c, *before in zip(circles, left, [f for f, _ in lanes], strict=True)), visit)
+    own_first = len(lanes) > 1 and _somebody_waits(lanes)
+    befores = zip(circles, left, [forward for forward, _ in lanes], strict=True)
+    finish(in_step(circle.backward(own, grads, *before, own_first) for circle, *before in befores), visit)
     return dk, dv
+
+
+def _somebody_waits(lanes: Sequence[Lane]) -> bool:
+    """Whether any rank begins its backward, in any lane, by waiting for keys. Then all work on their own first, in every lane: with
+    NCCL messages have no tags, and two lanes that took their steps in another order on other ranks would wait for each other."""
+    return any(bool(back.first_keys(rank, forward)) for forward, back in lanes for rank in range(back.size) if back.size > 1)
 
 
 def visitor(call: Call, work: Callable[..., None]) -> Callable[..., None]:

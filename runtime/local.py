@@ -31,7 +31,7 @@ class Local(Strategy):
 
     def cannot_serve(self, site: Site, group_size: int) -> str | None:
         if group_size > 1:
-            return f"local attention needs the whole sequence on one rank, but it is split over {group_size}"
+            return f"local attention needs the whole sequence on one rank, but it is split over {group_size}; use another strategy"
         return super().cannot_serve(site, group_size)
 
     def formulas(self) -> dict[str, sympy.Expr]:

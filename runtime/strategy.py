@@ -106,9 +106,10 @@ def needs_two_dims(site: Site) -> str | None:
     """Why a strategy of two levels cannot serve, or None."""
     if len(site.mesh) == 2 and min(site.mesh) > 1:
         return None
+    found = f"; here the mesh is {site.mesh[0]} x {site.mesh[1]}" if len(site.mesh) == 2 else ""
     return (
-        "it works on two levels and needs several nodes of several ranks: "
-        "give option mesh a DeviceMesh of two dimensions, or set ranks_per_node"
+        f"it works on two levels and needs several nodes of several ranks{found}: give option mesh a DeviceMesh of two dimensions, "
+        "or set ranks_per_node (--ranks-per-node) to a part of the ranks"
     )
 
 

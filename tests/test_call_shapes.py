@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoseq import call_shapes
 from autoseq.call_shapes import TIMEOUT_VARIABLE
+from autoseq.meetings import WORDS_KEPT, Agreed
 from autoseq.runtime import rendezvous
-from autoseq.runtime.errors import AutoSeqError
+from autoseq.runtime.errors import AutoSeqError, RankMismatchError
+from autoseq.runtime.groups import SequenceGroup
 from ranks import run_ranks
 
 TIMEOUT_S = 1.0
@@ -120,3 +123,24 @@ def test_shapes_that_repeat_cost_nothing_alone_and_one_request_beside_others(sai
         first, again, new, *later = said[rank]["requests"]
         assert first > 7 and again == 0 and new > 5
         assert later == [1] * 150
+
+
+def test_a_rank_may_be_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Topics serve again: what the first rank said long ago is gone, and that is no difference between the ranks."""
+    said: dict[str, str] = {}
+
+    def first_word(group: SequenceGroup, topic: str, word: str, *, instead_of: str) -> str:
+        if said.get(topic, "") == instead_of:
+            said[topic] = word
+        return said[topic]
+
+    monkeypatch.setattr(call_shapes, "first_word", first_word)
+    shapes = call_shapes.CallShapes(SequenceGroup("g", 2, 0), "program", [], [])
+    ahead, behind = Agreed(), Agreed()
+    for _ in range(3 * WORDS_KEPT):
+        assert not shapes._hear_first_word(ahead, "x: (2, 8)", False)
+    for _ in range(3 * WORDS_KEPT):
+        assert not shapes._hear_first_word(behind, "x: (2, 8)", False)
+    shapes._hear_first_word(ahead, "x: (2, 8)", False)
+    with pytest.raises(RankMismatchError, match=r"calls the model with x: \(2, 16\), and another rank with x: \(2, 8\)"):
+        shapes._hear_first_word(behind, "x: (2, 16)", False)

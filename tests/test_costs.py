@@ -12,6 +12,7 @@ import torch
 from attention_job import SPLIT, Run, axes_of, call_keywords, layouts_of, runs_of, serves, shard, site_of
 from autoseq.runtime import strategy as symbols
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.stages import STAGES
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost, Site
 from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS
@@ -87,7 +88,7 @@ def test_costs_are_the_formulas_and_masks_make_them_less(strategy: str) -> None:
 B, s, t, H, K, D, V, P, e, a = (getattr(symbols, name) for name in ["B", "s", "t", "H", "K", "D", "V", "P", "e", "a"])
 q, kappa = B * s * H * D * e, B * t * K * D * e  # bytes of a local Q, and of a local K or V
 EVEN = {V: D, t: s, OWN_HEADS: H / P}
-SELF = {V: D}
+SELF = {V: D, STAGES: 1}
 
 FORMULAS = {
     "ulysses, K >= P": (

@@ -98,7 +98,7 @@ def test_every_rank_compiles_the_same_graph_though_each_sends_other_rows() -> No
 
 
 def test_between_the_attentions_each_stream_is_split_as_a_sequence_of_its_own() -> None:
-    found = inspect_model(lambda: make(False), seq_len=37, world_size=2)
+    found = inspect_model(lambda: make(False), seq_len=37, world_size=2, strategy="ulysses")
     assert [(planned.site.site.q_len, planned.site.site.k_len) for planned in found.sites] == [(37, 37)] * 2
     (program,) = found.programs
     rows = {node.meta["val"].shape[1] for node in program.gm.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)}
@@ -111,7 +111,7 @@ def test_between_the_attentions_each_stream_is_split_as_a_sequence_of_its_own() 
 def count_one_step(rank: int, world_size: int) -> dict[str, tuple[int, int]]:
     """What this rank really sends in a training step."""
     model, batch = make(False)
-    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "strategy": "ulysses"})
     compiled(**batch).backward()
     reset_counters()
     compiled(**batch).backward()

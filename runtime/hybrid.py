@@ -134,7 +134,8 @@ class _Hybrid(Strategy):
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
     """Those of `ulysses` in one stage, among the ranks along one dim."""
     here = {strategy.P: along, STAGES: sympy.Integer(1)}
-    return {name: formula.xreplace(here) for name, formula in Ulysses().formulas().items()}
+    exchanged: dict[str, Any] = {name: formula.xreplace(here) for name, formula in Ulysses().formulas().items()}
+    return exchanged
 
 
 def _count(heads: HeadRange) -> int:

@@ -126,8 +126,8 @@ def _walk_backward(op: str, call: Call, work: Backward, kept: Tensor, lanes: Seq
     left = unpacked(kept, own, ends) or [None] * len(lanes)
     grads = Packed((dk, dv), own.rows)
     own_first = len(lanes) > 1 and _somebody_waits(lanes)
-    befores = zip(circles, left, [forward for forward, _ in lanes], strict=True)
-    finish(in_step(circle.backward(own, grads, *before, own_first) for circle, *before in befores), visit)
+    starts = zip(circles, left, lanes, strict=True)
+    finish(in_step(circle.backward(own, grads, last, forward, own_first) for circle, last, (forward, _) in starts), visit)
     return dk, dv
 
 

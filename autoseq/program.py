@@ -189,7 +189,6 @@ def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
     if lines and options.strict:
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
     for line in lines:
-        # All ranks have the same to say.
-        log.log(logging.WARNING if group.rank == 0 else logging.DEBUG, "%s", line)
+        log.warning("%s", line)
     for line in program.plan.lines():
         log.info("%s", line)

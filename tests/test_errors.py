@@ -26,7 +26,7 @@ OPTIONS = {"inner": "aot_eager"}
             {"strateg": "ring"}, r"there is no option 'strateg' \(did you mean 'strategy'\?\); the options are mesh,", id="unknown key"
         ),
         pytest.param(
-            {"strategy": "rings"}, "option 'strategy' cannot be 'rings'; it is one of 'auto', 'local', 'ulysses'", id="unknown value"
+            {"strategy": "rings"}, r"cannot be 'rings' \(did you mean 'ring'\?\); it is one of 'auto', 'local'", id="unknown value"
         ),
         pytest.param(
             {"layout": "striped"}, "option 'layout' cannot be 'striped'; it is one of 'auto', 'contiguous', 'zigzag'", id="layout"

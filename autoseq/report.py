@@ -22,9 +22,9 @@ _PIPE_WIDTH = 160
 
 
 def results() -> Console:
-    """Where results go: stdout, as wide as the terminal or COLUMNS says; a pipe is given room for whole rows."""
+    """Where results go: stdout. Tables are as wide as the terminal or COLUMNS says, a pipe gives room for whole rows; other lines stay whole."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=False)
+    return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=True)
 
 
 def readable_bytes(count: float) -> str:
@@ -140,7 +140,7 @@ def _print_fallbacks(console: Console, found: Inspection) -> None:
 def _print_graph(console: Console, title: str, graph: Any) -> None:
     console.print(f"\nGraph {title}:")
     for line in graph_lines(graph):
-        console.print(line, soft_wrap=True)
+        console.print(line)
 
 
 # Verify ---------------------------------------------------------------------------------------------------------------

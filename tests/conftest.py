@@ -1,10 +1,13 @@
-"""Ends the rank processes when the tests are done."""
+"""What every test has: output as wide as a pipe's, and rank processes that end with the tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from ranks import close_pool
+
+os.environ.pop("COLUMNS", None)  # xdist sets 80 for its workers, and commands fold their tables to it
 
 
 @pytest.fixture(scope="session", autouse=True)

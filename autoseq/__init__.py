@@ -22,16 +22,18 @@ from autoseq.runtime.errors import (
     NoAttentionError,
     NoSequenceError,
     OptionError,
+    PlanError,
     RankMismatchError,
     RendezvousError,
     StrategyError,
     TargetError,
+    TopologyError,
     UnsupportedError,
 )
 
 __all__ = [
     "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "OptionError",
-    "Options", "RankMismatchError", "RendezvousError", "StrategyError", "TargetError", "UnsupportedError", "parallelize",
-    "sequence_parallel",
+    "Options", "PlanError", "RankMismatchError", "RendezvousError", "StrategyError", "TargetError", "TopologyError", "UnsupportedError",
+    "parallelize", "sequence_parallel",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -1,13 +1,12 @@
 """The options of the backend: one frozen record, validated with errors that list what exists."""
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from autoseq.runtime.errors import OptionError
+from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 
@@ -57,7 +56,7 @@ class Options:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not any(value is c or (isinstance(value, str) and value == c) for c in choices):
-                hint = _did_you_mean(value, [c for c in choices if isinstance(c, str)])
+                hint = did_you_mean(value, [c for c in choices if isinstance(c, str)])
                 raise OptionError(f"option {name!r} cannot be {value!r}{hint}; it is one of {', '.join(map(repr, choices))}")
 
 
@@ -66,10 +65,5 @@ def parse_options(given: Mapping[str, Any] | None) -> Options:
     known = [f.name for f in fields(Options)]
     for key in given or {}:
         if key not in known:
-            raise OptionError(f"there is no option {key!r}{_did_you_mean(key, known)}; the options are {', '.join(known)}")
+            raise OptionError(f"there is no option {key!r}{did_you_mean(key, known)}; the options are {', '.join(known)}")
     return Options(**dict(given or {}))
-
-
-def _did_you_mean(given: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(given).lower(), known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -5,6 +5,9 @@ wrong, where (the model's own source line, when there is one) and how to fix it.
 once, at the boundary, so code that raises these does not repeat it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class AutoSeqError(Exception):
     """Base of every error that autoseq raises on purpose."""
@@ -50,5 +53,20 @@ class TargetError(AutoSeqError):
     """The model, function or script named on the command line cannot be used."""
 
 
+class TopologyError(AutoSeqError):
+    """A description of the hardware is incomplete or wrong, is not found, or does not fit the number of ranks."""
+
+
+class PlanError(AutoSeqError):
+    """No plan serves what was asked for, or none fits."""
+
+
 class UnsupportedError(AutoSeqError):
     """The program uses a feature that autoseq cannot yet keep exact."""
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """For the end of a message: the known name that comes closest to the one given, if any does."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(str(given).lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""

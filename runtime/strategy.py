@@ -7,19 +7,25 @@ rank, and tests hold the result to counted messages. Conventions of counting: `r
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import reduce
+from operator import add
+from typing import ClassVar, cast
 
 import sympy
 from torch import Tensor
 
+from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
+from autoseq.runtime.tiles import EmptyRows, Problem
+from autoseq.runtime.timeline import NO_WORK, ONE, Exchange, Exchanges, Phase, Step, Way, Work, alone, steps
 from autoseq.runtime.traffic import Traffic
+from autoseq.runtime.work_counts import Sizes, Task, work_of
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
 # e bytes of an element, a bytes of an accumulator (4, or 8 for float64); on a 2-D mesh N nodes of R ranks, P = N R.
@@ -102,6 +108,19 @@ def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = 
     return needs_of(terms_of_site(site, heads), rows_of_site(site, P, layout, places), P)
 
 
+def saved_bytes(site: Site, s: int, t: int) -> int:
+    """q, out and lse of s rows, and k and v of t rows, of all heads of a site."""
+    queries = site.heads * s * ((site.head_dim + site.value_dim) * site.element_bytes + accumulator_bytes(site))
+    return site.batch * (queries + site.kv_heads * t * (site.head_dim + site.value_dim) * site.element_bytes)
+
+
+def task_of(rows: Rows, participant: int, keys: Iterable[Sequence[Chunk]], heads: range, kv_heads: int) -> Task:
+    """A participant's own queries, and what comes of the keys."""
+    spans = rows.q_holdings.spans(participant, rows.s, rows.q_len)
+    padded = sum(valid < all_of_it for *_, valid, all_of_it in spans)
+    return Task(tuple(rows.queries(participant)), tuple(map(tuple, keys)), heads, kv_heads, padded)
+
+
 def needs_two_dims(site: Site) -> str | None:
     """Why a strategy of two levels cannot serve, or None."""
     if len(site.mesh) == 2 and min(site.mesh) > 1:
@@ -177,3 +196,44 @@ class Strategy(ABC):
             a: accumulator_bytes(site),
             **dict(zip((N, R), site.mesh, strict=False)),
         }
+
+    def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        """What `rank` sends in one pass, by the names that `phases` uses: in all what `cost` says. Nothing on one rank."""
+        return {} if group_size == 1 else self.exchanged(site, group_size, layout, rank, way)
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        """The same for several ranks: as point-to-point messages, if a strategy does not know better."""
+        cost = self.sent(site, group_size, layout, rank)
+        of_way = (cost.forward_bytes, cost.forward_messages) if way == "forward" else (cost.backward_bytes, cost.backward_messages)
+        return {"messages": Exchange("send", "flat", *of_way)}
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """Which messages travel under which work, in the symbols of `sizes`, for P > 1: one after the other, if nothing better is known."""
+        return (*alone("messages"), Phase(ONE))
+
+    def steps(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> tuple[Step, ...]:
+        """The phases in numbers; on one rank there is only work."""
+        return steps([Phase(ONE)], {}) if group_size == 1 else steps(self.phases(way), self.sizes(site, group_size, layout, rank))
+
+    def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
+        """What `rank` computes in one pass. Rows that the mask leaves without keys may cost more, and padding is not among the pairs."""
+        sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads)
+        empty_rows = cast(EmptyRows, site.empty_rows)
+        mask = Mask(site.max_ahead, site.max_behind, site.predicate)
+        problem = Problem(mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
+        tasks = self.tasks(site, group_size, layout, rank, way)
+        return reduce(add, (work_of(task, problem, sizes, way) for task in tasks), NO_WORK)
+
+    def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Iterable[Task]:
+        """Which queries meet which keys on `rank`: its own and those of everybody, if a strategy does not know better."""
+        rows = rows_of_site(site, group_size, layout)
+        return [task_of(rows, rank, map(rows.keys, range(group_size)), range(site.heads), site.kv_heads)]
+
+    def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        """What the attention saves for its backward: q, k, v, out and lse of this rank's rows, if a strategy does not know better."""
+        s, t = (local_length(n, group_size, layout) for n in (site.q_len, site.k_len))
+        return saved_bytes(site, s, t)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        """The most that buffers of messages hold at once, beside inputs and results: all that is sent, if nothing better is known."""
+        return sum(exchange.bytes for exchange in self.exchanges(site, group_size, layout, rank, way).values())

@@ -102,6 +102,13 @@ class Tiling:
 
     def tiles(self, k_chunks: Sequence[Chunk], *, plain: bool) -> Iterator[Tile]:
         """The tiles of these keys that are not empty. `plain`: small enough for a tensor of scores."""
+        for cut in self.blocks(k_chunks, plain=plain):
+            tile = self._tile(*cut)
+            if tile is not None:
+                yield tile
+
+    def blocks(self, k_chunks: Sequence[Chunk], *, plain: bool) -> Iterator[tuple[HeadRun, Chunk, Chunk, Block]]:
+        """Where the tiles are, before any tensor has been looked at."""
         tiled = plain or bool(additive_terms(self.problem.score))
         whole = needs_whole_rows(self.problem.score)
         for run in self._small_runs(k_chunks) if plain else self._runs:
@@ -109,9 +116,7 @@ class Tiling:
                 for k_chunk in k_chunks:
                     cut = self._cuts.whole_rows if whole else partial(self._cuts.blocks, heads=run[0], tiled=tiled)
                     for block in cut(q_chunk, k_chunk):
-                        tile = self._tile(run, q_chunk, k_chunk, block)
-                        if tile is not None:
-                            yield tile
+                        yield run, q_chunk, k_chunk, block
 
     def may_have_empty_rows(self, *, everywhere: bool) -> bool:
         """Whether `possibly_empty` has any tile."""

@@ -30,11 +30,11 @@ def step_traffic(program: Program, world_size: int) -> Counts:
     """What rank 0 sends in one forward and backward of a program, besides gathers of deferred outputs."""
     if world_size == 1:
         return {}
-    counted = _CountCollectives(world_size)
-    place = _Meta() if all(x.device.type == "meta" for x in program.inputs if isinstance(x, torch.Tensor)) else _Fake(program.inputs)
+    counted = CountCollectives(world_size)
+    place = place_of(program)
     inputs = [place.convert(x) for x in program.inputs]
     with place.mode, torch.enable_grad(), counted:
-        _backward(_Step(program.gm, place).run(*inputs), inputs)
+        run_backward(Step(program.gm, place).run(*inputs), inputs)
     return add_counts(counted.counts, _opaque(program.plan, world_size))
 
 
@@ -62,12 +62,21 @@ class _Fake:
         return self.mode.from_tensor(x, static_shapes=True) if plain else x
 
 
+Place = _Meta | _Fake
+
+
+def place_of(program: Program) -> Place:
+    """Where a program is run without computing anything."""
+    on_meta = all(x.device.type == "meta" for x in program.inputs if isinstance(x, torch.Tensor))
+    return _Meta() if on_meta else _Fake(program.inputs)
+
+
 def add_counts(a: Counts, b: Counts) -> Counts:
     """The sum of two counts, op by op."""
     return {op: a.get(op, SILENT) + b.get(op, SILENT) for op in sorted(a.keys() | b.keys())}
 
 
-def _backward(results: Sequence[Any], inputs: Sequence[object]) -> None:
+def run_backward(results: Sequence[Any], inputs: Sequence[object]) -> None:
     """The gradients of the loss if the program returns a scalar, else of everything it returns."""
     outputs = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
     outputs = [r for r in outputs if r.dim() == 0][:1] or outputs
@@ -76,10 +85,10 @@ def _backward(results: Sequence[Any], inputs: Sequence[object]) -> None:
         torch.autograd.grad(outputs, leaves, [torch.ones_like(r) for r in outputs], allow_unused=True)
 
 
-class _Step(fx.Interpreter):
+class Step(fx.Interpreter):
     """Runs the graph with gradients on; attributes that the graph holds hold no data either."""
 
-    def __init__(self, gm: fx.GraphModule, place: _Meta | _Fake) -> None:
+    def __init__(self, gm: fx.GraphModule, place: Place) -> None:
         super().__init__(gm)
         self._place = place
 
@@ -87,7 +96,7 @@ class _Step(fx.Interpreter):
         return self._place.convert(super().get_attr(target, args, kwargs))
 
 
-class _CountCollectives(TorchDispatchMode):
+class CountCollectives(TorchDispatchMode):
     def __init__(self, world_size: int) -> None:
         super().__init__()
         self.counts: Counts = {}

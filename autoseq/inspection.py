@@ -8,7 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from autoseq.target import brief
 log = logging.getLogger("autoseq")
 
 Made = tuple[nn.Module, Mapping[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,19 @@ def inspect_model(
     AutoSeqError as compiling the model would, TargetError if the model itself fails.
     """
     options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node)
-    with _fake_group(world_size, ranks_per_node) as group:
+
+    def look(programs: Sequence[Program]) -> Inspection:
+        collectives: Counts = {}
+        for program in programs:
+            collectives = add_counts(collectives, step_traffic(program, world_size))
+        return Inspection(world_size, seq_len, tuple(programs), collectives)
+
+    return with_programs(make, look, world_size=world_size, options=options)
+
+
+def with_programs(make: Callable[[], Made], use: Callable[[Sequence[Program]], T], *, world_size: int, options: Options) -> T:
+    """What `use` makes of the rewritten programs of a model, while the pretended group of ranks is there. Raises as `inspect_model`."""
+    with _fake_group(world_size, options.ranks_per_node) as group:
         try:
             with torch.device("meta"):
                 model, kwargs = make()
@@ -94,10 +107,7 @@ def inspect_model(
             model, kwargs = make()
             programs = _capture(model, kwargs, options, group)
             log.warning("the model was made with real weights, because without them: %s", brief(error))
-        collectives: Counts = {}
-        for program in programs:
-            collectives = add_counts(collectives, step_traffic(program, world_size))
-        return Inspection(world_size, seq_len, tuple(programs), collectives)
+        return use(programs)
 
 
 @contextlib.contextmanager

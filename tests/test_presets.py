@@ -1,0 +1,100 @@
+"""Topologies by name: each preset is whole and says where its numbers come from; names tell nodes, ranks and network cards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from autoseq.planning.presets import load_topology, names
+from autoseq.planning.topology import KINDS
+from autoseq.planning.topology_file import dump
+from autoseq.runtime.errors import TopologyError
+
+NAMES = ["4xA10", "4xL20", "8xA100", "8xA800", "8xH100", "8xH200", "8xH800"]
+
+
+def test_the_nodes_there_are() -> None:
+    assert names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_has_a_source(name: str) -> None:
+    topology = load_topology(name)
+    assert (topology.name, topology.nodes, topology.world_size) == (name, 1, int(name[0]))
+    told = [field for source in topology.sources for field in re.findall(r"(?:^|[,;.] )((?:[a-z_]\w*\.?)+)(?=[:,])", source)]
+    numbers = [f"{link}.{kind}" for link in ("inside", "between") for kind in KINDS] + ["inside.latency_us", "between.latency_us"]
+    numbers += [f"kernels.float32.{rate}" for rate in ("peak_tflops", "matmul_tflops", "attention_tflops", "attention_backward_tflops")]
+    numbers += [field.replace("float32", "bfloat16") for field in numbers if "float32" in field]
+    for field in [*numbers, "memory_gib", "memory_gbytes_per_s", "launch_us"]:
+        assert any(field == each or field.startswith(f"{each}.") for each in told), field
+    for source in topology.sources:
+        assert re.search(r"estimate|fitted|data sheet|vendors' pages|arXiv|github\.com|of the [AH]1|torch reports", source), source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_in_order(name: str) -> None:
+    """Kernels stay below the peak, and a message costs more between nodes than inside them."""
+    topology = load_topology(name)
+    for rates in topology.kernels.values():
+        reached = (rates.matmul_flops_per_s, rates.attention_flops_per_s, rates.attention_backward_flops_per_s)
+        assert rates.peak_flops_per_s > reached[0] >= reached[1] >= reached[2]
+    assert topology.between is not None
+    for kind in KINDS:
+        inside, between = topology.inside.rate(kind), topology.between.rate(kind)
+        assert inside.latency_s < between.latency_s
+        assert inside.bytes_per_s > between.bytes_per_s
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param("8xH100", (1, 8, 8), id="a node"),
+        pytest.param("4xh100", (1, 4, 8), id="a part of a node, in small letters"),
+        pytest.param("2x8xA800-4nic", (2, 8, 4), id="two nodes with four cards"),
+        pytest.param("16x4xH200", (16, 4, 8), id="nodes of four"),
+        pytest.param("3x1xA10-2nic", (3, 1, 2), id="nodes of one"),
+    ],
+)
+def test_a_name_tells_the_shape(name: str, shape: tuple[int, int, int]) -> None:
+    found = load_topology(name)
+    assert found.between is not None
+    assert (found.name, found.nodes, found.ranks_per_node, found.between.lanes) == (name, *shape)
+
+
+@pytest.mark.parametrize("lanes", range(1, 9))
+def test_more_cards_carry_more(lanes: int) -> None:
+    one = load_topology("2x8xH100-1nic").seconds("all_to_all", 1e9, 0, ranks=16)
+    assert load_topology(f"2x8xH100-{lanes}nic").seconds("all_to_all", 1e9, 0, ranks=16) == pytest.approx(one / lanes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("8xh10", r"nothing is known of h10 \(did you mean 'H100'\?\); there are 4xA10, ", id="a device misspelt"),
+        pytest.param("H100", r"there is no topology 'H100' \(did you mean '8xH100'\?\); it is 8xH100, .* or a JSON file", id="a device alone"),
+        pytest.param("16xH100", r"is a node of 8xH100, so a node has 1 to 8 ranks", id="too many ranks in a node"),
+        pytest.param("0x8xH100", r"one node or more", id="no node"),
+        pytest.param("2x8xH100-9nic", r"1 to 8 network cards, not 9", id="too many cards"),
+        pytest.param("2x8xH100-0nic", r"1 to 8 network cards, not 0", id="no card"),
+        pytest.param("there-is-none.json", r"cannot be read: .*No such file", id="no such file"),
+    ],
+)
+def test_names_that_say_nothing(name: str, message: str) -> None:
+    with pytest.raises(TopologyError, match=message):
+        load_topology(name)
+
+
+def test_files(tmp_path: Path) -> None:
+    mine, bytes_only = tmp_path / "mine.json", tmp_path / "other.json"
+    mine.write_text(dump(load_topology("2x4xA100")).replace("2x4xA100", "mine"))
+    assert load_topology(mine) == load_topology(str(mine))
+    assert load_topology(mine).name == "mine"
+    assert load_topology(load_topology(mine)) == load_topology(mine)
+    bytes_only.write_bytes(b"\xff")
+    with pytest.raises(TopologyError, match=r"other\.json' cannot be read: .*utf-8"):
+        load_topology(bytes_only)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(TopologyError, match="cannot be read: .*directory"):
+        load_topology(tmp_path / "folder.json")

@@ -1,0 +1,149 @@
+"""How long a strategy's attention takes on a topology: its phases, each as long as the slowest of what goes on side by side in it.
+
+    seconds of a pass  =  sum over phases of  times · max(share of the work, shares of the messages on each kind of link)
+
+Work is matrix products at the kernel's rate, calls of kernels at the launch time, and results merged in memory at the memory's rate.
+What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `phases`), what that takes the topology's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from autoseq.planning.topology import Topology
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
+from autoseq.runtime.timeline import Exchange, Step, Way, flops
+
+Lane = Literal["compute", "inside", "across", "links"]
+LANES: dict[str, Lane] = {"inside": "inside", "across": "across", "flat": "links"}
+
+_DTYPES = {1: "bfloat16", 2: "bfloat16", 4: "float32", 8: "float64"}
+
+# A merge reads two numbers and writes one.
+_TOUCHED = 3
+
+MOST_SEGMENTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What keeps a lane busy from `start_s` on, counted from the pass's begin."""
+
+    lane: Lane
+    name: str
+    start_s: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """One pass of one attention on one rank: `work_s` and `message_s` are what each would take by itself."""
+
+    seconds: float
+    work_s: float
+    message_s: float
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A pass in seconds before anything overlaps: its work, each exchange, and the phases they come in."""
+
+    work_s: float
+    exchange_s: Mapping[str, float]
+    lanes: Mapping[str, Lane]
+    steps: tuple[Step, ...]
+
+    def parts(self, step: Step) -> dict[Lane, float]:
+        """How long each lane is busy in a step. Messages of one kind of link share it."""
+        busy: dict[Lane, float] = {"compute": step.work * self.work_s}
+        for name, share in step.sends:
+            lane = self.lanes[name]
+            busy[lane] = busy.get(lane, 0.0) + share * self.exchange_s[name]
+        return busy
+
+
+def dtype_of(site: Site) -> str:
+    """The dtype whose rates count where only the size of an element is known: of two 16-bit ones, bfloat16."""
+    return _DTYPES[site.element_bytes]
+
+
+def pass_time(
+    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str | None = None
+) -> PassTime:
+    """How long one pass takes `rank` of P, and what it is busy with when. `dtype` is `dtype_of(site)` if not given."""
+    load = _load(strategy, site, P, layout, rank, topology, way, dtype or dtype_of(site))
+    return PassTime(_seconds(load), load.work_s, sum(load.exchange_s.values()), tuple(_segments(load)))
+
+
+def pass_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way) -> float:
+    """`pass_time` without the segments."""
+    return _seconds(_load(strategy, site, P, layout, rank, topology, way, dtype_of(site)))
+
+
+def step_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, topology: Topology, ranks: Iterator[int] | list[int]) -> float:
+    """Forward and backward of the slowest of some ranks, each way: attention ends with all of them."""
+    asked = list(ranks)
+    ways: tuple[Way, ...] = ("forward", "backward")
+    return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in ways)
+
+
+def asked_ranks(P: int, most: int = 16) -> list[int]:
+    """All ranks, or of many the first, the last and some between."""
+    return sorted({round(i * (P - 1) / (most - 1)) for i in range(most)}) if most < P else list(range(P))
+
+
+def _seconds(load: _Load) -> float:
+    return sum(step.times * max(load.parts(step).values()) for step in load.steps)
+
+
+def _segments(load: _Load) -> Iterator[Segment]:
+    """Phase after phase; of very many, the repeats of a phase are drawn as one."""
+    start, total = 0.0, sum(step.times for step in load.steps)
+    for number, step in enumerate(load.steps):
+        parts = load.parts(step)
+        repeats = step.times if total <= MOST_SEGMENTS else 1
+        for _ in range(repeats):
+            longest = 0.0
+            for lane, seconds in parts.items():
+                length = seconds * step.times / repeats
+                longest = max(longest, length)
+                if length > 0:
+                    names = [name for name, share in step.sends if share and load.lanes[name] == lane]
+                    yield Segment(lane, " + ".join(names) or f"attention, phase {number + 1}", start, length)
+            start += longest
+
+
+def _load(
+    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str
+) -> _Load:  # fmt: skip
+    exchanges = strategy.exchanges(site, P, layout, rank, way)
+    return _Load(
+        work_s=_work_seconds(strategy, site, P, layout, rank, topology, way, dtype),
+        exchange_s={name: exchange_seconds(exchange, site, P, topology) for name, exchange in exchanges.items()},
+        lanes={name: LANES[exchange.scope] for name, exchange in exchanges.items()},
+        steps=strategy.steps(site, P, layout, rank, way),
+    )
+
+
+def _work_seconds(
+    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str
+) -> float:  # fmt: skip
+    work, rates = strategy.work(site, P, layout, rank, way), topology.kernel_rates(dtype)
+    rate = rates.attention_flops_per_s if way == "forward" else rates.attention_backward_flops_per_s
+    merged_bytes = _TOUCHED * work.merged_elements * accumulator_bytes(site)
+    in_kernels = flops(work.pairs, site.head_dim, site.value_dim, way) / rate
+    return in_kernels + work.launches * topology.launch_s + merged_bytes / topology.memory_bytes_per_s
+
+
+def exchange_seconds(exchange: Exchange, site: Site, P: int, topology: Topology) -> float:
+    """How long a rank's messages take by themselves, while all ranks do likewise."""
+    if not exchange.messages:
+        return 0.0
+    scope, ranks = exchange.scope, P
+    if scope == "inside" and site.mesh and site.mesh[1] > topology.ranks_per_node:
+        scope, ranks = "flat", site.mesh[1]  # a node of the mesh that is several of the hardware
+    return topology.seconds(exchange.kind, exchange.bytes, exchange.messages, ranks=ranks, scope=scope)

@@ -1,0 +1,142 @@
+"""Seconds of a pass: what overlaps counts by its longest part, what does not adds up, and the formula says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import sympy
+
+from autoseq.planning.prediction import asked_ranks, pass_seconds, pass_time, step_seconds
+from autoseq.planning.topology import KernelRates, Link, Rate, Topology
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Way, Work
+
+HALF = sympy.Rational(1, 2)
+WORK, IN_MESSAGES = 4.0, 6.0
+
+
+def link(latency_s: float = 0.0, bytes_per_s: float = 1.0) -> Link:
+    return Link(*[Rate(latency_s, bytes_per_s)] * 5)
+
+
+def topology(**changes: object) -> Topology:
+    """One flop, one byte over a link and one byte of memory a second."""
+    plain = Topology("unit", 4, 1, link(), link(), {"float32": KernelRates(1, 1, 1, 1)}, 1 << 40, 1.0, 0.0)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class Scripted(Strategy):
+    """A pass of WORK seconds of work, and exchanges of IN_MESSAGES seconds each."""
+
+    name = "scripted"
+
+    def __init__(self, *phases: Phase, scopes: dict[str, str] | None = None) -> None:
+        self._phases, self._scopes = phases, scopes or {"keys": "flat"}
+
+    def formulas(self) -> dict[str, sympy.Expr]:
+        return {}
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        return {name: Exchange("send", scope, int(IN_MESSAGES), 1) for name, scope in self._scopes.items()}  # type: ignore[arg-type]
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        return self._phases
+
+    def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
+        return Work(pairs=1, launches=0, merged_elements=0)  # of one key and one value column: 4 flops forward
+
+
+SITE = Site(batch=1, q_len=64, k_len=64, heads=4, kv_heads=4, head_dim=1, value_dim=1, element_bytes=4)
+
+
+def sends(**shares: object) -> tuple[tuple[str, sympy.Expr], ...]:
+    return tuple((name, sympy.sympify(share)) for name, share in shares.items())
+
+
+ONE, ZERO = sympy.Integer(1), sympy.Integer(0)
+TIMES = {
+    "one after the other": ([Phase(ZERO, sends(keys=1)), Phase(ONE)], 10),
+    "side by side": ([Phase(ONE, sends(keys=1))], 6),
+    "half of the messages under the work": ([Phase(ONE, sends(keys=HALF)), Phase(ZERO, sends(keys=HALF))], 4 + 3),
+    "phases that repeat": ([Phase(HALF, sends(keys=HALF), sympy.Integer(2))], 2 * 3),
+    "phases that do not occur": ([Phase(ONE, sends(keys=1)), Phase(ONE, (), ZERO)], 6),
+}
+
+
+@pytest.mark.parametrize(("phases", "seconds"), TIMES.values(), ids=TIMES)
+def test_a_phase_takes_as_long_as_its_longest_part(phases: Sequence[Phase], seconds: float) -> None:
+    found = pass_time(Scripted(*phases), SITE, 4, "contiguous", 0, topology(), "forward")
+    assert (found.seconds, found.work_s, found.message_s) == (seconds, WORK, IN_MESSAGES)
+
+
+def test_links_of_two_kinds_carry_messages_side_by_side_and_one_link_one_after_the_other() -> None:
+    both = [Phase(ONE, sends(a=1, b=1))]
+    nodes = topology(ranks_per_node=2, between=replace(link(), lanes=2))
+    apart = Scripted(*both, scopes={"a": "inside", "b": "across"})
+    same = Scripted(*both, scopes={"a": "inside", "b": "inside"})
+    assert pass_seconds(apart, replace(SITE, mesh=(2, 2)), 4, "contiguous", 0, nodes, "forward") == IN_MESSAGES
+    assert pass_seconds(same, replace(SITE, mesh=(2, 2)), 4, "contiguous", 0, nodes, "forward") == 2 * IN_MESSAGES
+
+
+def test_segments_fill_the_lanes_and_end_with_the_pass() -> None:
+    phases = [Phase(ZERO, sends(keys=HALF)), Phase(HALF, sends(keys=sympy.Rational(1, 4)), sympy.Integer(2))]
+    found = pass_time(Scripted(*phases), SITE, 4, "contiguous", 0, topology(), "forward")
+    lanes = {lane: [(s.start_s, s.seconds) for s in found.segments if s.lane == lane] for lane in ("compute", "links")}
+    assert lanes == {"links": [(0, 3), (3, 1.5), (5, 1.5)], "compute": [(3, 2), (5, 2)]}
+    assert found.seconds == 7
+    assert {s.name for s in found.segments if s.lane == "links"} == {"keys"}
+
+
+def test_a_pass_of_thousands_of_steps_is_drawn_in_few_segments() -> None:
+    hops = sympy.Integer(10**6)
+    found = pass_time(Scripted(Phase(1 / hops, sends(keys=1 / hops), hops)), SITE, 4, "contiguous", 0, topology(), "forward")
+    assert len(found.segments) == 2
+    assert found.segments[1].seconds == pytest.approx(IN_MESSAGES)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_one_rank_takes_its_work_and_no_more(way: Way) -> None:
+    local = STRATEGIES["local"]
+    found = pass_time(local, SITE, 1, "contiguous", 0, topology(), way)
+    flops = {"forward": 4, "backward": 10}[way] * 4 * 64 * 64
+    assert found.message_s == 0
+    assert found.seconds == found.work_s >= flops
+
+
+def test_launches_and_merges_take_time() -> None:
+    ring = STRATEGIES["ring"]
+    plain, launched = topology(), topology(launch_s=1.0)
+    work = ring.work(SITE, 4, "contiguous", 0, "forward")
+    seconds = [pass_time(ring, SITE, 4, "contiguous", 0, each, "forward").work_s for each in (plain, launched)]
+    assert seconds[1] - seconds[0] == pytest.approx(work.launches)
+    merged = 3 * 4 * work.merged_elements
+    assert seconds[0] == pytest.approx(4 * work.pairs + merged)
+
+
+def test_the_slowest_rank_decides_and_imbalance_is_seen() -> None:
+    causal = replace(SITE, q_len=4096, k_len=4096, max_ahead=0)
+    ring, fast = STRATEGIES["ring"], topology(inside=link(0.0, 1e12), memory_bytes_per_s=1e12)
+    contiguous, zigzag = (step_seconds(ring, causal, 4, layout, fast, asked_ranks(4)) for layout in ("contiguous", "zigzag"))
+    # The last of 4 ranks sees 3 1/2 of 4 shards; with zigzag rows all see 2.
+    assert contiguous / zigzag == pytest.approx(3.5 / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
+def test_faster_hardware_never_takes_longer(name: str) -> None:
+    site = replace(SITE, q_len=4096, k_len=4096, heads=8, kv_heads=2, head_dim=64, value_dim=64, mesh=(2, 2), max_ahead=0, max_behind=99)
+    slow = topology(ranks_per_node=2, inside=link(1e-3, 1e9), between=link(1e-2, 1e8), launch_s=1e-4)
+    faster = [
+        replace(slow, inside=link(1e-3, 2e9)), replace(slow, between=link(1e-2, 3e8)), replace(slow, launch_s=1e-5),
+        replace(slow, between=link(1e-4, 1e8)), replace(slow, kernels={"float32": KernelRates(2, 2, 2, 2)}),
+    ]  # fmt: skip
+    before, *after = (step_seconds(STRATEGIES[name], site, 4, "contiguous", each, [0, 1, 2, 3]) for each in (slow, *faster))
+    assert all(seconds <= before for seconds in after)
+
+
+def test_of_many_ranks_some_are_asked() -> None:
+    assert asked_ranks(3) == [0, 1, 2]
+    assert asked_ranks(4096)[:2] == [0, 273] and asked_ranks(4096)[-1] == 4095 and len(asked_ranks(4096)) == 16

@@ -1,11 +1,14 @@
 """The options of the backend: one frozen record, validated with errors that list what exists."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoseq.planning.presets import load_topology
+from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -32,6 +35,8 @@ class Options:
     ranks_per_node: makes two dims of all ranks, in nodes of so many; the two-level strategies need to know them.
     strategy: how attention crosses ranks; "auto" picks, per site, the legal one whose busiest rank sends the fewest bytes.
     layout: which rows a rank holds; "auto" is the one that sends less among those that balance causal work.
+    topology: the hardware to plan for: a name (`autoseq topology list`), a JSON file (`autoseq topology measure -o`), or a Topology, which
+        is what the first two become; None is what torch tells of this machine. Every rank gives the same.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
     grad_sync: parameter gradients are reduced over the sequence group in the graph ("sequence") or left to the caller.
     inner: what compiles the rewritten graph.
@@ -42,6 +47,7 @@ class Options:
     ranks_per_node: int | None = None
     strategy: str = "auto"
     layout: str = "auto"
+    topology: Topology | str | os.PathLike[str] | None = None
     outputs: Outputs = "deferred"
     grad_sync: GradSync = "sequence"
     inner: Inner = "inductor"
@@ -53,6 +59,10 @@ class Options:
         nodes = self.ranks_per_node
         if nodes is not None and (type(nodes) is not int or nodes < 1):
             raise OptionError(f"option 'ranks_per_node' is a number of ranks, 1 or more, or None, not {nodes!r}")
+        if not isinstance(self.topology, Topology | str | os.PathLike | None):
+            kind = type(self.topology).__name__
+            raise OptionError(f"option 'topology' is a topology's name, a JSON file, a Topology or None, not {kind}")
+        object.__setattr__(self, "topology", None if self.topology is None else load_topology(self.topology))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not any(value is c or (isinstance(value, str) and value == c) for c in choices):

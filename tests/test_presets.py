@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from autoseq.options import Options, parse_options
 from autoseq.planning.presets import load_topology, names
 from autoseq.planning.topology import KINDS
 from autoseq.planning.topology_file import dump
-from autoseq.runtime.errors import TopologyError
+from autoseq.runtime.errors import OptionError, TopologyError
 
 NAMES = ["4xA10", "4xL20", "8xA100", "8xA800", "8xH100", "8xH200", "8xH800"]
 
@@ -73,7 +74,7 @@ def test_more_cards_carry_more(lanes: int) -> None:
     ("name", "message"),
     [
         pytest.param("8xh10", r"nothing is known of h10 \(did you mean 'H100'\?\); there are 4xA10, ", id="a device misspelt"),
-        pytest.param("H100", r"there is no topology 'H100' \(did you mean '8xH100'\?\); it is 8xH100, .* or a JSON file", id="a device alone"),
+        pytest.param("H100", r"no topology 'H100' \(did you mean '8xH100'\?\); it is 8xH100, .* or a JSON", id="a device alone"),
         pytest.param("16xH100", r"is a node of 8xH100, so a node has 1 to 8 ranks", id="too many ranks in a node"),
         pytest.param("0x8xH100", r"one node or more", id="no node"),
         pytest.param("2x8xH100-9nic", r"1 to 8 network cards, not 9", id="too many cards"),
@@ -96,5 +97,18 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match=r"other\.json' cannot be read: .*utf-8"):
         load_topology(bytes_only)
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(TopologyError, match="cannot be read: .*directory"):
+    with pytest.raises(TopologyError, match=r"cannot be read: .*directory"):
         load_topology(tmp_path / "folder.json")
+
+
+def test_the_option_takes_a_name_a_file_or_the_record(tmp_path: Path) -> None:
+    node = load_topology("8xH100")
+    (tmp_path / "mine.json").write_text(dump(node))
+    assert Options().topology is None
+    for given in ("8xH100", tmp_path / "mine.json", str(tmp_path / "mine.json"), node):
+        assert Options(topology=given).topology == node
+    assert parse_options({"topology": node}) == Options(topology=node), "and compares by value, as torch.compile does"
+    with pytest.raises(OptionError, match=r"option 'topology' is a topology's name, a JSON file, a Topology or None, not int"):
+        Options(topology=8)  # type: ignore[arg-type]
+    with pytest.raises(TopologyError, match="did you mean '8xH100'"):
+        Options(topology="H100")

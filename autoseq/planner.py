@@ -1,11 +1,11 @@
 """The planner: which strategy each attention site gets, and the layout of the whole graph.
 
-A pure function of data that every rank has alike (sites, group size, options), so every rank reaches the same plan. For
-now "auto" takes what is legal and balanced and whose busiest rank sends the fewest bytes in a training step; the losers keep
-their reasons.
+A pure function of data that every rank has alike (sites, group size, options, topology), so every rank reaches the same plan. "auto"
+takes, of what is legal and fits in memory, what is predicted to be fastest (`planning/prediction.py`); the losers keep their predicted
+seconds and their reasons.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -14,13 +14,16 @@ from torch import fx
 from autoseq.passes.attention_site import is_attention
 from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
+from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken
+from autoseq.planning.prediction import asked_ranks, step_seconds
+from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost, Site
+from autoseq.runtime.timeline import Way
 
-_ASKED = 16  # ranks whose cost is computed
-
+WAYS: tuple[Way, ...] = get_args(Way)
 
 @dataclass(frozen=True, slots=True)
 class NamedSite:
@@ -41,14 +44,27 @@ class SitePlan:
     cost: Cost  # of rank 0
     busiest_bytes: int  # what the rank sends in a step that sends most
     losers: tuple[tuple[str, str], ...]
+    offers: tuple[Offer, ...]  # of all that could serve in this layout, the chosen one among them
+
+    @property
+    def offer(self) -> Offer:
+        """What was chosen takes."""
+        return next(offer for offer in self.offers if offer.strategy == self.strategy)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for a step, forward and backward."""
+        return self.offer.seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One strategy a site, one layout for the graph."""
+    """One strategy a site, one layout for the graph, and the topology that they are for."""
 
     layout: Layout
     sites: tuple[SitePlan, ...]
+    topology: str = ""
+    refused: tuple[tuple[Layout, str], ...] = ()  # layouts that were not taken, and why
 
     def strategies(self) -> dict[str, str]:
         return {planned.site.name: planned.strategy for planned in self.sites}
@@ -57,11 +73,20 @@ class Plan:
         """What the sites' busiest ranks send in a step."""
         return sum(planned.busiest_bytes for planned in self.sites)
 
+    def seconds(self) -> float:
+        """Predicted for the attention of a step."""
+        return sum(planned.seconds for planned in self.sites)
+
+    def memory_bytes(self) -> int:
+        """What the attentions keep for the backward, and the largest buffers."""
+        return needed_bytes([planned.offer for planned in self.sites])
+
     def lines(self) -> list[str]:
         """The plan as text: for people, and for ranks to compare."""
         meshes = {planned.site.site.mesh for planned in self.sites} - {()}
         head = f"layout {self.layout}" + "".join(f", a mesh of {nodes} nodes of {ranks} ranks" for nodes, ranks in meshes)
-        return [head, *(f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}" for p in self.sites)]
+        total = f"topology {self.topology}: {self.seconds():.3g} s of attention a step, {self.memory_bytes():,} bytes held"
+        return [head, total, *(f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}, {p.seconds:.3g} s" for p in self.sites)]
 
 
 def find_sites(gm: fx.GraphModule, mesh: tuple[int, ...] = ()) -> list[NamedSite]:
@@ -98,11 +123,14 @@ def _learned(captures: Sequence[fx.Node]) -> tuple[int, ...]:
     return tuple(i for i, capture in enumerate(captures) if requires_grad(capture))
 
 
-def make_plan(sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str) -> Plan:
-    """Choose for every site. Raises StrategyError if the one asked for, or every one, cannot serve a site.
+def make_plan(
+    sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str, topology: Topology, reserved_bytes: int = 0
+) -> Plan:  # fmt: skip
+    """Choose for every site: the fastest step, of equally fast ones the first in the registry and the contiguous layout.
 
-    "auto" takes the layout with which the graph sends the fewest bytes, contiguous where both send as many, and does not count what
-    leaves causal work unbalanced. A layout that is asked for is taken as it is.
+    What the attentions hold is to fit beside `reserved_bytes` in the memory of a rank of `topology`; where nothing does, the plan is the
+    one that holds least, which `Plan.memory_bytes` tells. Raises StrategyError if the strategy asked for, or every one, cannot serve a
+    site, and TopologyError if the topology has no such number of ranks.
     """
     for named in sites:
         _check_served(named, group_size, strategy)
@@ -110,12 +138,39 @@ def make_plan(sites: Sequence[NamedSite], *, group_size: int, strategy: str, lay
     asked: tuple[Layout, ...] = get_args(Layout) if layout == "auto" and group_size > 1 else ("contiguous",)
     if layout != "auto":
         asked = (layout,)  # type: ignore[assignment]
-    # A strategy that balances no layout it takes is better than none.
-    for must_balance in (layout == "auto" and group_size > 1, False):
-        plans = [_plan(sites, group_size, names, each, must_balance) for each in asked]
-        if served := [plan for plan in plans if isinstance(plan, Plan)]:
-            return min(served, key=Plan.step_bytes)
-    raise StrategyError("; or ".join(str(refusal) for refusal in plans))
+    hardware, room = topology.at(group_size), topology.memory_bytes - reserved_bytes
+    offered = {each: _offers(sites, group_size, names, each, hardware) for each in asked}
+    refused = {each: found for each, found in offered.items() if isinstance(found, str)}
+    if len(refused) == len(asked):
+        raise StrategyError("; or ".join(refused.values()))
+    found = [_candidate(each, offers, room) for each, offers in offered.items() if not isinstance(offers, str)]
+    best = min(found, key=lambda candidate: (not candidate.fits, candidate.seconds if candidate.fits else candidate.held_bytes))
+    planned = tuple(_site_plan(*each, group_size, best.layout, names) for each in zip(sites, best.offers, best.picks, strict=True))
+    others = [(each.layout, f"{each.seconds:.3g} s of attention a step") for each in found if each is not best]
+    return Plan(best.layout, planned, topology.name, (*refused.items(), *others))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """The best choice in one layout."""
+
+    layout: Layout
+    offers: list[list[Offer]]
+    picks: Picks
+    fits: bool
+
+    @property
+    def seconds(self) -> float:
+        return sum(offer.seconds for offer in taken(self.offers, self.picks))
+
+    @property
+    def held_bytes(self) -> int:
+        return needed_bytes(taken(self.offers, self.picks))
+
+
+def _candidate(layout: Layout, offers: list[list[Offer]], room: float) -> _Candidate:
+    picks = choose(offers, room)
+    return _Candidate(layout, offers, smallest(offers) if picks is None else picks, picks is not None)
 
 
 def _check_served(named: NamedSite, P: int, asked: str) -> None:
@@ -130,43 +185,50 @@ def _check_served(named: NamedSite, P: int, asked: str) -> None:
         raise StrategyError(f"no strategy can serve the attention at {named.source} ({named.name}): {reasons}")
 
 
-def _plan(sites: Sequence[NamedSite], P: int, names: Sequence[str], layout: Layout, must_balance: bool) -> Plan | str:
-    """The plan for a layout, or why there is none."""
-    chosen = []
+def _offers(sites: Sequence[NamedSite], P: int, names: Sequence[str], layout: Layout, topology: Topology) -> list[list[Offer]] | str:
+    """What the strategies that can serve would take, site by site; or why one site has none. Sites that are alike are asked once."""
+    known: dict[Site, list[Offer]] = {}
     for named in sites:
-        refused = {name: _refusal(named.site, name, P, layout, must_balance) for name in STRATEGIES}
-        able = [name for name in names if refused[name] is None]
+        if named.site in known:
+            continue
+        able = [name for name in names if _refusal(named.site, name, P, layout) is None]
         if not able:
-            reasons = "; ".join(f"{name}: {refused[name]}" for name in names)
+            reasons = "; ".join(f"{name}: {_refusal(named.site, name, P, layout)}" for name in names)
             return f"layout {layout!r} does not suit the attention at {named.source} ({named.name}): {reasons}"
-        chosen.append(_cheapest(named, P, layout, able, refused if len(names) > 1 else {}))
-    return Plan(layout, tuple(chosen))
+        known[named.site] = [offer(name, named.site, P, layout, topology) for name in able]
+    return [known[named.site] for named in sites]
 
 
-def _refusal(site: Site, name: str, P: int, layout: Layout, must_balance: bool) -> str | None:
-    strategy = STRATEGIES[name]
-    reason = strategy.cannot_serve(site, P) or strategy.cannot_lay_out(layout)
-    if reason is None and must_balance and layout == "contiguous" and strategy.balanced_by_zigzag and _is_causal(site):
-        return "its causal work is uneven on contiguous rows"
-    return reason
-
-
-def _is_causal(site: Site) -> bool:
-    return site.max_ahead == 0 and site.max_behind is None
-
-
-def _cheapest(named: NamedSite, P: int, layout: Layout, able: Sequence[str], refused: Mapping[str, str | None]) -> SitePlan:
-    """The strategy whose busiest rank sends the fewest bytes; of several the first in the registry."""
-    sent = {name: max(STRATEGIES[name].cost(named.site, P, layout, rank).step_bytes for rank in _some_ranks(P)) for name in able}
-    best = min(able, key=lambda name: sent[name])
-    losers = tuple(
-        (name, reason or f"its busiest rank sends {sent[name]:,} bytes a step, that of {best} {sent[best]:,}")
-        for name, reason in refused.items()
-        if name != best
+def offer(name: str, site: Site, P: int, layout: Layout, topology: Topology) -> Offer:
+    """What a strategy takes for a site: of its slowest rank, and of the one that holds most."""
+    strategy, ranks = STRATEGIES[name], asked_ranks(P)
+    return Offer(
+        name,
+        step_seconds(strategy, site, P, layout, topology, ranks),
+        max(strategy.kept_bytes(site, P, layout, rank) for rank in ranks),
+        max(strategy.buffer_bytes(site, P, layout, rank, way) for rank in ranks for way in WAYS),
     )
-    return SitePlan(named, best, STRATEGIES[best].cost(named.site, P, layout), sent[best], losers)
 
 
-def _some_ranks(P: int) -> list[int]:
-    """All ranks, or of many the first, the last and some between."""
-    return sorted({round(i * (P - 1) / (_ASKED - 1)) for i in range(_ASKED)}) if P > _ASKED else list(range(P))
+def _refusal(site: Site, name: str, P: int, layout: Layout) -> str | None:
+    strategy = STRATEGIES[name]
+    return strategy.cannot_serve(site, P) or strategy.cannot_lay_out(layout)
+
+
+def _site_plan(named: NamedSite, offers: Sequence[Offer], pick: int, P: int, layout: Layout, names: Sequence[str]) -> SitePlan:
+    best, site = offers[pick], named.site
+    by_name = {each.strategy: each for each in offers}
+    losers = tuple((name, _why_not(by_name.get(name), best, site, P, layout, name)) for name in names if name != best.strategy)
+    strategy = STRATEGIES[best.strategy]
+    busiest = max(strategy.cost(site, P, layout, rank).step_bytes for rank in asked_ranks(P))
+    return SitePlan(named, best.strategy, strategy.cost(site, P, layout), busiest, losers, tuple(offers))
+
+
+def _why_not(lost: Offer | None, best: Offer, site: Site, P: int, layout: Layout, name: str) -> str:
+    if lost is None:
+        return str(_refusal(site, name, P, layout))
+    seconds = f"{lost.seconds:.3g} s a step, {best.strategy} {best.seconds:.3g}"
+    if lost.seconds >= best.seconds:
+        return seconds
+    held = lost.kept_bytes + lost.buffer_bytes - best.kept_bytes - best.buffer_bytes
+    return f"{seconds}, but it holds {held:,} bytes more and does not fit"

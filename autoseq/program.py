@@ -25,9 +25,12 @@ from autoseq.passes.open_regions import open_regions
 from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
+from autoseq.passes.sizes import num_bytes
 from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
 from autoseq.planner import NamedSite, Plan, find_sites, make_plan
+from autoseq.planning.found import found_topology
+from autoseq.planning.topology import Topology
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import FallbackError, NoAttentionError, NoSequenceError
 from autoseq.runtime.groups import SequenceGroup
@@ -87,7 +90,10 @@ def build_program(
             return None
         raise NoAttentionError(_no_attention(gm, left_whole))
     _check_lengths(sites, group)
-    plan = make_plan(sites, group_size=group.size, strategy=options.strategy, layout=options.layout)
+    plan = make_plan(
+        sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology_of(options, group),
+        reserved_bytes=_parameter_bytes(normal, fake),
+    )  # fmt: skip
     before = fx.Graph()
     before.graph_copy(normal.graph, {}, return_output_node=True)
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
@@ -120,6 +126,18 @@ def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple
         Pass("bucket_varies", partial(bucket_varies, bucket_bytes=GRADIENT_BUCKET_BYTES)),
         Pass("refresh_values", refresh_values),
     )
+
+
+def topology_of(options: Options, group: SequenceGroup) -> Topology:
+    """The one that was asked for, or what is known of this machine."""
+    return options.topology if isinstance(options.topology, Topology) else found_topology(group.size)
+
+
+def _parameter_bytes(gm: fx.GraphModule, inputs: Sequence[object]) -> int:
+    """Of parameters and their gradients, which are whole on every rank."""
+    given = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    owned = [(node, x) for node, x in given if isinstance(x, torch.Tensor) and (node.meta["is_parameter"] or node.meta.get("is_buffer"))]
+    return sum(num_bytes(x) * (2 if node.meta["requires_grad"] else 1) for node, x in owned)
 
 
 def mark_trainable(gm: fx.GraphModule, inputs: Sequence[object]) -> None:

@@ -115,7 +115,7 @@ def test_a_fallback_is_reported_with_its_source_reason_and_bytes() -> None:
 
 
 def test_the_command_prints_sites_collectives_and_the_graph_and_nothing_on_stderr() -> None:
-    result = run(EXAMPLE, "--seq-len", "37", "--world-size", "3", "--strategy", "ring", "--graph", "both")
+    result = run(EXAMPLE, "--seq-len", "37", "--world-size", "3", "--strategy", "ring", "--layout", "zigzag", "--graph", "both")
     assert (result.exit_code, result.stderr) == (0, "")
     for expected in ("37 tokens on 3 ranks, layout zigzag", "blocks.0 … blocks.1 (2 ×)", "plain_gpt.py:23", "k <= q", "Fallbacks: none"):
         assert expected in result.stdout

@@ -3,7 +3,8 @@
 import copy
 import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ import models
 from autoseq.cli import app
 from autoseq.inspection import inspect_model
 from autoseq.planner import NamedSite, Plan, make_plan
+from autoseq.planning.presets import load_topology
+from autoseq.planning.topology import KernelRates, Link, Rate, Topology
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh, process_group
+from autoseq.runtime.layout import Layout
 from autoseq.runtime.nodes import check_nodes, found_nodes, make_nodes
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
@@ -203,10 +207,13 @@ def test_nodes_are_made_once_of_ranks_beside_each_other_and_wait_as_long() -> No
 # Plans ----------------------------------------------------------------------------------------------------------------
 
 
-def plan(strategy: str = "auto", layout: str = "auto", P: int = 4, **site: Any) -> Plan:
-    sizes = dict(batch=1, q_len=4096, k_len=4096, heads=8, kv_heads=8, head_dim=64, value_dim=64, element_bytes=2, max_ahead=0)
+TOPOLOGY = load_topology("8xH100")
+
+
+def plan(strategy: str = "auto", layout: str = "auto", P: int = 4, topology: Topology = TOPOLOGY, **site: Any) -> Plan:
+    sizes = dict(batch=1, q_len=65536, k_len=65536, heads=8, kv_heads=8, head_dim=64, value_dim=64, element_bytes=2, max_ahead=0)
     named = NamedSite("attention", "model.py:1", "a mask", Site(**sizes | site))  # type: ignore[arg-type]
-    return make_plan([named], group_size=P, strategy=strategy, layout=layout)
+    return make_plan([named], group_size=P, strategy=strategy, layout=layout, topology=topology)
 
 
 LAYOUTS = {
@@ -226,18 +233,46 @@ def test_which_layout(asked: dict[str, Any], layout: str) -> None:
     assert plan(**asked).layout == layout
 
 
-def test_auto_takes_the_fewest_bytes_of_what_is_balanced_and_says_why_others_lost() -> None:
+def test_auto_takes_the_fastest_and_says_why_others_lost() -> None:
     chosen = plan()
     (site,) = chosen.sites
     for layout in ("contiguous", "zigzag"):
         for name, strategy in STRATEGIES.items():
-            able = strategy.cannot_serve(site.site.site, 4) is None and strategy.cannot_lay_out(layout) is None
-            if able and not (layout == "contiguous" and strategy.balanced_by_zigzag):
-                assert chosen.step_bytes() <= max(strategy.cost(site.site.site, 4, layout, rank).step_bytes for rank in range(4)), name
+            if strategy.cannot_serve(site.site.site, 4) is None and strategy.cannot_lay_out(layout) is None:
+                assert chosen.seconds() <= plan(name, layout).seconds(), name
     reasons = dict(site.losers)
     assert set(reasons) | {site.strategy} == set(STRATEGIES)
     assert "needs several nodes" in reasons["hybrid"]
     assert "whole sequence on one rank" in reasons["local"]
+    able = {offer.strategy for offer in site.offers} - {site.strategy}
+    assert all(re.fullmatch(rf"\S+ s a step, {site.strategy} \S+", reasons[name]) for name in able)
+
+
+def test_where_nothing_but_bytes_takes_time_auto_takes_the_fewest() -> None:
+    kernels = KernelRates(*[1e30] * 4)
+    only_bytes = Topology("bytes", 4, 1, Link(*[Rate(0.0, 1.0)] * 5), None, {"bfloat16": kernels}, 1 << 60, 1e30, 0.0)
+    for kv_heads in (8, 1):
+        chosen = plan(topology=only_bytes, kv_heads=kv_heads)
+        site = chosen.sites[0].site.site
+        sent = {
+            (name, layout): max(strategy.cost(site, 4, layout, rank).step_bytes for rank in range(4))
+            for name, strategy in STRATEGIES.items()
+            for layout in get_args(Layout)
+            if strategy.cannot_serve(site, 4) is None and strategy.cannot_lay_out(layout) is None
+        }
+        assert sent[chosen.sites[0].strategy, chosen.layout] == min(sent.values())
+
+
+def test_a_limit_of_memory_makes_way_for_a_slower_strategy() -> None:
+    free = plan()
+    by_size = sorted(free.sites[0].offers, key=lambda offer: offer.kept_bytes + offer.buffer_bytes)
+    tight = plan(topology=replace(TOPOLOGY, memory_bytes=by_size[0].kept_bytes + by_size[0].buffer_bytes))
+    assert tight.memory_bytes() <= by_size[0].kept_bytes + by_size[0].buffer_bytes
+    assert tight.seconds() >= free.seconds()
+    if tight.strategies() != free.strategies():
+        assert "but it holds" in dict(tight.sites[0].losers)[free.sites[0].strategy]
+    least = plan(topology=replace(TOPOLOGY, memory_bytes=1))
+    assert least.memory_bytes() <= tight.memory_bytes()
 
 
 def test_a_layout_that_a_strategy_does_not_take_is_an_error_that_says_why() -> None:

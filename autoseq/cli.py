@@ -1,42 +1,24 @@
-"""The `autoseq` command: inspect, verify, demo, strategies, doctor.
+"""The `autoseq` command: inspect, verify, demo, strategies, topology, doctor.
 
 Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 misuse. A user's mistake never shows a traceback.
 """
 
-import contextlib
-import logging
-import sys
-from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
 from typing import Annotated, Literal
 
 import typer
 
-from autoseq.runtime.errors import AutoSeqError, OptionError, TargetError
-from autoseq.runtime.strategies import STRATEGIES
+from autoseq.cli_errors import exit_codes
+from autoseq.cli_options import Batch, Inner, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+from autoseq.cli_topology import app as topology
 
 app = typer.Typer(
     name="autoseq", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Split a transformer's sequence over ranks with torch.compile, and see what that does.",
     epilog="Start with: autoseq demo",
 )  # fmt: skip
-
-_TARGET_HELP = (
-    "The model: path/file.py:factory or package.module:factory, a function that takes batch and seq_len and returns (model, kwargs); "
-    "or hf:PATH to a transformers config.json."
-)
-TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET_HELP, show_default=False)]
-SeqLen = Annotated[int, typer.Option("--seq-len", min=1, help="Global length of the sequence, in tokens.", show_default=False)]
-WorldSize = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks that share the sequence.")]
-RanksPerNode = Annotated[
-    int | None, typer.Option("--ranks-per-node", min=1, help="Cut the ranks into nodes of so many, for two-level strategies.")
-]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a batch.")]
-StrategyName = Annotated[str, typer.Option("--strategy", help=f"How attention crosses ranks: auto, {', '.join(STRATEGIES)}.")]
-LayoutName = Annotated[str, typer.Option("--layout", help="Which rows a rank holds: auto, contiguous or zigzag.")]
-Inner = Annotated[Literal["aot_eager", "inductor"], typer.Option("--inner", help="What compiles the rewritten graph.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the passes do, and full tracebacks, to stderr.")]
+app.add_typer(topology, name="topology")
 
 
 def _version(asked: bool) -> None:
@@ -66,7 +48,7 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Show what autoseq would do to a model: its attention, its communication, its graph. Needs no peers, GPU or weights."""
-    with _exit_codes(verbose):
+    with exit_codes(verbose):
         from autoseq.inspection import inspect_model
         from autoseq.report import inspection_json, print_inspection, results
         from autoseq.target import load_target
@@ -96,7 +78,7 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Run a model on local ranks and on one device, and compare every output and every parameter's gradient."""
-    with _exit_codes(verbose):
+    with exit_codes(verbose):
         from autoseq.report import print_verification, results
         from autoseq.target import load_target
         from autoseq.verify import Case, verify_target
@@ -120,7 +102,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Train a small, unmodified Llama on split sequences and beside it on one device, and compare the two."""
-    with _exit_codes(verbose):
+    with exit_codes(verbose):
         from autoseq.demo import run_demo
         from autoseq.report import results
 
@@ -135,7 +117,7 @@ def strategies(
     verbose: Verbose = False,
 ) -> None:
     """Show what each strategy sends, which attention it serves, and why it does not serve the rest."""
-    with _exit_codes(verbose):
+    with exit_codes(verbose):
         from autoseq.report import results
         from autoseq.strategy_table import markdown, print_strategies
 
@@ -151,7 +133,7 @@ def doctor(
     verbose: Verbose = False,
 ) -> None:
     """Show versions, devices, and which attention kernels there are, or why they are not and what to install."""
-    with _exit_codes(verbose):
+    with exit_codes(verbose):
         from autoseq.doctor import checkup, checkup_json, print_checkup
         from autoseq.report import results
 
@@ -160,22 +142,6 @@ def doctor(
             print(checkup_json(found))
         else:
             print_checkup(results(), found)
-
-
-@contextlib.contextmanager
-def _exit_codes(verbose: bool) -> Iterator[None]:
-    """The boundary: autoseq's errors become a message on stderr and an exit status."""
-    from autoseq.logs import log_to_stderr
-
-    log_to_stderr(verbose=verbose)
-    try:
-        yield
-    except AutoSeqError as error:
-        if verbose:
-            logging.getLogger("autoseq").debug("%s", getattr(error, "details", ""), exc_info=error)
-        misuse = isinstance(error, (TargetError, OptionError))
-        print(f"autoseq: error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if misuse else 1) from None
 
 
 def main() -> None:

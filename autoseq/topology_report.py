@@ -1,0 +1,59 @@
+"""What `autoseq topology` prints: tables of links and kernels, and where the numbers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from rich.console import Console
+
+from autoseq.planning.topology import KINDS, Link, Rate, Topology
+from autoseq.report import readable_bytes, table
+
+
+def print_topologies(console: Console, topologies: Sequence[Topology]) -> None:
+    """One line each."""
+    columns = ("name", ":ranks", ":memory", ":bfloat16 peak", "all-to-all inside", "between nodes, all-to-all")
+    console.print(table("Topologies", columns, [_line(each) for each in topologies]))
+    console.print("2x8xH100 is two nodes; 2x8xH100-4nic is two nodes of four network cards each, 1 to 8; 4xH100 is a part of a node.")
+
+
+def print_topology(console: Console, topology: Topology) -> None:
+    """Everything, in tables."""
+    nodes = "1 node" if topology.nodes == 1 else f"{topology.nodes} nodes"
+    console.print(f"{topology.name}: {nodes} of {topology.ranks_per_node} ranks, {readable_bytes(topology.memory_bytes)} each")
+    links = [("inside a node", topology.inside, ""), ("between nodes", topology.between, " a card")]
+    for title, link, per in links:
+        if link is not None:
+            shape = f"{link.duplex} duplex" + (f", {link.lanes} network cards a node" if per else "")
+            rows = [(kind, *_rate(link.rate(kind))) for kind in KINDS]
+            console.print(table(f"Links {title} ({shape})", ("message", ":latency", f":each way{per}"), rows))
+    rows = [(dtype, *(_flops(getattr(rates, rate.name)) for rate in fields(rates))) for dtype, rates in topology.kernels.items()]
+    console.print(table("Kernels", ("dtype", ":peak", ":products", ":attention", ":its backward"), rows))
+    console.print(f"memory at {readable_bytes(topology.memory_bytes_per_s)}/s, {_time(topology.launch_s)} for each kernel call")
+    for source in topology.sources:
+        console.print(f"- {source}")
+
+
+def _line(topology: Topology) -> tuple[str, ...]:
+    peak = _flops(topology.kernel_rates("bfloat16").peak_flops_per_s)
+    memory = readable_bytes(topology.memory_bytes)
+    between = _link(topology.between) if topology.between else ""
+    return topology.name, str(topology.world_size), memory, peak, _link(topology.inside), between
+
+
+def _link(link: Link) -> str:
+    latency, rate = _rate(link.all_to_all)
+    return f"{f'{link.lanes} x ' if link.lanes > 1 else ''}{rate}, {latency}"
+
+
+def _rate(rate: Rate) -> tuple[str, str]:
+    return _time(rate.latency_s), f"{readable_bytes(rate.bytes_per_s)}/s"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e11 else f"{rate / 1e9:.3g} GFLOP/s"

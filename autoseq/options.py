@@ -33,8 +33,8 @@ class Options:
 
     mesh: the ranks that share one sequence, as a DeviceMesh of one dim, or of two: nodes, ranks in a node. None means all ranks.
     ranks_per_node: makes two dims of all ranks, in nodes of so many; the two-level strategies need to know them.
-    strategy: how attention crosses ranks; "auto" picks, per site, the legal one whose busiest rank sends the fewest bytes.
-    layout: which rows a rank holds; "auto" is the one that sends less among those that balance causal work.
+    strategy: how attention crosses ranks; "auto" picks, per site, the one predicted to be fastest of those that fit in memory.
+    layout: which rows a rank holds; "auto" is the one with which the whole graph's attention is predicted to be faster.
     topology: the hardware to plan for: a name (`autoseq topology list`), a JSON file (`autoseq topology measure -o`), or a Topology, which
         is what the first two become; None is what torch tells of this machine. Every rank gives the same.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".

@@ -85,8 +85,9 @@ class Plan:
         """The plan as text: for people, and for ranks to compare."""
         meshes = {planned.site.site.mesh for planned in self.sites} - {()}
         head = f"layout {self.layout}" + "".join(f", a mesh of {nodes} nodes of {ranks} ranks" for nodes, ranks in meshes)
-        total = f"topology {self.topology}: {self.seconds():.3g} s of attention a step, {self.memory_bytes():,} bytes held"
-        return [head, total, *(f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}, {p.seconds:.3g} s" for p in self.sites)]
+        total = f"{self.seconds():.3g} s of attention a step, {self.memory_bytes():,} bytes held"
+        sites = [f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}, {p.seconds:.3g} s" for p in self.sites]
+        return [head, f"topology {self.topology}", *sites, total]
 
 
 def find_sites(gm: fx.GraphModule, mesh: tuple[int, ...] = ()) -> list[NamedSite]:

@@ -23,14 +23,17 @@ from __future__ import annotations
 import sympy
 from torch import Tensor
 
-from autoseq.runtime import visits
+from autoseq.runtime import strategy, visits
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Settings
+from autoseq.runtime.extrapolation import summed
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import fills_rows
-from autoseq.runtime.strategy import Cost, Site, Strategy, rows_of_site, terms_of_site
+from autoseq.runtime.strategy import Site, rows_of_site, terms_of_site
+from autoseq.runtime.timeline import Phase, Way
 from autoseq.runtime.visit_op import visiting_op
+from autoseq.runtime.visiting import Visiting, visit_phases
 from autoseq.runtime.visits import Manner
 
 
@@ -59,11 +62,12 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
 attention = attention_function(__name__, _compute)
 
 
-class Balanced(Strategy):
+class Balanced(Visiting):
     """Early ranks help late ones."""
 
     name = "balanced"
     merges_partial_softmaxes = True
+    manner = _MANNER
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:
@@ -84,8 +88,12 @@ class Balanced(Strategy):
             return "with zigzag rows every rank has as much causal work as the others, and needs no help"
         return None
 
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return _MANNER.cost(site, group_size, layout, rank)
-
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
-        return super().sizes(site, group_size, layout, rank) | _MANNER.counts(site, group_size, layout, rank)
+        cases = self.cases(site, group_size, layout, rank)
+        counts = summed([(case.weight, _MANNER.counts(*case.asked)) for case in cases])
+        return super().sizes(site, group_size, layout, rank) | counts
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """Of P//2 rounds and the own block, of which the mask leaves half."""
+        rounds = sympy.floor(strategy.P / 2)
+        return visit_phases(rounds, 1 / (2 * rounds + 1))

@@ -20,13 +20,14 @@ from autoseq.runtime import runs
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.circle import Route
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.lanes import Lane, lanes_cost, lanes_op
+from autoseq.runtime.lanes import Lane, key_bytes, lanes_op
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.needs import Needs
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes
-from autoseq.runtime.visiting_queries import visiting_queries_attention, visiting_queries_cost
+from autoseq.runtime.timeline import Exchanges, Phase, Way, Work, repeated
+from autoseq.runtime.visiting_queries import VisitingQueries, visiting_queries_attention
 
 
 @lru_cache(maxsize=256)
@@ -76,8 +77,48 @@ class BidirectionalRing(Strategy):
         return one_way | {name: 2 * one_way[name] for name in ("forward_messages", "backward_messages")}
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        s, t = (local_length(n, group_size, layout) for n in (site.q_len, site.k_len))
-        keys, sizes = (site.kv_heads, t, site.head_dim, site.value_dim), (site.element_bytes, accumulator_bytes(site))
-        if _queries_are_less((site.heads, s, site.head_dim), keys, sizes, group_size - 1):
-            return visiting_queries_cost(site, group_size, layout, rank)
-        return lanes_cost(_lanes, site, group_size, layout, rank)
+        return _moves(site, group_size, layout).sent(site, group_size, layout, rank)
+
+    def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
+        by_queries = isinstance(_moves(site, group_size, layout), VisitingQueries)
+        return super().sizes(site, group_size, layout, rank) | {BY_QUERIES: int(by_queries)}
+
+    def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        return _moves(site, group_size, layout).exchanges(site, group_size, layout, rank, way)
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """Those of what travels: keys, or queries where the last symbol is 1."""
+        return repeated(_KEYS.phases(way), 1 - BY_QUERIES) + repeated(_QUERIES.phases(way), BY_QUERIES)
+
+    def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
+        return _moves(site, group_size, layout).work(site, group_size, layout, rank, way)
+
+    def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        return _moves(site, group_size, layout).kept_bytes(site, group_size, layout, rank)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        return _moves(site, group_size, layout).buffer_bytes(site, group_size, layout, rank, way)
+
+
+class _KeysBothWays(Ring):
+    """What it answers where keys travel."""
+
+    lanes = staticmethod(_lanes)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        """One half's copy leaves when the other has arrived, so a forward of several hops holds half of the keys less than a ring's."""
+        held = super().buffer_bytes(site, group_size, layout, rank, way)
+        return held - (key_bytes(site, group_size, layout)[0] // 2 if way == "forward" and group_size > 2 else 0)
+
+
+_KEYS, _QUERIES = _KeysBothWays(), VisitingQueries()
+
+# 1 where queries travel, else 0.
+BY_QUERIES = sympy.Symbol("j", nonnegative=True, integer=True)
+
+
+def _moves(site: Site, P: int, layout: Layout) -> Strategy:
+    """What sends fewer bytes in a step."""
+    s, t = (local_length(n, P, layout) for n in (site.q_len, site.k_len))
+    keys, sizes = (site.kv_heads, t, site.head_dim, site.value_dim), (site.element_bytes, accumulator_bytes(site))
+    return _QUERIES if _queries_are_less((site.heads, s, site.head_dim), keys, sizes, P - 1) else _KEYS

@@ -28,14 +28,18 @@ from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Call, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
+from autoseq.runtime.extrapolation import Case, cases_of
 from autoseq.runtime.lanes import (
     Lane,
     cheapest_lane,
     common_lanes,
+    key_bytes,
     lane_rows,
     last_keys,
     own_keys,
+    ring_phases,
     rows_cost,
+    rows_exchanges,
     unpacked,
     visitor,
     with_gradients,
@@ -46,7 +50,9 @@ from autoseq.runtime.local import whole_attention
 from autoseq.runtime.needs import Needs
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, needs_two_dims
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, needs_two_dims, rows_of_site, task_of
+from autoseq.runtime.timeline import WAYS, Exchanges, Phase, Way, nested, pipeline
+from autoseq.runtime.work_counts import Task, part_of
 
 _INSIDE = 2  # the tag of the inner circles' messages, beside which the outer circle's are in flight
 
@@ -186,9 +192,55 @@ class DoubleRing(Strategy):
         }
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        ranks = site.mesh[1]
-        node, place = divmod(rank, ranks)
-        needs = needs_of_site(site, group_size, layout)
-        routes = Routes.of(needs, ranks, site.element_bytes, accumulator_bytes(site))
+        node, place = divmod(rank, site.mesh[1])
+        routes = _routes(site, group_size, layout)
         rows = [lane_rows(routes.across[place], node), *(lane_rows(lane, place, keeps=False) for lane in routes.inside[node])]
         return rows_cost(site, rows)
+
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+        return cases_of(Case(site, group_size, layout, rank), together=site.mesh[1])
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        node, place = divmod(rank, site.mesh[1])
+        routes = _routes(site, group_size, layout)
+        inside = [lane_rows(lane, place, keeps=False) for lane in routes.inside[node]]
+        across = [lane_rows(routes.across[place], node)]
+        return rows_exchanges(site, across, way, "across", "across ") | rows_exchanges(site, inside, way, "inside", "inside ")
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """A circle inside the node for each hop across; a backward's begin with the keys at hand, and end with the way home."""
+        across = ring_phases(way, strategy.N, "across ")
+        home = "inside gradients" if way == "backward" else None
+        return nested(across, pipeline(strategy.R - 1, "inside keys", home, first_work=1 / strategy.R))
+
+    def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
+        nodes, ranks = site.mesh
+        node, place = divmod(rank, ranks)
+        rows, needs = rows_of_site(site, group_size, layout), needs_of_site(site, group_size, layout)
+        routes, direction = _routes(site, group_size, layout), WAYS.index(way)
+        across, keys = routes.across[place][direction], [rows.keys(rank)]
+        for hop in range(nodes):
+            origin = across.origin(node, hop)
+            inside = routes.inside[node][origin][direction]
+            here = {inside.origin(place, step): inside.keys_at(place, step) for step in range(1, ranks)}
+            here[place] = across.keys_at(node, hop)
+            holders = [(origin * ranks + at, held) for at, held in here.items()]
+            keys += [part_of(rows.keys(holder), held) for holder, held in holders if holder != rank and needs[rank][holder]]
+        return [task_of(rows, rank, keys, range(site.heads), site.kv_heads)]
+
+    def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        return super().kept_bytes(site, group_size, layout, rank) + (key_bytes(site, group_size, layout)[0] if group_size > 1 else 0)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        """Those of a circle inside a circle, of which the outer one's first hop holds most forward."""
+        if group_size == 1:
+            return 0
+        nodes, ranks = site.mesh
+        keys, grads = key_bytes(site, group_size, layout)
+        if way == "forward":
+            return (2 + min(ranks, 3)) * keys
+        return (min(nodes - 2, 2) + min(ranks, 4)) * keys + (min(nodes, 3) + min(ranks, 3)) * grads
+
+
+def _routes(site: Site, P: int, layout: Layout) -> Routes:
+    return Routes.of(needs_of_site(site, P, layout), site.mesh[1], site.element_bytes, accumulator_bytes(site))

@@ -33,9 +33,23 @@ from autoseq.runtime.groups import ALONE, SequenceGroup, group_of
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.posted import post_all_gather, post_reduce_scatter
-from autoseq.runtime.stages import STAGES, HeadRange, Staged, Wanted, attend_in_stages, cat_heads, cut, num_stages, pipelined, queries_of
-from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site
+from autoseq.runtime.stages import (
+    STAGES,
+    HeadRange,
+    Staged,
+    Wanted,
+    attend_in_stages,
+    cat_heads,
+    cut,
+    num_stages,
+    pipelined,
+    queries_of,
+    stage_buffers,
+)
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, MessageKind, Phase, Scope, Way, pipeline
 from autoseq.runtime.traffic import Traffic
+from autoseq.runtime.work_counts import Task, part_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +203,20 @@ class GatherKV(Strategy):
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         return gather_cost(site, group_size, layout, rank)
 
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        return gather_exchanges(site, group_size, layout, rank, way)
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """The keys of the next stage and the gradients of the one before travel under each stage."""
+        return pipeline(STAGES, "keys", "gradients" if way == "backward" else None)
+
+    def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
+        return gather_tasks(site, group_size, layout, rank)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        stages = num_key_stages(site, group_size, layout)
+        return 0 if group_size == 1 else gather_buffers(site, group_size, local_length(site.k_len, group_size, layout), stages, way)
+
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
         return opaque_traffic(site, self.cost(site, group_size, layout))
 
@@ -199,31 +227,77 @@ def gather_cost(
     """What `rank` sends for the heads of a site, of which the first has that number in the program; `places` as for `Holdings`."""
     if site.kv_heads == 0:
         return strategy.NOTHING
-    stages = _stages(site, P, layout, places, first_head, heads_per_kv)
-    total = strategy.NOTHING
-    for stage in stages:
-        total += _stage_cost(stage, site, P, layout, rank, places, first_head)
-    return total
+    return cost_of(*(gather_exchanges(site, P, layout, rank, way, places, first_head, heads_per_kv) for way in WAYS))
 
 
-def _stage_cost(stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int) -> Cost:
+def gather_exchanges(
+    site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), first_head: int = 0,
+    heads_per_kv: int | None = None, scope: Scope = "flat",
+) -> Exchanges:  # fmt: skip
+    """The same in one pass: keys, and in a backward their gradients."""
+    stages = _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []
+    sent = [found for stage in stages if (found := _stage_elements(stage, site, P, layout, rank, places, first_head)) is not None]
+    kinds: tuple[MessageKind, MessageKind] = ("all_gather", "reduce_scatter") if takes_all(_mask(site)) else ("all_to_all", "all_to_all")
+    keys = Exchange(kinds[0], scope, site.element_bytes * sum(keys for keys, _ in sent), len(sent))
+    grads = Exchange(kinds[1], scope, accumulator_bytes(site) * sum(grads for _, grads in sent), len(sent))
+    return {"keys": keys} if way == "forward" else {"keys": keys, "gradients": grads}
+
+
+def gather_tasks(
+    site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), first_head: int = 0, heads_per_kv: int | None = None
+) -> list[Task]:
+    """What `rank` computes: a stage's queries meet the keys of everybody that came."""
+    rows, tasks = rows_of_site(site, P, layout, places), []
+    for stage in _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []:
+        heads = range(first_head + stage.heads[0], first_head + stage.heads[1])
+        keys = [tuple(rows.keys(holder)) for holder in range(P)]
+        if not takes_all(_mask(site)):
+            needs = needs_of_site(site, P, layout, places, heads)[rank]
+            keys = [part_of(held, needed) for held, needed in zip(keys, needs, strict=True)]
+        tasks.append(task_of(rows, rank, keys, heads, stage.kv_heads[1] - stage.kv_heads[0]))
+    return tasks
+
+
+def gather_buffers(site: Site, P: int, t: int, stages: int, way: Way) -> int:
+    """The most that buffers hold where each of P participants has t rows of keys: with a mask there is as much room as without."""
+    elements = site.batch * site.kv_heads * t * (site.head_dim + site.value_dim)
+    keys, grads = elements * site.element_bytes, elements * accumulator_bytes(site)
+    if takes_all(_mask(site)):
+        return stage_buffers(stages, (keys, P * keys), (P * grads, grads) if way == "backward" else (0, 0))
+    # Each sends what the others need, at most all of it to all of them, and its own part lies between.
+    return stage_buffers(stages, (P * keys, P * keys), (2 * P * grads, P * grads) if way == "backward" else (0, 0))
+
+
+def num_key_stages(
+    site: Site, P: int, layout: Layout, places: tuple[int, ...] = (), first_head: int = 0, heads_per_kv: int | None = None
+) -> int:
+    """In how many stages the keys of a site come."""
+    return len(_stages(site, P, layout, places, first_head, heads_per_kv)) if site.kv_heads else 1
+
+
+def _mask(site: Site) -> Mask:
+    return Mask(site.max_ahead, site.max_behind, site.predicate)
+
+
+def _stage_elements(
+    stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int
+) -> tuple[int, int] | None:
+    """How many elements of keys and of gradients `rank` sends in a stage; None if nobody sends any."""
     elements = site.batch * (stage.kv_heads[1] - stage.kv_heads[0]) * (site.head_dim + site.value_dim)
-    if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
-        keys = grads = (P - 1) * _rows_of(site, P, layout, places)
-    else:
-        needs = needs_of_site(site, P, layout, places, range(first_head + stage.heads[0], first_head + stage.heads[1]))
-        if not somebody_sends(needs):
-            return strategy.NOTHING
-        others = [other for other in range(P) if other != rank]
-        keys = sum(runs.count(needs[other][rank]) for other in others)
-        grads = sum(runs.count(needs[rank][other]) for other in others)
-    forward = elements * keys * site.element_bytes
-    return Cost(forward, forward + elements * grads * accumulator_bytes(site), 1, 2)
+    if takes_all(_mask(site)):
+        rows = (P - 1) * _rows_of(site, P, layout, places)
+        return elements * rows, elements * rows
+    needs = needs_of_site(site, P, layout, places, range(first_head + stage.heads[0], first_head + stage.heads[1]))
+    if not somebody_sends(needs):
+        return None
+    others = [other for other in range(P) if other != rank]
+    keys = sum(runs.count(needs[other][rank]) for other in others)
+    return elements * keys, elements * sum(runs.count(needs[rank][other]) for other in others)
 
 
 def opaque_traffic(site: Site, cost: Cost) -> dict[str, Traffic]:
     """What of a cost is sent from inside opaque operators, and how."""
-    if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
+    if takes_all(_mask(site)):
         return {}
     return {"all_to_all": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 

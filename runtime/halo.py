@@ -22,9 +22,11 @@ from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length, num_chunks
-from autoseq.runtime.strategy import Cost, Site, Strategy
+from autoseq.runtime.strategy import Site
+from autoseq.runtime.timeline import ONE, Phase, Way
 from autoseq.runtime.visit_op import visiting_op
-from autoseq.runtime.visits import Manner, never
+from autoseq.runtime.visiting import Visiting
+from autoseq.runtime.visits import HOME, THERE, Manner, never
 
 _MANNER = Manner(never, early=None, keeps_all=True)
 
@@ -32,25 +34,31 @@ _MANNER = Manner(never, early=None, keeps_all=True)
 def _halo_elements(k: Tensor, v: Tensor, settings: Settings) -> int:
     """The most that a participant may get of any mask with these bounds."""
     P = prod(group_of(name).size for name in settings.groups)
-    elements = k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
-    others, behind, ahead = (P - 1) * k.shape[2], settings.max_behind, settings.max_ahead
-    if P == 1 or behind is None or ahead is None or _may_fill_rows(settings):
-        return others * elements
+    shards = max(1, len(settings.places) // P)
+    rows: Any = _halo_rows(settings, P, k.shape[2], settings.layout, shards, has_sinks=settings.sinks is not None)
+    return rows * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
+
+
+def _halo_rows(known: Settings | Site, P: int, t: int, layout: Layout, shards: int, *, has_sinks: bool) -> int:
+    """The same in rows, with t rows of keys in so many shards of each participant; sizes may be symbolic."""
+    others, behind, ahead = (P - 1) * t, known.max_behind, known.max_ahead
+    if P == 1 or behind is None or ahead is None or _may_fill_rows(known, has_sinks):
+        return others
     # Each of its chunks of queries reaches this far beyond its own keys; or beyond itself, where its keys are at other positions.
-    chunks = num_chunks(settings.layout) * max(1, len(settings.places) // P)
+    chunks = num_chunks(layout) * shards
     halo = chunks * (torch.sym_max(behind, 0) + torch.sym_max(ahead, 0))
-    if settings.q_len != settings.k_len:
-        halo = halo + local_length(settings.q_len, P, settings.layout) * max(1, len(settings.places) // P)
+    if known.q_len != known.k_len:
+        halo = halo + local_length(known.q_len, P, layout) * shards
     rows: Any = torch.sym_min(others, halo)
-    return rows * elements
+    return rows
 
 
-def _may_fill_rows(settings: Settings) -> bool:
+def _may_fill_rows(known: Settings | Site, has_sinks: bool) -> bool:
     """Whether a row may be worth something that depends on all keys, of which then none is left out."""
-    if settings.empty_rows == "zero" or settings.sinks is not None:
+    if known.empty_rows == "zero" or has_sinks:
         return False
-    own_position = settings.q_len == settings.k_len and (settings.max_behind or 0) >= 0 and (settings.max_ahead or 0) >= 0
-    return bool(settings.predicate or settings.score) or not own_position
+    own_position = known.q_len == known.k_len and (known.max_behind or 0) >= 0 and (known.max_ahead or 0) >= 0
+    return bool(known.predicate or known.score) or not own_position
 
 
 halo_attention = visiting_op("halo_attention", _MANNER, kept=_halo_elements)
@@ -67,19 +75,39 @@ attention = attention_function(__name__, _compute)
 BEHIND, AHEAD, CHUNKS = sympy.symbols("W_behind W_ahead m", nonnegative=True, integer=True)
 
 
-class Halo(Strategy):
+def _neighbours() -> sympy.Expr:
+    """How many ranks a window reaches into."""
+    reached = [CHUNKS * sympy.ceiling(CHUNKS * side / strategy.t) for side in (BEHIND, AHEAD)]
+    return sympy.Min(reached[0] + reached[1], strategy.P - 1)
+
+
+def _own_share() -> sympy.Expr:
+    """How much of the work is with a rank's own keys.
+
+    A side of w keys, x times a chunk of n rows, loses n·w·x/2 of its n·w pairs to others, and all but n·w/(2x) if it is the longer.
+    """
+    sides = BEHIND + AHEAD
+    parts = []
+    for side in (BEHIND, AHEAD):
+        chunks = CHUNKS * side / strategy.t
+        longer = sympy.Max(1, chunks)
+        parts.append(side * (1 / longer - sympy.Min(chunks, 1 / longer) / 2))
+    return 1 - (sides - sum(parts)) / sympy.Max(1, sides)
+
+
+class Halo(Visiting):
     """The neighbours' keys within the window, and no others."""
 
     name = "halo"
     merges_partial_softmaxes = True
+    manner = _MANNER
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:
         P, t = strategy.P, strategy.t
         rows = sympy.Min(CHUNKS * (BEHIND + AHEAD), (P - 1) * t)
         elements = strategy.B * rows * strategy.K * (strategy.D + strategy.V)
-        reached = [CHUNKS * sympy.ceiling(CHUNKS * side / t) for side in (BEHIND, AHEAD)]
-        messages = sympy.Min(reached[0] + reached[1], P - 1)
+        messages = _neighbours()
         return {
             "forward_bytes": elements * strategy.e,
             "backward_bytes": elements * strategy.a,
@@ -93,9 +121,6 @@ class Halo(Strategy):
                 return f"a halo is for masks with a window, and this one lets a query see any key {side} it"
         return super().cannot_serve(site, group_size)
 
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return _MANNER.cost(site, group_size, layout, rank)
-
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         sizes = super().sizes(site, group_size, layout, rank)
         # Where queries and keys are at other positions, or a row without keys needs them all, the window says little.
@@ -103,3 +128,17 @@ class Halo(Strategy):
         says_it = site.q_len == site.k_len and (site.empty_rows == "zero" or site.has_sinks)
         behind, ahead = (max(0, bound) if says_it and bound is not None else everything for bound in (site.max_behind, site.max_ahead))
         return sizes | {BEHIND: behind, AHEAD: ahead, CHUNKS: num_chunks(layout)}
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """The halos travel under the own block. A backward begins with them, and sends each one's gradients under what follows."""
+        own = _own_share()
+        if way == "forward":
+            return Phase(own, ((THERE, ONE),)), Phase(1 - own)
+        neighbours = sympy.Max(1, _neighbours())
+        sends = ((HOME, 1 / neighbours),)
+        of_each = (1 - own) / neighbours
+        return Phase(of_each), Phase(of_each, sends, neighbours - 1), Phase(own, sends)
+
+    def kept_elements(self, site: Site, P: int, layout: Layout) -> int:
+        rows = _halo_rows(site, P, local_length(site.k_len, P, layout), layout, 1, has_sinks=site.has_sinks)
+        return rows * site.batch * site.kv_heads * (site.head_dim + site.value_dim)

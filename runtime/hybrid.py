@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,17 +23,21 @@ from torch import Tensor
 
 from autoseq.runtime import gather_kv, ring, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
+from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_work
 from autoseq.runtime.gather_kv import GatherKV
 from autoseq.runtime.groups import group_of
+from autoseq.runtime.head_costs import HEADS, OWN_HEADS, OWN_KV_HEADS, ROWS, SENT_KV_HEADS, head_buffers, head_exchanges
 from autoseq.runtime.head_exchange import Exchange, HeadRange
-from autoseq.runtime.lanes import lanes_cost
-from autoseq.runtime.layout import Layout
+from autoseq.runtime.lanes import lanes_cost, lanes_exchanges, lanes_task, ring_buffers
+from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.stages import STAGES
-from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims
+from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims, saved_bytes
+from autoseq.runtime.timeline import Exchanges, Phase, Scope, Way, Work, alone, substituted
 from autoseq.runtime.traffic import Traffic
-from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS, Ulysses, covering_kv_heads, query_heads
+from autoseq.runtime.ulysses import Ulysses, covering_kv_heads, query_heads
+from autoseq.runtime.work_counts import Task, work_of_all
 
 ACROSS, INSIDE = 0, 1
 """The dims of a mesh."""
@@ -50,6 +55,30 @@ class Rows:
     strategy: Strategy
     cost: Callable[[Site, int, Layout, int, tuple[int, ...], range, int], Cost]
     kinds: Callable[[Site, Cost], dict[str, Traffic]]
+    exchanges: Callable[[Share, Way, Scope], Exchanges]
+    tasks: Callable[[Share, Way], list[Task]]
+    buffers: Callable[[Share, Way], int]
+    kept: Callable[[Share], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank trades rows for: a site of its share of the heads, among so many participants, of which it has that number."""
+
+    site: Site
+    participants: int
+    layout: Layout
+    number: int
+    places: tuple[int, ...]
+    heads: range  # global
+    heads_per_kv: int
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Padded local rows of queries and of keys."""
+        ranks = len(self.places)
+        s, t = (local_length(n, ranks, self.layout) * ranks // self.participants for n in (self.site.q_len, self.site.k_len))
+        return s, t
 
 
 def places(mesh: tuple[int, int], heads_along: int) -> tuple[int, ...]:
@@ -110,25 +139,86 @@ class _Hybrid(Strategy):
         return self.rows.kinds(site, self._traded(site, layout, 0))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
+        return super().sizes(site, group_size, layout, rank) | self._head_sizes(site, rank) | {
+            # A gather of all keys is one message a stage; there are none in a ring's formulas.
+            STAGES: self._stages(site, group_size, layout, rank),
+        }
+
+    def _stages(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        unmasked = replace(site, max_ahead=None, max_behind=None, predicate="")
+        (_, share), *_ = self._weighted_shares(unmasked, group_size, layout, rank)[-1:]
+        return sum(each.messages for each in self.rows.exchanges(share, "forward", "flat").values())
+
+    def _head_sizes(self, site: Site, rank: int) -> dict[sympy.Symbol, int]:
         heads, kv_heads = shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
         number = divmod(rank, site.mesh[INSIDE])[self.heads_along]
-        return super().sizes(site, group_size, layout, rank) | {
+        return {
             OWN_HEADS: _count(heads[number]),
             OWN_KV_HEADS: _count(kv_heads[number]),
             SENT_KV_HEADS: sum(map(_count, kv_heads)) - _count(kv_heads[number]),
-            # A gather of all keys is one message a stage; there are none in a ring's formulas.
-            STAGES: self._traded(replace(site, max_ahead=None, max_behind=None, predicate=""), layout, rank).forward_messages,
         }
 
     def _traded(self, site: Site, layout: Layout, rank: int) -> Cost:
         """What a rank sends for its share of the heads to those that have the same."""
-        at = divmod(rank, site.mesh[INSIDE])
-        heads, kv_heads = shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
-        own, own_keys = heads[at[self.heads_along]], kv_heads[at[self.heads_along]]
-        part = replace(site, heads=_count(own), kv_heads=_count(own_keys))
-        nodes, ranks = site.mesh
-        others, ratio = 1 - self.heads_along, site.heads // site.kv_heads
-        return self.rows.cost(part, site.mesh[others], layout, at[others], places((nodes, ranks), self.heads_along), range(*own), ratio)
+        share = self._share(site, layout, rank)
+        return self.rows.cost(share.site, share.participants, layout, share.number, share.places, share.heads, share.heads_per_kv)
+
+    def _share(self, site: Site, layout: Layout, rank: int, smaller: Site | None = None, place: int | None = None) -> Share:
+        """Of the heads as `rank` has them on the site's mesh, and of the rows as `place` of a smaller site has them, if that is given."""
+        number = divmod(rank, site.mesh[INSIDE])[self.heads_along]
+        heads, kv_heads = (each[number] for each in shares(site.mesh[self.heads_along], site.heads, site.kv_heads))
+        part = replace(smaller or site, heads=_count(heads), kv_heads=_count(kv_heads))
+        at, (nodes, ranks) = divmod(rank if place is None else place, part.mesh[INSIDE]), part.mesh
+        others, held = 1 - self.heads_along, places((nodes, ranks), self.heads_along)
+        return Share(part, part.mesh[others], layout, at[others], held, range(*heads), site.heads // site.kv_heads)
+
+    def _weighted_shares(self, site: Site, group_size: int, layout: Layout, rank: int) -> list[tuple[Fraction, Share]]:
+        """What is asked, or what stands for it among fewer nodes: with the same heads, of which many nodes would have other shares."""
+        cases = self.cases(site, group_size, layout, rank)
+        return [(case.weight, self._share(site, layout, rank, case.site, case.rank)) for case in cases]
+
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+        """Rows that are traded inside a node are those of all nodes."""
+        return cases_of(Case(site, group_size, layout, rank), together=site.mesh[INSIDE], quadratic=self.heads_along == ACROSS)
+
+    def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        """Heads go by `rows` and `heads`, and rows by the names that what trades them has."""
+        if group_size == 1:
+            return {}
+        along, scopes = (strategy.N, strategy.R)[self.heads_along], ("across", "inside")
+        sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
+        sizes |= {strategy.P: sizes[along], STAGES: 1}
+        traded = [
+            (weight, self.rows.exchanges(share, way, scopes[1 - self.heads_along]))
+            for weight, share in self._weighted_shares(site, group_size, layout, rank)
+        ]
+        return head_exchanges(way, sizes, scopes[self.heads_along]) | weighted(traded)
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """The heads are exchanged before and after, with nothing to compute beside; the rows as what trades them does."""
+        others = (strategy.R, strategy.N)[self.heads_along]
+        traded = substituted(self.rows.strategy.phases(way), {strategy.P: others, STAGES: sympy.Max(1, STAGES)})
+        return (*alone(ROWS), *traded, *alone(HEADS))
+
+    def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
+        if group_size == 1:
+            return super().work(site, group_size, layout, rank, way)
+        found = self._weighted_shares(site, group_size, layout, rank)
+        whole = [(weight, replace(share.site, heads=site.heads, kv_heads=site.kv_heads), share) for weight, share in found]
+        return weighted_work([(weight, work_of_all(all_heads, self.rows.tasks(share, way), way)) for weight, all_heads, share in whole])
+
+    def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        if group_size == 1:
+            return super().kept_bytes(site, group_size, layout, rank)
+        return self.rows.kept(self._share(site, layout, rank))
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        if group_size == 1:
+            return 0
+        along = (strategy.N, strategy.R)[self.heads_along]
+        sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
+        heads = head_buffers(way, sizes | {strategy.P: sizes[along]})
+        return max(*map(sum, heads), self.rows.buffers(self._share(site, layout, rank), way))
 
 
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
@@ -158,8 +248,53 @@ def _sends(_: Site, cost: Cost) -> dict[str, Traffic]:
     return {"send": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 
 
-_RING = Rows(_attend_by_ring, Ring(), _ring_cost, _sends)
-_GATHER = Rows(gather_kv.gather_and_attend, GatherKV(), _gather_cost, gather_kv.opaque_traffic)
+def _ring_exchanges(share: Share, way: Way, scope: Scope) -> Exchanges:
+    asked = (share.site, share.participants, share.layout, share.number)
+    return lanes_exchanges(ring.one_lane, *asked, way, share.places, share.heads, scope)
+
+
+def _ring_tasks(share: Share, way: Way) -> list[Task]:
+    asked = (share.site, share.participants, share.layout, share.number)
+    return [lanes_task(ring.one_lane, *asked, way, share.places, share.heads)]
+
+
+def _ring_keys(share: Share) -> tuple[int, int]:
+    elements = share.site.batch * share.site.kv_heads * share.rows[1] * (share.site.head_dim + share.site.value_dim)
+    return elements * share.site.element_bytes, elements * strategy.accumulator_bytes(share.site)
+
+
+def _ring_buffers(share: Share, way: Way) -> int:
+    return ring_buffers(*_ring_keys(share), share.participants, way)
+
+
+def _ring_kept(share: Share) -> int:
+    return saved_bytes(share.site, *share.rows) + _ring_keys(share)[0]
+
+
+def _gather_exchanges(share: Share, way: Way, scope: Scope) -> Exchanges:
+    asked = (share.site, share.participants, share.layout, share.number)
+    return gather_kv.gather_exchanges(*asked, way, share.places, share.heads.start, share.heads_per_kv, scope)
+
+
+def _gather_tasks(share: Share, way: Way) -> list[Task]:
+    asked = (share.site, share.participants, share.layout, share.number)
+    return gather_kv.gather_tasks(*asked, share.places, share.heads.start, share.heads_per_kv)
+
+
+def _gather_buffers(share: Share, way: Way) -> int:
+    asked = (share.site, share.participants, share.layout, share.places, share.heads.start, share.heads_per_kv)
+    return gather_kv.gather_buffers(share.site, share.participants, share.rows[1], gather_kv.num_key_stages(*asked), way)
+
+
+def _gather_kept(share: Share) -> int:
+    return saved_bytes(share.site, *share.rows)
+
+
+_RING = Rows(_attend_by_ring, Ring(), _ring_cost, _sends, _ring_exchanges, _ring_tasks, _ring_buffers, _ring_kept)
+_GATHER = Rows(
+    gather_kv.gather_and_attend, GatherKV(), _gather_cost, gather_kv.opaque_traffic,
+    _gather_exchanges, _gather_tasks, _gather_buffers, _gather_kept,
+)  # fmt: skip
 
 ring_across = attention_function(__name__, partial(_compute, _RING, INSIDE), "ring_across")
 gather_across = attention_function(__name__, partial(_compute, _GATHER, INSIDE), "gather_across")

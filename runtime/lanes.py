@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -16,12 +17,14 @@ from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, Route, finish, in_step
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.layout import Layout
+from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.needs import Needs
 from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.runs import Runs
-from autoseq.runtime.strategy import NOTHING, Cost, Site, accumulator_bytes, needs_of_site
+from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Phase, Scope, Way, homeward_pipeline, pipeline
+from autoseq.runtime.work_counts import Task, part_of
 
 Lane = tuple[Route, Route]
 """The routes of some of the keys, forward and backward."""
@@ -87,16 +90,68 @@ def lane_rows(lane: Lane, rank: int, *, keeps: bool = True) -> LaneRows:
 
 def rows_cost(site: Site, sent: Sequence[LaneRows]) -> Cost:
     """What a rank sends along some lanes."""
+    return cost_of(*(rows_exchanges(site, sent, way) for way in WAYS))
+
+
+def rows_exchanges(site: Site, sent: Sequence[LaneRows], way: Way, scope: Scope = "flat", prefix: str = "") -> Exchanges:
+    """The same in one pass, keys and, in a backward, their gradients."""
     forward, keys, grads = ([rows for lane in sent for rows in lane[i]] for i in range(3))
     elements = site.batch * site.kv_heads * (site.head_dim + site.value_dim)
-    if elements == 0:
-        return NOTHING
-    return Cost(
-        forward_bytes=elements * site.element_bytes * sum(forward),
-        backward_bytes=elements * (site.element_bytes * sum(keys) + accumulator_bytes(site) * sum(grads)),
-        forward_messages=len(forward),
-        backward_messages=len(keys) + len(grads),
-    )
+    named = {"keys": (forward, site.element_bytes)}
+    if way == "backward":
+        named = {"keys": (keys, site.element_bytes), "gradients": (grads, accumulator_bytes(site))}
+    return {
+        prefix + name: Exchange("send", scope, elements * each * sum(rows), len(rows) if elements else 0)
+        for name, (rows, each) in named.items()
+    }
+
+
+def lanes_exchanges(
+    lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), heads: range | None = None,
+    scope: Scope = "flat",
+) -> Exchanges:  # fmt: skip
+    """What `rank` sends for a site in one pass; see `lanes_cost`."""
+    needs = needs_of_site(site, P, layout, places, heads)
+    rows = [lane_rows(lane, rank) for lane in lanes(needs, site.element_bytes, accumulator_bytes(site))]
+    return rows_exchanges(site, rows, way, scope)
+
+
+def lanes_task(
+    lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), heads: range | None = None
+) -> Task:
+    """What `rank` computes: its queries meet its own keys, and at every hop those that it needs some of."""
+    needs, rows = needs_of_site(site, P, layout, places, heads), rows_of_site(site, P, layout, places)
+    keys = [rows.keys(rank)]
+    for lane in lanes(needs, site.element_bytes, accumulator_bytes(site)):
+        route = lane[WAYS.index(way)]
+        here = [(route.origin(rank, hop), route.keys_at(rank, hop)) for hop in range(1, P)]
+        keys += [part_of(rows.keys(origin), held) for origin, held in here if needs[rank][origin]]
+    return task_of(rows, rank, keys, heads or range(site.heads), site.kv_heads)
+
+
+def ring_phases(way: Way, ranks: sympy.Expr, prefix: str = "") -> tuple[Phase, ...]:
+    """Hop by hop, the next one's messages under the work of this one; a backward has the keys of its first hop and ends with its own."""
+    keys, grads = prefix + "keys", prefix + "gradients"
+    if way == "forward":
+        return pipeline(ranks - 1, keys, None, first_work=1 / ranks)
+    return homeward_pipeline(ranks - 1, keys, grads, last_work=1 / ranks)
+
+
+def key_bytes(site: Site, P: int, layout: Layout) -> tuple[int, int]:
+    """Of the keys and values of a participant, and of their gradients on their way."""
+    elements = site.batch * site.kv_heads * local_length(site.k_len, P, layout) * (site.head_dim + site.value_dim)
+    return elements * site.element_bytes, elements * accumulator_bytes(site)
+
+
+def ring_buffers(keys: int, grads: int, P: int, way: Way) -> int:
+    """The most that packed rows hold, of keys of so many bytes and gradients of so many.
+
+    Forward what leaves, what is here and what arrives, which is the own keys' copy at first; backward the keys here and those that
+    arrive, and of gradients those that leave, those that arrive and those that are being found.
+    """
+    if way == "forward":
+        return min(P, 3) * keys
+    return min(P - 2, 2) * keys + min(P, 3) * grads
 
 
 def _lanes_of(call: Call, lanes: Lanes) -> tuple[Lane, ...]:

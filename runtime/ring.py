@@ -10,15 +10,30 @@ Bytes without a mask, with k the size of a local K: 2k(P-1) forward; backward 2k
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import sympy
 from torch import Tensor
 
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.lanes import Lane, cheapest_lane, lanes_cost, lanes_op
+from autoseq.runtime.lanes import (
+    Lane,
+    Lanes,
+    cheapest_lane,
+    key_bytes,
+    lanes_cost,
+    lanes_exchanges,
+    lanes_op,
+    lanes_task,
+    ring_buffers,
+    ring_phases,
+)
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import Needs
 from autoseq.runtime.strategy import Cost, Site, Strategy
+from autoseq.runtime.timeline import Exchanges, Phase, Way
+from autoseq.runtime.work_counts import Task
 
 
 def one_lane(needs: Needs, key_bytes: int, grad_bytes: int) -> tuple[Lane, ...]:
@@ -43,6 +58,7 @@ class Ring(Strategy):
     name = "ring"
     merges_partial_softmaxes = True
     balanced_by_zigzag = True
+    lanes: ClassVar[Lanes] = staticmethod(one_lane)
     attention = staticmethod(attention)
 
     def formulas(self) -> dict[str, sympy.Expr]:
@@ -56,4 +72,19 @@ class Ring(Strategy):
         }
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return lanes_cost(one_lane, site, group_size, layout, rank)
+        return lanes_cost(self.lanes, site, group_size, layout, rank)
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        return lanes_exchanges(self.lanes, site, group_size, layout, rank, way)
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        return ring_phases(way, strategy.P)
+
+    def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
+        return [lanes_task(self.lanes, site, group_size, layout, rank, way)]
+
+    def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        return super().kept_bytes(site, group_size, layout, rank) + (key_bytes(site, group_size, layout)[0] if group_size > 1 else 0)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        return 0 if group_size == 1 else ring_buffers(*key_bytes(site, group_size, layout), group_size, way)

@@ -106,6 +106,21 @@ def pipelined(
     return landed if leaving is None else [*landed, arrived(group, leaving)]
 
 
+def stage_buffers(stages: int, there: tuple[int, int], home: tuple[int, int]) -> int:
+    """The most bytes of buffers that `pipelined` holds, of equal stages that send and get so many in all on the way there and home.
+
+    What is sent is held until it has arrived. Of what comes there two stages are held, of what has come home all.
+    """
+    (sent, came), (returned, landed) = there, home
+    on_the_way, on_the_way_home = sent + came, returned + landed
+    most = min(stages, 2) * on_the_way
+    for number in range(stages):
+        ahead = on_the_way if number + 1 < stages else 0
+        leaving = min(number + 1, 2) * on_the_way_home + max(0, number - 1) * landed
+        most = max(most, came + ahead + leaving)
+    return most // stages
+
+
 class _InStages(Function):
     @staticmethod
     def forward(ctx: Any, staged: Staged, terms: Terms, q: Tensor, k: Tensor, v: Tensor, *looked_up: Tensor | None) -> Tensor:

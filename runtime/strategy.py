@@ -9,23 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import sympy
 from torch import Tensor
 
 from autoseq.runtime.blocks import Chunk
+from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_work
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
-from autoseq.runtime.tiles import EmptyRows, Problem
-from autoseq.runtime.timeline import NO_WORK, ONE, Exchange, Exchanges, Phase, Step, Way, Work, alone, steps
+from autoseq.runtime.timeline import ONE, WAYS, Exchange, Exchanges, Phase, Step, Way, Work, alone, steps
 from autoseq.runtime.traffic import Traffic
-from autoseq.runtime.work_counts import Sizes, Task, work_of
+from autoseq.runtime.work_counts import Task, work_of_all
 
 # B batch, s and t padded local query and key rows, H heads, K KV heads, D head dim, V value dim, P ranks,
 # e bytes of an element, a bytes of an accumulator (4, or 8 for float64); on a 2-D mesh N nodes of R ranks, P = N R.
@@ -78,9 +76,14 @@ NOTHING = Cost(0, 0, 0, 0)
 
 
 def evaluated(formulas: dict[str, sympy.Expr], sizes: dict[sympy.Symbol, int]) -> Cost:
-    """The formulas at some sizes. They have a value where every symbol has one; `subs`, which also simplifies, takes ten times as long."""
+    """The formulas of a cost at some sizes."""
+    return Cost(**values_of(formulas, sizes))
+
+
+def values_of(formulas: dict[str, sympy.Expr], sizes: dict[sympy.Symbol, int]) -> dict[str, int]:
+    """They have a value where every symbol has one; `subs`, which also simplifies, takes ten times as long."""
     values = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
-    return Cost(**{name: int(formula.xreplace(values)) for name, formula in formulas.items()})
+    return {name: int(formula.xreplace(values)) for name, formula in formulas.items()}
 
 
 def accumulator_bytes(site: Site) -> int:
@@ -132,6 +135,12 @@ def needs_two_dims(site: Site) -> str | None:
     )
 
 
+def cost_of(forward: Exchanges, backward: Exchanges) -> Cost:
+    """All exchanges of both ways together."""
+    ways = [list(of_way.values()) for of_way in (forward, backward)]
+    return Cost(*(sum(each.bytes for each in of_way) for of_way in ways), *(sum(each.messages for each in of_way) for of_way in ways))
+
+
 class Strategy(ABC):
     """A way to compute attention over a sharded sequence. One instance each, in `runtime/strategies.py`.
 
@@ -163,7 +172,11 @@ class Strategy(ABC):
 
     def cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:
         """What `rank` sends, to the byte. What only the values of a tensor rule out is not known here, and counted."""
-        return NOTHING if group_size == 1 else self.sent(site, group_size, layout, rank)
+        if group_size == 1:
+            return NOTHING
+        if len(self.cases(site, group_size, layout, rank)) == 1:
+            return self.sent(site, group_size, layout, rank)
+        return cost_of(*(self.exchanges(site, group_size, layout, rank, way) for way in WAYS))
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         """What `rank` of several sends; the same as without a mask, for a strategy to which it makes no difference."""
@@ -199,7 +212,14 @@ class Strategy(ABC):
 
     def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         """What `rank` sends in one pass, by the names that `phases` uses: in all what `cost` says. Nothing on one rank."""
-        return {} if group_size == 1 else self.exchanged(site, group_size, layout, rank, way)
+        if group_size == 1:
+            return {}
+        cases = self.cases(site, group_size, layout, rank)
+        return weighted([(case.weight, self.exchanged(*case.asked, way)) for case in cases])
+
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+        """What is asked, or the smaller cases that tell it: for who needs what of whom, many ranks take too long."""
+        return cases_of(Case(site, group_size, layout, rank))
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         """The same for several ranks: as point-to-point messages, if a strategy does not know better."""
@@ -217,12 +237,10 @@ class Strategy(ABC):
 
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
         """What `rank` computes in one pass. Rows that the mask leaves without keys may cost more, and padding is not among the pairs."""
-        sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads)
-        empty_rows = cast(EmptyRows, site.empty_rows)
-        mask = Mask(site.max_ahead, site.max_behind, site.predicate)
-        problem = Problem(mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
-        tasks = self.tasks(site, group_size, layout, rank, way)
-        return reduce(add, (work_of(task, problem, sizes, way) for task in tasks), NO_WORK)
+        if group_size == 1:
+            return work_of_all(site, Strategy.tasks(self, site, 1, layout, 0, way), way)
+        cases = self.cases(site, group_size, layout, rank)
+        return weighted_work([(case.weight, work_of_all(case.site, self.tasks(*case.asked, way), way)) for case in cases])
 
     def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Iterable[Task]:
         """Which queries meet which keys on `rank`: its own and those of everybody, if a strategy does not know better."""

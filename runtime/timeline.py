@@ -13,6 +13,7 @@ from typing import Literal
 import sympy
 
 Way = Literal["forward", "backward"]
+WAYS: tuple[Way, Way] = ("forward", "backward")
 
 MessageKind = Literal["send", "all_to_all", "all_gather", "reduce_scatter", "all_reduce"]
 
@@ -84,14 +85,15 @@ def flops(pairs: int, head_dim: int, value_dim: int, way: Way) -> int:
 
 
 def steps(phases: Iterable[Phase], sizes: Mapping[sympy.Symbol, int]) -> tuple[Step, ...]:
-    """The phases at some sizes, without those that do not occur."""
+    """The phases at some sizes, without what does not occur."""
     values = {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
+
+    def sends(phase: Phase) -> tuple[tuple[str, float], ...]:
+        shares = ((name, float(share.xreplace(values))) for name, share in phase.sends)
+        return tuple((name, share) for name, share in shares if share)
+
     counted = [(phase, int(phase.times.xreplace(values))) for phase in phases]
-    return tuple(
-        Step(float(phase.work.xreplace(values)), tuple((name, float(share.xreplace(values))) for name, share in phase.sends), times)
-        for phase, times in counted
-        if times > 0
-    )
+    return tuple(Step(float(phase.work.xreplace(values)), sends(phase), times) for phase, times in counted if times > 0)
 
 
 def pipeline(rounds: sympy.Expr, there: str | None, home: str | None, *, first_work: sympy.Expr = ZERO) -> tuple[Phase, ...]:
@@ -141,6 +143,22 @@ def substituted(phases: Sequence[Phase], symbols: Mapping[sympy.Symbol, sympy.Ex
     return tuple(
         Phase(phase.work.xreplace(symbols), tuple((name, x.xreplace(symbols)) for name, x in phase.sends), phase.times.xreplace(symbols))
         for phase in phases
+    )
+
+
+def nested(outer: Sequence[Phase], inner: Sequence[Phase]) -> tuple[Phase, ...]:
+    """The inner phases within each of the outer ones: what that sends is spread over their work."""
+    return tuple(
+        Phase(
+            around.work * phase.work,
+            (
+                *((name, share * phase.work) for name, share in around.sends if phase.work != 0),
+                *((name, share * around.work) for name, share in phase.sends),
+            ),
+            around.times * phase.times,
+        )
+        for around in outer
+        for phase in inner
     )
 
 

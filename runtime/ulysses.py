@@ -14,21 +14,45 @@ The attention in the middle is the same op as `local`'s; a KV head that several 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 from torch import Tensor
 
-from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
+from autoseq.runtime.extrapolation import Case
 from autoseq.runtime.groups import SequenceGroup, group_of
+from autoseq.runtime.head_costs import (
+    HEADS,
+    OWN_HEADS,
+    OWN_KV_HEADS,
+    ROWS,
+    SENT_KV_HEADS,
+    head_buffers,
+    head_exchanges,
+    head_formulas,
+)
 from autoseq.runtime.head_exchange import Exchange, Landed, landed_heads
-from autoseq.runtime.layout import Layout
+from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.local import whole_attention
-from autoseq.runtime.stages import STAGES, HeadRange, Staged, Wanted, add_up, attend_in_stages, cut, num_stages, pipelined, queries_of
-from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.stages import (
+    STAGES,
+    HeadRange,
+    Staged,
+    Wanted,
+    add_up,
+    attend_in_stages,
+    cut,
+    num_stages,
+    pipelined,
+    queries_of,
+    stage_buffers,
+)
+from autoseq.runtime.strategy import Site, Strategy, rows_of_site, saved_bytes
+from autoseq.runtime.timeline import WAYS, Exchanges, Phase, Way, pipeline
 from autoseq.runtime.traffic import Traffic
+from autoseq.runtime.work_counts import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,37 +179,61 @@ class Ulysses(Strategy):
 
     def formulas(self) -> dict[str, sympy.Expr]:
         """Exact for any split of the heads; with h = H/P and n = (P-1) max(1, K/P), g = max(1, K/P) they are the even case."""
-        B, P, e = strategy.B, strategy.P, strategy.e
-        query, value_out = strategy.s * strategy.D, strategy.s * strategy.V
-        key_value = strategy.t * (strategy.D + strategy.V)
-        forward = query * (strategy.H - OWN_HEADS) + key_value * SENT_KV_HEADS + value_out * OWN_HEADS * (P - 1)
-        backward = value_out * (strategy.H - OWN_HEADS) + (query * OWN_HEADS + key_value * OWN_KV_HEADS) * (P - 1)
         return {
-            "forward_bytes": B * e * forward,
-            "backward_bytes": B * e * backward,
-            "forward_messages": 2 * STAGES,
-            "backward_messages": 2 * STAGES,
+            **{f"{way}_bytes": sum(head_formulas(way).values(), start=sympy.Integer(0)) for way in WAYS},
+            **{f"{way}_messages": 2 * STAGES for way in WAYS},
         }
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
         return {}
 
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+        """Who sends which heads takes no longer among many ranks."""
+        return (Case(site, group_size, layout, rank),)
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        return head_exchanges(way, self.sizes(site, group_size, layout, rank), "flat")
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        """The rows of the next stage and the heads of the one before travel under each stage."""
+        return pipeline(STAGES, ROWS, HEADS)
+
+    def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
+        rows = rows_of_site(site, 1, "contiguous")
+        padded = rows.q_len < local_length(site.q_len, group_size, layout) * group_size
+        stages = ((stage.heads[rank], stage.kv_heads[rank]) for stage in _stages_of(site, group_size, layout))
+        whole = (tuple(rows.queries(0)), (tuple(rows.keys(0)),))
+        return [Task(*whole, range(*heads), _count(kv_heads), padded) for heads, kv_heads in stages]
+
+    def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
+        """All rows of this rank's heads."""
+        s, t = (local_length(n, group_size, layout) * group_size for n in (site.q_len, site.k_len))
+        heads = query_heads(rank, group_size, site.heads)
+        own = replace(site, heads=_count(heads), kv_heads=_count(covering_kv_heads(heads, site.heads // site.kv_heads)))
+        return saved_bytes(own, s, t)
+
+    def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        if group_size == 1:
+            return 0
+        sizes = self.sizes(site, group_size, layout, rank)
+        return stage_buffers(sizes[STAGES], *head_buffers(way, sizes))
+
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         heads = [query_heads(each, group_size, site.heads) for each in range(group_size)]
         kv_heads = [_count(covering_kv_heads(each, site.heads // site.kv_heads)) for each in heads]
         known = Strategy.sizes(self, site, group_size, layout, rank)
-        query_bytes = site.batch * known[strategy.s] * site.head_dim * site.element_bytes
-        key_bytes = site.batch * known[strategy.t] * (site.head_dim + site.value_dim) * site.element_bytes
         return known | {
             OWN_HEADS: _count(heads[rank]),
             OWN_KV_HEADS: kv_heads[rank],
             SENT_KV_HEADS: sum(kv_heads) - kv_heads[rank],
-            STAGES: len(head_stages(group_size, site.heads, site.kv_heads, query_bytes, key_bytes)),
+            STAGES: len(_stages_of(site, group_size, layout)),
         }
 
 
-# Query heads and KV heads that this rank computes, and KV heads that it sends, counted once per receiving rank.
-OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS = sympy.symbols("h g n", nonnegative=True, integer=True)
+def _stages_of(site: Site, P: int, layout: Layout) -> list[HeadStage]:
+    query_bytes = site.batch * local_length(site.q_len, P, layout) * site.head_dim * site.element_bytes
+    key_bytes = site.batch * local_length(site.k_len, P, layout) * (site.head_dim + site.value_dim) * site.element_bytes
+    return head_stages(P, site.heads, site.kv_heads, query_bytes, key_bytes)
 
 
 def query_heads(rank: int, P: int, heads: int) -> HeadRange:

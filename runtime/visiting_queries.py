@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
+from autoseq.runtime import strategy, visits
 from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length
-from autoseq.runtime.strategy import NOTHING, Cost, Site
+from autoseq.runtime.strategy import Site
+from autoseq.runtime.timeline import Phase, Way
 from autoseq.runtime.visit_op import visiting_op
+from autoseq.runtime.visiting import Visiting, visit_phases
 from autoseq.runtime.visits import Manner, always
 
 _MANNER = Manner(always)
@@ -40,6 +44,20 @@ def _last_queries(k: Tensor, v: Tensor, settings: Settings) -> int:
 visiting_queries_attention = visiting_op("visiting_queries_attention", _MANNER, kept=_last_queries)
 
 
-def visiting_queries_cost(site: Site, P: int, layout: Layout, rank: int) -> Cost:
-    """What `rank` sends. Where rows without keys are worth something that depends on all keys, the keys travel."""
-    return NOTHING if P == 1 else _MANNER.cost(site, P, layout, rank)
+class VisitingQueries(Visiting):
+    """What `bidirectional_ring` answers where queries travel. Keys do, where a row without any is worth what depends on all of them."""
+
+    name = "visiting_queries"
+    manner = _MANNER
+
+    def formulas(self) -> dict[str, sympy.Expr]:
+        return visits.formulas()
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        return visit_phases(strategy.P - 1, 1 / strategy.P)
+
+    def kept_elements(self, site: Site, P: int, layout: Layout) -> int:
+        own = super().kept_elements(site, P, layout)
+        if site.empty_rows != "zero" and not site.has_sinks:
+            return own
+        return min(own, (P - 1) * site.batch * site.heads * local_length(site.q_len, P, layout) * site.head_dim)

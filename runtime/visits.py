@@ -25,10 +25,15 @@ from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, Rows, fills_rows, needs_of, within_bounds
 from autoseq.runtime.runs import Runs
-from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, rows_of_site, terms_of_site
+from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, rows_of_site, task_of, terms_of_site
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Way
+from autoseq.runtime.work_counts import Task, part_of
 
 KEYS, QUERIES = range(2)
 KINDS = (KEYS, QUERIES)
+
+THERE, HOME = "there", "home"
+"""The names of what guests bring and of what hosts send back."""
 
 Guest = tuple[int, int]
 """(KEYS or QUERIES, participant)."""
@@ -135,31 +140,70 @@ class Manner:
 
     def cost(self, site: Site, P: int, layout: Layout, rank: int) -> Cost:
         """What `rank` sends for a site, row by row of what its mask leaves."""
-        visits, own = self.of_site(site, P, layout), local_length(site.k_len, P, layout)
-        key, query = elements = (site.kv_heads * (site.head_dim + site.value_dim), site.heads * site.head_dim)
-        values, e, a = site.heads * site.value_dim, site.element_bytes, accumulator_bytes(site)
-        forward, backward = [], []
-        for other in range(P):
-            kept = visits.kept(other, elements, self.room(own * key))
-            if rows := runs.count(visits.keys[other][rank]):
-                forward.append(rows * key * e)
-                backward += [] if (KEYS, rank) in kept else [rows * key * e]
-            if rows := runs.count(visits.queries[other][rank]):
-                forward.append(rows * query * e)
-                again = 0 if (QUERIES, rank) in kept else query
-                backward.append(rows * ((2 * values + again) * e + site.heads * a))
-            if rows := runs.count(visits.queries[rank][other]):
-                forward.append(rows * (values + site.heads) * a)
-                backward.append(rows * query * a)
-            if rows := runs.count(visits.keys[rank][other]):
-                backward.append(rows * key * a)
-        return Cost(site.batch * sum(forward), site.batch * sum(backward), len(forward), len(backward))
+        return cost_of(*(self.exchanges(site, P, layout, rank, way) for way in WAYS))
+
+    def exchanges(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        """The same in one pass: what goes there, and what goes home."""
+        rounds = self._rounds(site, P, layout, rank, way)
+        sent = {THERE: [size for each in rounds for size in each.left], HOME: [size for each in rounds for size in each.found]}
+        return {name: Exchange("send", "flat", sum(sizes), sum(size > 0 for size in sizes)) for name, sizes in sent.items()}
+
+    def buffers(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> int:
+        """The most bytes that messages hold at once: of the rounds under way, of the one worked on, and of those on their way home."""
+        rounds = self._rounds(site, P, layout, rank, way)
+        if way == "backward":
+            rounds.reverse()
+        ahead, most, before = len(rounds) if self.early is None else self.early, 0, 0
+        for i, here in enumerate(rounds):
+            posted = sum(each.on_the_way for each in rounds[i + 1 : i + 1 + ahead])
+            most = max(most, posted + here.on_the_way + before, posted + here.came + here.on_the_way_home + before)
+            before = here.on_the_way_home
+        return most
+
+    def _rounds(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> list[_Bytes]:
+        visits = self.of_site(site, P, layout)
+        elements = _row_elements(site)
+        own, values = local_length(site.k_len, P, layout) * elements[KEYS], site.heads * site.value_dim
+        e, a = site.element_bytes, accumulator_bytes(site)
+        results, given = (values + site.heads) * a, 2 * values * e + site.heads * a
+
+        def there(kind: int, host: int, guest: int, *, arriving: bool = False) -> int:
+            """What a guest brings; on arrival, what needs room of its own."""
+            kept = (kind, guest) in visits.kept(host, elements, self.room(own))
+            again = 0 if kept and (arriving or way == "backward") else elements[kind] * e
+            lse = given if way == "backward" and kind == QUERIES else 0
+            return site.batch * runs.count(visits.rows(kind, host, guest)) * (again + lse)
+
+        def home(kind: int, host: int, guest: int) -> int:
+            """What a host sends back."""
+            of_row = elements[kind] * a if way == "backward" else results if kind == QUERIES else 0
+            return site.batch * runs.count(visits.rows(kind, host, guest)) * of_row
+
+        pairs = [((rank + n) % P, (rank - n) % P) for n in visits.rounds]
+        return [
+            _Bytes(
+                [there(kind, host, rank) for kind in KINDS], sum(there(kind, rank, guest, arriving=True) for kind in KINDS),
+                [home(kind, rank, guest) for kind in KINDS], sum(home(kind, host, rank) for kind in KINDS),
+            )
+            for host, guest in pairs
+        ]  # fmt: skip
+
+    def tasks(self, site: Site, P: int, layout: Layout, rank: int) -> list[Task]:
+        """What `rank` computes for itself, and for each guest whose queries come."""
+        visits, rows = self.of_site(site, P, layout), rows_of_site(site, P, layout)
+        own, heads = tuple(rows.keys(rank)), range(site.heads)
+        keys = [own, *(part_of(rows.keys(guest), visits.keys[rank][guest]) for guest in range(P))]
+        guests = (part_of(rows.queries(guest), visits.queries[rank][guest]) for guest in range(P))
+        return [
+            task_of(rows, rank, filter(None, keys), heads, site.kv_heads),
+            *(Task(queries, (own,), heads, site.kv_heads) for queries in guests if queries),
+        ]
 
     def counts(self, site: Site, P: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         """The values of this module's symbols for full shards and a mask without a predicate."""
         s, t = (local_length(n, P, layout) for n in (site.q_len, site.k_len))
         visits = self.of_site(replace(site, q_len=s * P, k_len=t * P, predicate="", score="", empty_rows="zero"), P, layout)
-        elements = (site.kv_heads * (site.head_dim + site.value_dim), site.heads * site.head_dim)
+        elements = _row_elements(site)
         kept = {(kind, guest, host) for host in range(P) for kind, guest in visits.kept(host, elements, self.room(t * elements[KEYS]))}
         counts = dict.fromkeys((KEYS_SENT, KEYS_AGAIN, KEYS_HOSTED, QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED), 0)
         for kind, (sent, again, hosted) in enumerate(_SYMBOLS):
@@ -169,6 +213,29 @@ class Manner:
                     counts[again] += (kind, rank, other) not in kept
                 counts[hosted] += bool(visits.rows(kind, rank, other))
         return counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """Of one round on a rank: messages to its host, room for its guest's, messages home to the guest, and room for what comes home."""
+
+    left: list[int]
+    came: int
+    found: list[int]
+    back: int
+
+    @property
+    def on_the_way(self) -> int:
+        return sum(self.left) + self.came
+
+    @property
+    def on_the_way_home(self) -> int:
+        return sum(self.found) + self.back
+
+
+def _row_elements(site: Site) -> tuple[int, int]:
+    """Of a row of keys and values, and of queries."""
+    return site.kv_heads * (site.head_dim + site.value_dim), site.heads * site.head_dim
 
 
 # How many shards of keys, and of queries, a rank sends, sends again in the backward, and hosts.

@@ -6,17 +6,24 @@ cuts as in the real work are counted here, without tensors. What only the values
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from autoseq.runtime import blocks
+from autoseq.runtime import blocks, runs
 from autoseq.runtime.blocks import Block, Chunk
 from autoseq.runtime.mask import Mask
+from autoseq.runtime.runs import Runs
 from autoseq.runtime.score_facts import additive_terms
-from autoseq.runtime.tiles import HeadRun, Problem, Tiling
+from autoseq.runtime.tiles import EmptyRows, HeadRun, Problem, Tiling
 from autoseq.runtime.timeline import NO_WORK, Way, Work
+
+if TYPE_CHECKING:
+    from autoseq.runtime.strategy import Site
 
 # Tiles of one task that are looked at one by one; of more, those of some rows stand for all.
 MOST_TILES = 2**13
@@ -48,6 +55,14 @@ class Sizes:
     heads_per_kv: int
 
 
+def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
+    """What a rank's tasks come to."""
+    sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads)
+    mask, empty_rows = Mask(site.max_ahead, site.max_behind, site.predicate), cast(EmptyRows, site.empty_rows)
+    problem = Problem(mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
+    return reduce(add, (work_of(task, problem, sizes, way) for task in tasks), NO_WORK)
+
+
 def work_of(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
     """What a task comes to. Of very many tiles some rows' stand for all, evenly spread."""
     heads = len(task.heads)
@@ -66,6 +81,15 @@ def work_of(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
         last = replace(task, queries=((0, sizes.q_len - 1, 1),))
         found = found + replace(_scaled(_counted(last, problem, sizes, way), task.padded), pairs=0)
     return found
+
+
+def part_of(held: Sequence[Chunk], rows: Runs) -> tuple[Chunk, ...]:
+    """Some rows of a holder as they are worked on, given its chunks."""
+    return tuple(
+        (place, start + first - local, count)
+        for local, start, all_rows in held
+        for place, first, count in runs.offsets(((local, all_rows),), rows)
+    )
 
 
 def pairs_within(mask: Mask, queries: Chunk, keys: Chunk) -> int:

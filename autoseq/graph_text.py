@@ -15,6 +15,8 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 from autoseq.passes.source import source_line
 
 _GLOBAL = "global_shape"
+ORIGIN = "origin"
+"""On nodes of the local graph, and those before: the name of the global graph's node that it computes."""
 _SHOWN_ITEMS = 6
 _SOURCE_COLUMN = 120
 # Of autoseq's own calls: what differs from one to the next. The rest (sizes, layout, group) is the same all over the graph.
@@ -22,17 +24,18 @@ _SHOWN_KEYWORDS = ("dim", "outer", "scale", "max_ahead", "max_behind", "predicat
 
 
 def remember_global(name: str, gm: fx.GraphModule) -> None:
-    """An observer of passes: notes each value's global shape before `shard`, which hands notes on to the local nodes."""
+    """An observer of passes: notes each value's name and global shape before `shard`, which hands notes on to the local nodes."""
     if name != "find_sequence":
         return
     for node in gm.graph.nodes:
+        node.meta[ORIGIN] = node.name
         if isinstance(node.meta.get("val"), torch.Tensor):
             node.meta[_GLOBAL] = tuple(node.meta["val"].shape)
 
 
 def graph_lines(graph: fx.Graph) -> Iterator[str]:
     """The graph, line by line; a varied parameter stands inside the line that uses it, as `vary(head.weight)`."""
-    names = _names(graph)
+    names = shown_names(graph)
     for node in graph.nodes:
         if node.op == "output":
             yield f"return {_argument(node.args[0], names)}"
@@ -41,12 +44,12 @@ def graph_lines(graph: fx.Graph) -> Iterator[str]:
 
 
 def _line(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
-    made = " ".join(part for part in (f"{names[node]}:", _type(node.meta.get("val")), placement(node), *_call(node, names)) if part)
+    made = " ".join(part for part in (f"{names[node]}:", type_text(node.meta.get("val")), placement(node), *_call(node, names)) if part)
     where = "" if node.op == "placeholder" else source_line(node)
     return made if not where or where.startswith("(no") else f"{made:<{_SOURCE_COLUMN}}  # {short_source(where)}"
 
 
-def _names(graph: fx.Graph) -> dict[fx.Node, str]:
+def shown_names(graph: fx.Graph) -> dict[fx.Node, str]:
     """What each node is called: parameters and inputs as in the model."""
     names: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -85,29 +88,34 @@ def placement(node: fx.Node) -> str:
     return "Replicate" if not dims else f"Shard({dims[0]})"
 
 
-def _type(val: Any) -> str:
+def type_text(val: Any) -> str:
+    """`f32[1, 4096, 256]`."""
     if isinstance(val, torch.Tensor):
         return f"{dtype_abbrs[val.dtype]}[{', '.join(map(str, val.shape))}]"
     return f"({len(val)} tensors)" if isinstance(val, (list, tuple)) else ""
 
 
 def _call(node: fx.Node, names: Mapping[fx.Node, str]) -> tuple[str, ...]:
-    if node.op == "placeholder":
-        return ("= input",)
+    return ("= input",) if node.op == "placeholder" else ("=", call_text(node, names))
+
+
+def call_text(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    """`aten.linear(mul_4, vary(head.weight))`."""
     if node.op == "get_attr":
-        return ("=", f"held {node.target}")
+        return f"held {node.target}"
     keywords = node.kwargs
     if not _is_operator(node.target):
         keywords = {key: value for key, value in keywords.items() if key in _SHOWN_KEYWORDS and value not in (None, "")}
     arguments = [*(_argument(a, names) for a in node.args), *(f"{key}={_argument(value, names)}" for key, value in keywords.items())]
-    return "=", f"{_operator(node.target)}({', '.join(arguments)})"
+    return f"{operator_text(node.target)}({', '.join(arguments)})"
 
 
 def _is_operator(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
-def _operator(target: Any) -> str:
+def operator_text(target: Any) -> str:
+    """`aten.linear`, `ring.attention`."""
     if _is_operator(target):
         return str(target).removesuffix(".default")
     module = getattr(target, "__module__", "").removeprefix("autoseq.runtime.")

@@ -32,12 +32,12 @@ def _in_torch(frame: re.Match[str]) -> bool:
 def module_path(node: fx.Node) -> str:
     """The dotted path of the module that ran `node`, such as `model.layers.0.self_attn`; the node's name without one."""
     stack = node.meta.get("nn_module_stack")
-    return _dotted(next(reversed(stack.values()))[0]) or node.name if stack else node.name
+    return dotted(next(reversed(stack.values()))[0]) or node.name if stack else node.name
 
 
 def input_name(placeholder: fx.Node) -> str:
     """What the user calls an input of Dynamo's graph: `input_ids`, or `model.norm.weight` for a parameter."""
-    return _dotted(_source_name(placeholder)) or str(placeholder.target)
+    return dotted(_source_name(placeholder)) or str(placeholder.target)
 
 
 def is_buffer(placeholder: fx.Node) -> bool:
@@ -51,7 +51,7 @@ def _source_name(placeholder: fx.Node) -> str:
     return "" if source is None else source.name if isinstance(source.name, str) else source.name()
 
 
-def _dotted(path: str) -> str:
+def dotted(path: str) -> str:
     """`L['self']._modules['layers']._modules['0']` as `layers.0`, and the first variable that a function closes over as `function.0`."""
     path = re.sub(r"^L\['(self|fn|model|mod|kwargs)'\]", "", path)
     path = re.sub(r"\._(modules|parameters|buffers)\[", "[", path)

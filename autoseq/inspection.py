@@ -84,14 +84,15 @@ def inspect_model(
     AutoSeqError as compiling the model would, TargetError if the model itself fails.
     """
     options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node)
+    return with_programs(make, lambda programs: inspected(programs, seq_len, world_size), world_size=world_size, options=options)
 
-    def look(programs: Sequence[Program]) -> Inspection:
-        collectives: Counts = {}
-        for program in programs:
-            collectives = add_counts(collectives, step_traffic(program, world_size))
-        return Inspection(world_size, seq_len, tuple(programs), collectives)
 
-    return with_programs(make, look, world_size=world_size, options=options)
+def inspected(programs: Sequence[Program], seq_len: int, world_size: int) -> Inspection:
+    """What is to be said of rewritten programs, while their group of ranks is there."""
+    collectives: Counts = {}
+    for program in programs:
+        collectives = add_counts(collectives, step_traffic(program, world_size))
+    return Inspection(world_size, seq_len, tuple(programs), collectives)
 
 
 def with_programs(make: Callable[[], Made], use: Callable[[Sequence[Program]], T], *, world_size: int, options: Options) -> T:

@@ -30,7 +30,10 @@ from autoseq.runtime.errors import OptionError, TopologyError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import check_nodes, is_flat, make_nodes
 
-_CPU = Effort((1 << 12, 1 << 16, 1 << 19, 1 << 22), 15), KernelEffort((128, 256, 512), 4, 64, (128, 256, 512), (1 << 18, 1 << 21), 15)
+_CPU = (
+    Effort((1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22), 15),
+    KernelEffort((128, 256, 512, 1024), 4, 64, (128, 256, 512, 1024), (1 << 20, 1 << 23), 15),
+)
 _CUDA = (
     Effort((1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27), 30),
     KernelEffort((1024, 2048, 4096, 8192), 16, 128, (2048, 4096, 8192), (1 << 24, 1 << 26), 30),
@@ -171,11 +174,17 @@ def _rank_0s(topology: Topology, device: torch.device) -> Topology:
 
 @contextmanager
 def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, of one rank."""
+    """A bar on stderr, of one rank; all ranks meet where it advances."""
     columns = TextColumn("timing links and kernels"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("", total=steps)
-        yield lambda: progress.advance(task)
+
+        def advance() -> None:
+            if dist.is_initialized():
+                dist.barrier()
+            progress.advance(task)
+
+        yield advance
         progress.update(task, completed=steps)
 
 

@@ -12,7 +12,9 @@ import torch
 from autoseq.planning.fitting import Sample
 from autoseq.runtime.kernels import attend, attend_backward
 
+_BATCH_S = 0.03  # so long calls are made in a row; several times what a scheduler gives a process at once
 _ENOUGH_S = 0.3
+_LEAST_BATCHES = 3
 _TINY = 16
 
 
@@ -43,7 +45,7 @@ class KernelTimes:
 
 
 def time_kernels(dtype: torch.dtype, device: torch.device, effort: KernelEffort, advance: Callable[[], None]) -> KernelTimes:
-    """Products, and attention without a mask through the kernels that strategies call."""
+    """Products, and attention without a mask through the kernels that strategies call. Ranks meet in `advance`, so that they compete."""
     matmul, forward, backward = [], [], []
     for n in effort.matrix_sizes:
         x = torch.ones(n, n, dtype=dtype, device=device)
@@ -62,7 +64,7 @@ def time_kernels(dtype: torch.dtype, device: torch.device, effort: KernelEffort,
 def time_launch(dtype: torch.dtype, device: torch.device, effort: KernelEffort) -> float:
     """Seconds of a block so small that only the call counts."""
     there, _ = _attention(_TINY, dtype, device, effort)
-    return seconds_of(there, device, max(20, effort.repeats))
+    return seconds_of(there, device, effort.repeats)
 
 
 def time_memory(device: torch.device, effort: KernelEffort) -> list[Sample]:
@@ -85,17 +87,21 @@ def _attention(n: int, dtype: torch.dtype, device: torch.device, effort: KernelE
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median of some calls after one that is not counted; fewer of a slow one."""
+    """Of one of many calls in a row: ranks that take turns on a core each have it whole for as long as one short call."""
+    _timed(call, device, 1)
+    count = max(1, int(_BATCH_S / _timed(call, device, 1)))
     seconds: list[float] = []
-    for index in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if index:
-            seconds.append(time.perf_counter() - start)
-        if len(seconds) >= 3 and sum(seconds) > _ENOUGH_S:
-            break
+    while len(seconds) < repeats and (len(seconds) < _LEAST_BATCHES or sum(seconds) * count < _ENOUGH_S):
+        seconds.append(_timed(call, device, count) / count)
     return median(seconds)
+
+
+def _timed(call: Callable[[], object], device: torch.device, count: int) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

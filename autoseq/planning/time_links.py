@@ -7,8 +7,8 @@ send at once, in both directions, so a link that cannot do both at a time shows 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from autoseq.planning.fitting import Sample
 from autoseq.planning.topology import Kind
-from autoseq.runtime.groups import SequenceGroup, group_of, process_group
+from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.messages import Described, Message, connect, post
+from autoseq.runtime.posted import arrived, post_all_gather, post_all_to_all, post_reduce_scatter
 
+_ops = torch.ops._c10d_functional
 _ENOUGH_S = 0.4  # so long one size of one kind is repeated
 _TOO_LONG_S = 2.0  # a message that takes so long is the last size
 _LEAST_REPEATS = 3
@@ -34,21 +36,37 @@ class Effort:
 
 
 def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort: Effort, advance: Callable[[], None]) -> list[Sample]:
-    """Times of one message of each size, the slowest rank's, equal on all ranks of the program; all of them call this at once.
+    """Times of one message of each size, the slowest rank's median, equal on all ranks of the program; all of them call this at once.
 
     `group` may be one of several that are timed side by side. Raises MessageError when a rank is lost.
     """
-    samples = []
     with Described(f"timing {kind}", group):
+        sends: list[_Repeated] = []
         for num_bytes in effort.message_bytes:
             send, sent = _message(kind, group, num_bytes, device)
-            first = slowest(_timed(send, device, 2), device)
-            repeats = min(effort.repeats, max(_LEAST_REPEATS, int(_ENOUGH_S / first)))
-            samples.append(Sample(sent, slowest(_timed(send, device, repeats), device)))
-            advance()
+            first = slowest(min(_timed(send, device) for _ in range(2)), device)
+            sends.append(_Repeated(send, sent, min(effort.repeats, max(_LEAST_REPEATS, int(_ENOUGH_S / first)))))
             if first > _TOO_LONG_S:
                 break
+        # In turn, so that what else happens on the machine for a while slows every size.
+        for turn in range(effort.repeats):
+            for each in sends:
+                if turn < each.repeats:
+                    each.seconds.append(_timed(each.send, device))
+        samples = [Sample(each.sent, slowest(median(each.seconds), device)) for each in sends]
+    for _ in effort.message_bytes:
+        advance()
     return samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """A message, its bytes, how often it is sent, and what that took."""
+
+    send: Callable[[], object]
+    sent: int
+    repeats: int
+    seconds: list[float] = field(default_factory=list)
 
 
 def slowest(seconds: float, device: torch.device) -> float:
@@ -58,16 +76,12 @@ def slowest(seconds: float, device: torch.device) -> float:
     return float(found)
 
 
-def _timed(send: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """The median over some messages."""
-    seconds = []
-    for _ in range(repeats):
-        _finish(device)
-        start = time.perf_counter()
-        send()
-        _finish(device)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
+def _timed(send: Callable[[], object], device: torch.device) -> float:
+    _finish(device)
+    start = time.perf_counter()
+    send()
+    _finish(device)
+    return time.perf_counter() - start
 
 
 def _finish(device: torch.device) -> None:
@@ -75,32 +89,24 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _message(kind: Kind, group: SequenceGroup, num_bytes: int, device: torch.device) -> tuple[Callable[[], None], int]:
-    """What sends about so many bytes from each rank, and how many they are."""
+def _message(kind: Kind, group: SequenceGroup, num_bytes: int, device: torch.device) -> tuple[Callable[[], object], int]:
+    """What sends about so many bytes from each rank, as strategies do, and how many they are."""
     P = group.size
     if kind == "send":
-        leaving, arriving = _buffers((num_bytes // 4 or 1,) * 2, device)
+        leaving, arriving = (torch.zeros(max(1, num_bytes // 4), device=device) for _ in range(2))
         connect(group, [leaving])
         message = Message((group.rank + 1) % P, leaving, (group.rank - 1) % P, arriving)
         return lambda: post("timing send", group, "a ring", [message]).wait(), 4 * leaving.numel()
-    shard = max(1, num_bytes // (4 * (P - 1)) if kind != "all_reduce" else num_bytes // (8 * (P - 1)))
-    process = process_group(group.name)
-    part, whole, other = _buffers((shard, shard * P, shard * P), device)
-    calls: dict[Kind, Callable[[], object]] = {
-        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=process),
-        "all_gather": lambda: dist.all_gather_into_tensor(whole, part, group=process),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole, group=process),
-        "all_reduce": lambda: dist.all_reduce(whole, group=process),
+    times = 2 if kind == "all_reduce" else 1
+    shard = max(1, num_bytes // (4 * (P - 1) * times))
+    part, whole = torch.zeros(shard, device=device), torch.zeros(shard * P, device=device)
+    posts: dict[Kind, Callable[[], Tensor]] = {
+        "all_to_all": lambda: post_all_to_all(group, whole, [shard] * P, [shard] * P),
+        "all_gather": lambda: post_all_gather(group, part),
+        "reduce_scatter": lambda: post_reduce_scatter(group, whole),
+        "all_reduce": lambda: _ops.all_reduce(whole, "sum", group.name),
     }
-    return lambda: _discard(calls[kind]()), 4 * shard * (P - 1) * (2 if kind == "all_reduce" else 1)
-
-
-def _discard(_: object) -> None:
-    """A call that is made for its time."""
-
-
-def _buffers(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    return [torch.zeros(size, device=device) for size in sizes]
+    return lambda: arrived(group, posts[kind]()), 4 * shard * (P - 1) * times
 
 
 def groups_of(group: SequenceGroup) -> tuple[SequenceGroup, SequenceGroup]:

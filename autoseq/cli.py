@@ -132,7 +132,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show versions, devices, and which attention kernels there are, or why they are not and what to install."""
+    """Show versions, devices, links and attention kernels, or why they are not there and what to install."""
     with exit_codes(verbose):
         from autoseq.doctor import checkup, checkup_json, print_checkup
         from autoseq.report import results

@@ -1,6 +1,6 @@
-"""What `autoseq doctor` finds: versions, devices, ways to communicate, and which attention kernels are there, or why they are not.
+"""What `autoseq doctor` finds: versions, devices, ways to communicate, links and attention kernels, or why they are not there.
 
-Nothing is run on a device and no package is imported but torch and, if it is there, flash-attn, whose import is what may fail.
+Nothing is run on a device and no package is imported but torch and, if they are there, NVML's and flash-attn, whose import may fail.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch.cuda.nccl
 import torch.distributed
 from rich.console import Console
 
+from autoseq.planning.links import Card, network_cards, nvlinks
 from autoseq.report import readable_bytes, table
 from autoseq.runtime import fused
 from autoseq.runtime.kernel_call import BlockCall, Kernel
@@ -50,13 +51,14 @@ class Checkup:
     versions: dict[str, str | None]
     devices: list[Device]
     communication: list[Finding]
+    links: list[Finding]
     kernels: list[Finding]
 
 
 def checkup() -> Checkup:
     """Look at this installation."""
     devices = _devices()
-    return Checkup(_versions(), devices, _communication(), [*_kernels(devices), _fused(devices)])
+    return Checkup(_versions(), devices, _communication(), _links(devices), [*_kernels(devices), _fused(devices)])
 
 
 def checkup_json(found: Checkup) -> str:
@@ -65,6 +67,7 @@ def checkup_json(found: Checkup) -> str:
         "versions": found.versions,
         "devices": [asdict(device) for device in found.devices],
         "communication": [_finding_json(finding) for finding in found.communication],
+        "links": [_finding_json(finding) for finding in found.links],
         "kernels": [_finding_json(finding) for finding in found.kernels],
     })  # fmt: skip
 
@@ -73,7 +76,12 @@ def print_checkup(console: Console, found: Checkup) -> None:
     """Tables of everything; what is not there says why."""
     console.print(table("Versions", ("what", "version"), [(name, version or "not there") for name, version in found.versions.items()]))
     console.print(table("Devices", ("device", "kind", "capability", ":memory"), [_device_row(device) for device in found.devices]))
-    for title, findings in (("Communication", found.communication), ("Attention kernels, in the order they are tried", found.kernels)):
+    parts = {
+        "Communication": found.communication,
+        "Links, which `autoseq topology measure` times": found.links,
+        "Attention kernels, in the order they are tried": found.kernels,
+    }
+    for title, findings in parts.items():
         rows = [(each.name, each.about, "no" if each.why_not else "yes", each.why_not) for each in findings]
         console.print(table(title, ("name", "what it is", "available", "why not"), rows))
 
@@ -111,6 +119,43 @@ def _communication() -> list[Finding]:
     if not nccl and not torch.cuda.is_available():
         nccl = "torch finds no CUDA device"
     return [Finding("gloo", "between CPUs", gloo), Finding("nccl", "between CUDA devices", nccl)]
+
+
+def _links(devices: Sequence[Device]) -> list[Finding]:
+    """Between the devices of this machine, and to other machines."""
+    count = sum(device.kind == "cuda" for device in devices)
+    nvlink, cards = nvlinks(), network_cards()
+    why = nvlink.why_not or ("" if nvlink.count else "the first device has no active NVLink; messages go over PCI Express")
+    about = f"{nvlink.count} active links of the first device" if nvlink.count else "between CUDA devices of a node"
+    return [
+        Finding("nvlink", about, why if count > 1 else _too_few(count)),
+        Finding("peer access", "from device to device over PCI Express or NVLink", _no_peers(count)),
+        _card(cards, "infiniband"),
+        _card(cards, "ethernet"),
+    ]
+
+
+def _too_few(count: int) -> str:
+    return "torch finds one CUDA device" if count else "torch finds no CUDA device"
+
+
+def _no_peers(count: int) -> str:
+    if count < 2:
+        return _too_few(count)
+    if all(torch.cuda.can_device_access_peer(0, other) for other in range(1, count)):
+        return ""
+    return "the driver does not let all devices read each other; messages go through the host's memory"
+
+
+def _card(cards: Sequence[Card], kind: str) -> Finding:
+    ours = [card for card in cards if card.kind == kind]
+    found = ", ".join(f"{card.name} {8 * card.bytes_per_s / 1e9:g} Gb/s" for card in ours)
+    lacking = {
+        "infiniband": "no active InfiniBand or RoCE port, so NCCL uses sockets between nodes; such a card needs its driver and rdma-core",
+        "ethernet": "no network card is up; a container may hide them",
+    }
+    about = {"infiniband": "between nodes, InfiniBand or RoCE, which NCCL uses directly", "ethernet": "between nodes, sockets"}
+    return Finding(kind, about[kind] + (f": {found}" if found else ""), "" if ours else lacking[kind])
 
 
 def _kernels(devices: Sequence[Device]) -> list[Finding]:

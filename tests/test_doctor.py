@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from autoseq import doctor
 from autoseq.cli import app
-from autoseq.doctor import Checkup, Finding, checkup
+from autoseq.doctor import Checkup, Device, Finding, checkup
+from autoseq.planning.links import Card, NVLinks
 from autoseq.runtime import flash_attn_kernel, fused
 from autoseq.runtime.kernels import KERNELS
 
@@ -28,7 +29,8 @@ def test_tables() -> None:
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
     assert result.stderr == ""
-    for text in ("Versions", torch.__version__, "Devices", "cpu", "gloo", "nccl", "flash_attn", "pip install flash-attn", "reference"):
+    parts = ("Versions", torch.__version__, "Devices", "cpu", "Communication", "gloo", "nccl", "Links", "nvlink", "ethernet")
+    for text in (*parts, "flash_attn", "pip install flash-attn", "reference"):
         assert text in result.stdout
     assert result.stdout.index("flash_attn") < result.stdout.index("reference"), "in the order they are tried"
 
@@ -40,7 +42,8 @@ def test_json() -> None:
     assert found["versions"]["torch"] == torch.__version__
     assert {device["kind"] for device in found["devices"]} >= {"cpu"}
     assert [each["name"] for each in found["kernels"]] == [*(kernel.name for kernel in KERNELS), "fused"]
-    for each in found["kernels"] + found["communication"]:
+    assert [each["name"] for each in found["links"]] == ["nvlink", "peer access", "infiniband", "ethernet"]
+    for each in found["kernels"] + found["communication"] + found["links"]:
         assert set(each) == {"name", "about", "available", "why_not"}
         assert each["available"] == (each["why_not"] == "")
 
@@ -64,6 +67,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> Checkup:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(doctor, "KERNELS", tuple(replace(kernel, missing=lambda: "") for kernel in KERNELS))
     monkeypatch.setattr(fused, "missing", lambda: "")
+    monkeypatch.setattr(doctor, "nvlinks", lambda: NVLinks(0))
     return checkup()
 
 
@@ -78,6 +82,34 @@ def test_an_old_gpu_says_what_it_is_too_old_for(monkeypatch: pytest.MonkeyPatch)
     assert "compute capability 8.0" in kernels["flash"]
     assert "compute capability 8.0" in kernels["flash_attn"]
     assert kernels["efficient"] == "", "it serves float16 there"
+
+
+CARDS = (Card("mlx5_0", "infiniband", 50e9), Card("mlx5_1", "infiniband", 50e9), Card("eth0", "ethernet", 1.25e9))
+
+
+@pytest.mark.parametrize(
+    ("devices", "nvlink", "peers", "cards", "expected"),
+    [
+        pytest.param(8, NVLinks(18), True, CARDS, ("", "", "", ""), id="everything"),
+        pytest.param(2, NVLinks(0), False, (), ("no active NVLink", "the host's memory", "rdma-core", "no network card"), id="nothing"),
+        pytest.param(2, NVLinks(0, "no NVML"), True, CARDS[:1], ("no NVML", "", "", "no network"), id="no NVML"),
+        pytest.param(1, NVLinks(18), True, CARDS[2:], ("one CUDA device", "one CUDA device", "sockets", ""), id="one device"),
+        pytest.param(0, NVLinks(0), True, (), ("no CUDA device", "no CUDA device", "sockets", "up"), id="no device"),
+    ],
+)
+def test_links_that_are_not_there_say_why(
+    devices: int, nvlink: NVLinks, peers: bool, cards: tuple[Card, ...], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "nvlinks", lambda: nvlink)
+    monkeypatch.setattr(doctor, "network_cards", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: peers)
+    found = doctor._links([Device("GPU", "cuda", (9, 0), 1)] * devices)
+    for finding, why in zip(found, expected, strict=True):
+        assert why in finding.why_not
+        assert bool(why) == bool(finding.why_not)
+    abouts = " ".join(finding.about for finding in found)
+    for card in cards:
+        assert f"{card.name} {8 * card.bytes_per_s / 1e9:g} Gb/s" in abouts
 
 
 BROKEN = "libcudart.so.99: cannot open shared object file"

@@ -132,12 +132,8 @@ class Topology:
             raise TopologyError(f"topology {self.name!r}: there must be 1 rank or more, not {world_size}")
         if world_size <= self.ranks_per_node:
             return replace(self, nodes=1, ranks_per_node=world_size)
-        if self.between is None:
-            raise TopologyError(
-                f"topology {self.name!r} has one node of {self.ranks_per_node} ranks and says nothing of a network between nodes, "
-                f"but there are {world_size} ranks. Give it a 'between' link, or take one that has it: `autoseq topology list`."
-            )
-        return replace(self, nodes=self._nodes_of(world_size))
+        self._between(world_size)
+        return replace(self, nodes=world_size // self.ranks_per_node)
 
     def kernel_rates(self, dtype: str) -> KernelRates:
         """Those of a dtype such as "float32", or of the nearest one that the topology tells of."""
@@ -162,8 +158,7 @@ class Topology:
         R = self.ranks_per_node
         if ranks <= R or scope == "inside":
             return (self._path("inside", self.inside, kind, 1.0),)
-        between = self.at(ranks).between
-        assert between is not None
+        between = self._between(ranks)
         if scope == "across":
             # R ranks share the node's cards; one point-to-point message goes through one card, however many are idle.
             lanes = min(between.lanes, R) if kind == "send" else between.lanes
@@ -183,11 +178,16 @@ class Topology:
         both_ways = 2.0 if link.duplex == "half" else 1.0
         return Path(where, rate.latency_s, share * both_ways / rate.bytes_per_s)
 
-    def _nodes_of(self, ranks: int) -> int:
-        if ranks % self.ranks_per_node:
-            R = self.ranks_per_node
+    def _between(self, ranks: int) -> Link:
+        """The link between the nodes of so many ranks, which must be several whole ones."""
+        R = self.ranks_per_node
+        if self.between is None:
             raise TopologyError(
-                f"topology {self.name!r}: {ranks} ranks are not whole nodes of {R}; "
-                f"the nearest that are: {ranks // R * R} and {(ranks // R + 1) * R}"
+                f"topology {self.name!r} has one node of {R} ranks and says nothing of a network between nodes, but there are {ranks} "
+                "ranks. Give it a 'between' link, or take one that has it: `autoseq topology list`."
             )
-        return ranks // self.ranks_per_node
+        if ranks % R:
+            low = ranks // R * R
+            nearest = f"the nearest that are: {low} and {low + R}"
+            raise TopologyError(f"topology {self.name!r}: {ranks} ranks are not whole nodes of {R}; {nearest}")
+        return self.between

@@ -60,7 +60,7 @@ class Rows:
             call=call_text(node, self._names), shape_of_call=call_text(node, _Nameless()),
             source="" if source.startswith("(no") else source,
             before=_value(entry.before), after=_value(entry.after), placement=_placement(entry),
-            flops_before=_matmul_flops(entry.before), flops_after=_matmul_flops(entry.after), parameters=_parameters(written),
+            flops_before=matmul_flops(entry.before), flops_after=matmul_flops(entry.after), parameters=_parameters(written),
         )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ _MATMULS: Mapping[Any, int] = {  # the operand whose last dim is contracted
 }  # fmt: skip
 
 
-def _matmul_flops(node: fx.Node | None) -> int:
+def matmul_flops(node: fx.Node | None) -> int:
     """Two for each product of a matrix product; what else an operator computes is small beside it."""
     if node is None or node.target not in _MATMULS:
         return 0

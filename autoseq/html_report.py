@@ -28,16 +28,21 @@ from autoseq.html_drawings import (
     splits_heads,
 )
 from autoseq.html_folding import fold
+from autoseq.html_timeline import Busy, busy, timeline_drawing
 from autoseq.html_tree import picture
 from autoseq.inspection import Inspection, Made, inspected, with_programs
 from autoseq.node_traffic import node_traffic
 from autoseq.options import Options
 from autoseq.passes.sizes import num_bytes
 from autoseq.planner import SitePlan
+from autoseq.planning.found import found_topology
+from autoseq.planning.model_cost import model_cost
+from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.report import readable_bytes
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.step_timeline import Timeline, step_timeline
 from autoseq.strategy_table import LEGEND, summary
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -45,19 +50,23 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True, slots=True)
 class Pictured:
-    """An inspection, and its programs as blocks."""
+    """An inspection, its programs as blocks, and a step of them on the clock."""
 
     inspection: Inspection
     pictures: tuple[Picture, ...]
+    timeline: Timeline
 
 
 def inspect_pictures(make: Callable[[], Made], *, seq_len: int, world_size: int, options: Options) -> Pictured:
     """`inspect_model`, with pictures. Raises the same."""
 
     def look(programs: Sequence[Program]) -> Pictured:
-        pictures = [picture(program, node_traffic(program, world_size)) for program in programs]
+        traffic = [node_traffic(program, world_size) for program in programs]
+        pictures = [picture(program, sent) for program, sent in zip(programs, traffic, strict=True)]
         folded = [Picture(fold(each.items), each.gradients) for each in pictures]
-        return Pictured(inspected(programs, seq_len, world_size), tuple(folded))
+        topology = options.topology if isinstance(options.topology, Topology) else found_topology(world_size)
+        timeline = step_timeline(programs, traffic, model_cost(programs, world_size=world_size), topology, world_size)
+        return Pictured(inspected(programs, seq_len, world_size), tuple(folded), timeline)
 
     return with_programs(make, look, world_size=world_size, options=options)
 
@@ -143,6 +152,14 @@ class _Page:
         """The attention rows, and how often each comes."""
         return [(row, times) for each in self.pictures for row, times in rows_of(each.items) if row.site is not None]
 
+    @property
+    def timeline(self) -> Drawing:
+        return timeline_drawing(self.found.timeline)
+
+    @property
+    def busy(self) -> list[Busy]:
+        return busy(self.found.timeline)
+
     def mask(self, planned: SitePlan, by_rank: bool) -> Drawing:
         return mask_drawing(planned.site.site, self.P, self.layout, by_rank and not splits_heads(planned.strategy))
 
@@ -175,7 +192,3 @@ def _largest_before(program: Program) -> int:
     values = [node.meta.get("val") for node in program.before.nodes if node.op == "call_function"]
     return max((num_bytes(val) for val in values if hasattr(val, "element_size")), default=0)
 
-
-def write_page(path: Path, text: str) -> None:
-    """Raises OSError."""
-    path.write_text(text, "utf-8")

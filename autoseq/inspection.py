@@ -84,6 +84,11 @@ def inspect_model(
     AutoSeqError as compiling the model would, TargetError if the model itself fails.
     """
     options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node)
+    return inspect_programs(make, seq_len=seq_len, world_size=world_size, options=options)
+
+
+def inspect_programs(make: Callable[[], Made], *, seq_len: int, world_size: int, options: Options) -> Inspection:
+    """`inspect_model`, with options as the backend takes them."""
     return with_programs(make, lambda programs: inspected(programs, seq_len, world_size), world_size=world_size, options=options)
 
 

@@ -80,8 +80,8 @@ def site_messages(planned: SitePlan) -> int:
     return planned.cost.forward_messages + planned.cost.backward_messages
 
 
-def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> None:
-    """Everything that `inspect` found, then the graphs."""
+def print_inspection(console: Console, found: Inspection, graphs: Graphs | None) -> None:
+    """Everything that `inspect` found, then the graphs if any are asked for."""
     layout = found.programs[0].plan.layout
     head = f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {layout}."
     console.print(f"{head} Bytes and messages are those that rank 0 sends in a training step.")

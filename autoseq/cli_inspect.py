@@ -1,0 +1,81 @@
+"""`autoseq inspect`: what would become of a model, as tables, as a page, or as a timeline. Needs no peers, GPU or weights."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from autoseq.cli_errors import exit_codes
+from autoseq.cli_options import Batch, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+from autoseq.runtime.errors import OptionError
+
+_TOPOLOGY_HELP = "The hardware to plan for: a name (autoseq topology list) or a JSON file; else what torch tells of this machine."
+_HTML_HELP = "Write a page that shows the model before and after, block by block; any browser shows it, without a network."
+_TRACE_HELP = "Write the predicted timeline of a step, for ui.perfetto.dev."
+
+
+def inspect(
+    target: TargetText,
+    seq_len: SeqLen,
+    world_size: WorldSize,
+    batch: Batch = 1,
+    strategy: StrategyName = "auto",
+    layout: LayoutName = "auto",
+    ranks_per_node: RanksPerNode = None,
+    topology: Annotated[str | None, typer.Option("--topology", metavar="NAME|FILE", help=_TOPOLOGY_HELP, show_default=False)] = None,
+    graph: Annotated[
+        Literal["before", "after", "both"] | None,
+        typer.Option("--graph", help="Which graph to print; after, unless a file is written.", show_default=False),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=_HTML_HELP, show_default=False)] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help=_TRACE_HELP, show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead, without graphs.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what autoseq would do to a model: its attention, its communication, its graph. Needs no peers, GPU or weights."""
+    with exit_codes(verbose):
+        from autoseq.inspection import inspect_programs
+        from autoseq.options import Options
+        from autoseq.report import inspection_json, print_inspection, results
+        from autoseq.target import load_target
+
+        files = {"--html": html, "--trace": trace}
+        for option, path in files.items():
+            _check_writable(option, path)
+        make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
+        options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node, topology=topology)
+        if html is None and trace is None:
+            found = inspect_programs(make, seq_len=seq_len, world_size=world_size, options=options)
+        else:
+            from autoseq.html_report import html_page, inspect_pictures
+            from autoseq.trace_report import trace_json
+
+            pictured = inspect_pictures(make, seq_len=seq_len, world_size=world_size, options=options)
+            found = pictured.inspection
+            if html is not None:
+                _write("--html", html, html_page(pictured, target))
+            if trace is not None:
+                _write("--trace", trace, trace_json(pictured.timeline))
+        if as_json:
+            print(inspection_json(found))
+            return
+        written = [path for path in files.values() if path is not None]
+        print_inspection(results(), found, graph or (None if written else "after"))
+        for path in written:
+            results().print(f"Wrote {path}")
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """A mistake in a path is found before the work."""
+    if path is not None and path.is_dir():
+        raise OptionError(f"{option} {path}: this is a folder; name a file in it")
+    if path is not None and not path.parent.is_dir():
+        raise OptionError(f"{option} {path}: there is no folder {path.parent}")
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise OptionError(f"{option} {path}: {error.strerror or error}") from error

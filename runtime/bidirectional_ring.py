@@ -26,8 +26,9 @@ from autoseq.runtime.needs import Needs
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import Exchanges, Phase, Way, Work, repeated
+from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Way, Work, repeated
 from autoseq.runtime.visiting_queries import VisitingQueries, visiting_queries_attention
+from autoseq.runtime.visits import HOME, THERE
 
 
 @lru_cache(maxsize=256)
@@ -84,7 +85,10 @@ class BidirectionalRing(Strategy):
         return super().sizes(site, group_size, layout, rank) | {BY_QUERIES: int(by_queries)}
 
     def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        return _moves(site, group_size, layout).exchanges(site, group_size, layout, rank, way)
+        if group_size == 1:
+            return {}
+        silent = dict.fromkeys(("keys", "gradients", THERE, HOME), Exchange("send", "flat", 0, 0))
+        return silent | _moves(site, group_size, layout).exchanges(site, group_size, layout, rank, way)
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """Those of what travels: keys, or queries where the last symbol is 1."""

@@ -205,13 +205,13 @@ class DoubleRing(Strategy):
         routes = _routes(site, group_size, layout)
         inside = [lane_rows(lane, place, keeps=False) for lane in routes.inside[node]]
         across = [lane_rows(routes.across[place], node)]
-        return rows_exchanges(site, across, way, "across", "across ") | rows_exchanges(site, inside, way, "inside", "inside ")
+        return rows_exchanges(site, across, way, "across", "across_") | rows_exchanges(site, inside, way, "inside", "inside_")
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """A circle inside the node for each hop across; a backward's begin with the keys at hand, and end with the way home."""
-        across = ring_phases(way, strategy.N, "across ")
-        home = "inside gradients" if way == "backward" else None
-        return nested(across, pipeline(strategy.R - 1, "inside keys", home, first_work=1 / strategy.R))
+        across = ring_phases(way, strategy.N, "across_")
+        home = "inside_gradients" if way == "backward" else None
+        return nested(across, pipeline(strategy.R - 1, "inside_keys", home, first_work=1 / strategy.R))
 
     def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
         nodes, ranks = site.mesh

@@ -141,7 +141,7 @@ class _Hybrid(Strategy):
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         return super().sizes(site, group_size, layout, rank) | self._head_sizes(site, rank) | {
             # A gather of all keys is one message a stage; there are none in a ring's formulas.
-            STAGES: self._stages(site, group_size, layout, rank),
+            STAGES: max(1, self._stages(site, group_size, layout, rank)),
         }
 
     def _stages(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
@@ -197,7 +197,7 @@ class _Hybrid(Strategy):
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """The heads are exchanged before and after, with nothing to compute beside; the rows as what trades them does."""
         others = (strategy.R, strategy.N)[self.heads_along]
-        traded = substituted(self.rows.strategy.phases(way), {strategy.P: others, STAGES: sympy.Max(1, STAGES)})
+        traded = substituted(self.rows.strategy.phases(way), {strategy.P: others})
         return (*alone(ROWS), *traded, *alone(HEADS))
 
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import sympy
@@ -121,7 +122,8 @@ def task_of(rows: Rows, participant: int, keys: Iterable[Sequence[Chunk]], heads
     """A participant's own queries, and what comes of the keys."""
     spans = rows.q_holdings.spans(participant, rows.s, rows.q_len)
     padded = sum(valid < all_of_it for *_, valid, all_of_it in spans)
-    return Task(tuple(rows.queries(participant)), tuple(map(tuple, keys)), heads, kv_heads, padded)
+    grid = tuple(chunk for holder in range(len(rows.k_holdings.chunks)) for chunk in rows.keys(holder))
+    return Task(tuple(rows.queries(participant)), tuple(map(tuple, keys)), heads, kv_heads, grid, padded)
 
 
 def needs_two_dims(site: Site) -> str | None:
@@ -139,6 +141,20 @@ def cost_of(forward: Exchanges, backward: Exchanges) -> Cost:
     """All exchanges of both ways together."""
     ways = [list(of_way.values()) for of_way in (forward, backward)]
     return Cost(*(sum(each.bytes for each in of_way) for of_way in ways), *(sum(each.messages for each in of_way) for of_way in ways))
+
+
+@lru_cache(maxsize=64)
+def _phases_of(strategy: Strategy, way: Way) -> tuple[tuple[Phase, ...], frozenset[sympy.Symbol]]:
+    """With the symbols that are in them."""
+    phases = strategy.phases(way)
+    formulas = [formula for phase in phases for formula in (phase.work, phase.times, *(share for _, share in phase.sends))]
+    return phases, frozenset[sympy.Symbol]().union(*(formula.free_symbols for formula in formulas))
+
+
+@lru_cache(maxsize=1024)
+def _steps_of(strategy: Strategy, way: Way, sizes: frozenset[tuple[sympy.Symbol, int]]) -> tuple[Step, ...]:
+    """A plan asks for few different ones, and evaluating formulas takes long."""
+    return steps(_phases_of(strategy, way)[0], dict(sizes))
 
 
 class Strategy(ABC):
@@ -233,7 +249,11 @@ class Strategy(ABC):
 
     def steps(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> tuple[Step, ...]:
         """The phases in numbers; on one rank there is only work."""
-        return steps([Phase(ONE)], {}) if group_size == 1 else steps(self.phases(way), self.sizes(site, group_size, layout, rank))
+        if group_size == 1:
+            return steps([Phase(ONE)], {})
+        symbols = _phases_of(self, way)[1]
+        sizes = self.sizes(site, group_size, layout, rank).items()
+        return _steps_of(self, way, frozenset((symbol, size) for symbol, size in sizes if symbol in symbols))
 
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
         """What `rank` computes in one pass. Rows that the mask leaves without keys may cost more, and padding is not among the pairs."""

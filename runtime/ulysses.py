@@ -202,8 +202,8 @@ class Ulysses(Strategy):
         rows = rows_of_site(site, 1, "contiguous")
         padded = rows.q_len < local_length(site.q_len, group_size, layout) * group_size
         stages = ((stage.heads[rank], stage.kv_heads[rank]) for stage in _stages_of(site, group_size, layout))
-        whole = (tuple(rows.queries(0)), (tuple(rows.keys(0)),))
-        return [Task(*whole, range(*heads), _count(kv_heads), padded) for heads, kv_heads in stages]
+        queries, keys = tuple(rows.queries(0)), tuple(rows.keys(0))
+        return [Task(queries, (keys,), range(*heads), _count(kv_heads), keys, padded) for heads, kv_heads in stages]
 
     def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         """All rows of this rank's heads."""

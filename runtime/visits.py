@@ -196,7 +196,7 @@ class Manner:
         guests = (part_of(rows.queries(guest), visits.queries[rank][guest]) for guest in range(P))
         return [
             task_of(rows, rank, filter(None, keys), heads, site.kv_heads),
-            *(Task(queries, (own,), heads, site.kv_heads) for queries in guests if queries),
+            *(Task(queries, (own,), heads, site.kv_heads, own) for queries in guests if queries),
         ]
 
     def counts(self, site: Site, P: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:

@@ -34,13 +34,15 @@ _FEWEST_SAMPLES = 16
 class Task:
     """Some queries and what comes of the keys, one piece after the other.
 
-    `heads` are global, `padded` is whether a row stands in for padding, and how often: a forward computes it too.
+    `heads` are global, `grid` are the chunks by which predicates are decided, and `padded` is how often a row stands in for padding: a
+    forward computes that too.
     """
 
     queries: tuple[Chunk, ...]
     keys: tuple[tuple[Chunk, ...], ...]
     heads: range
     kv_heads: int
+    grid: tuple[Chunk, ...]
     padded: int = 0
 
 
@@ -53,11 +55,16 @@ class Sizes:
     value_dim: int
     q_len: int
     heads_per_kv: int
+    learns: bool = False  # a capture gets a gradient, which kernels do not give
+
+    def by_kernel(self, problem: Problem, way: Way) -> bool:
+        """Whether kernels compute it."""
+        return problem.serves_kernels() and not (self.learns and way == "backward")
 
 
 def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
     """What a rank's tasks come to."""
-    sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads)
+    sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads, bool(site.learned))
     mask, empty_rows = Mask(site.max_ahead, site.max_behind, site.predicate), cast(EmptyRows, site.empty_rows)
     problem = Problem(mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
     return reduce(add, (work_of(task, problem, sizes, way) for task in tasks), NO_WORK)
@@ -71,7 +78,7 @@ def work_of(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
         return found
     problem = replace(problem, first_head=task.heads.start, heads_per_kv=sizes.heads_per_kv)
     if task.queries:
-        sampled = _sampled(task, problem)
+        sampled = _sampled(task, problem, tiled=not sizes.by_kernel(problem, way) or bool(additive_terms(problem.score)))
         share = sum(rows for *_, rows in task.queries) / sum(rows for *_, rows in sampled.queries)
         found = _scaled(_counted(sampled, problem, sizes, way), share)
     if not problem.mask.predicate:
@@ -108,12 +115,12 @@ def _keys_below(first: int, rows: int, keys: int) -> int:
     return rising * (2 * (first + start) + rising - 1) // 2 + max(0, rows - max(full, start)) * keys
 
 
-def _sampled(task: Task, problem: Problem) -> Task:
+def _sampled(task: Task, problem: Problem, *, tiled: bool) -> Task:
     """The task, or the same for fewer rows."""
     rows, keys = sum(rows for *_, rows in task.queries), sum(rows for piece in task.keys for *_, rows in piece)
     per_row_of_tiles = -(-keys // blocks.TILE) + len(task.keys)
     if not problem.mask.predicate:
-        if problem.mask.max_behind is None and problem.serves_kernels() and not additive_terms(problem.score):
+        if problem.mask.max_behind is None and not tiled:
             return task  # few blocks, however large
         seen = sum(pairs_within(problem.mask, q, k) for q in task.queries for piece in task.keys for k in piece) // max(1, rows)
         per_row_of_tiles = seen // blocks.TILE + 2 + len(task.keys)
@@ -130,7 +137,7 @@ def _scaled(work: Work, share: float) -> Work:
 
 def _counted(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
     pairs = launches = merged = 0
-    for (run, kv_heads, _), q_chunk, k_chunk, block in _blocks(task, problem, sizes):
+    for (run, kv_heads, _), q_chunk, k_chunk, block in _blocks(task, problem, sizes, way):
         heads, keys = run.stop - run.start, kv_heads.stop - kv_heads.start
         q, k = q_chunk[1] + block.q_offset, k_chunk[1] + block.k_offset
         pairs += heads * pairs_within(problem.mask, (0, q, block.q_rows), (0, k, block.k_rows))
@@ -142,9 +149,8 @@ def _counted(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
     return Work(sizes.batch * pairs, launches, sizes.batch * merged)
 
 
-def _blocks(task: Task, problem: Problem, sizes: Sizes) -> Iterator[tuple[HeadRun, Chunk, Chunk, Block]]:
+def _blocks(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Iterator[tuple[HeadRun, Chunk, Chunk, Block]]:
     q = torch.empty((sizes.batch, len(task.heads), 0, sizes.head_dim), device="meta")
-    every_key = [chunk for piece in task.keys for chunk in piece]
-    tiling = Tiling(q, task.kv_heads, task.queries, every_key, problem)
+    tiling = Tiling(q, task.kv_heads, task.queries, task.grid, problem)
     for piece in task.keys:
-        yield from tiling.blocks(piece, plain=not problem.serves_kernels())
+        yield from tiling.blocks(piece, plain=not sizes.by_kernel(problem, way))

@@ -1,0 +1,141 @@
+"""The phases of a pass: each has its share, nothing is left out, and exchanges are what costs say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import get_args
+
+import pytest
+import sympy
+
+from attention_job import layouts_of, site_of
+from autoseq.runtime.layout import Layout
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Site
+from autoseq.runtime.timeline import WAYS, Phase, flops, homeward_pipeline, nested, pipeline, steps
+from dense_attention import Case
+from test_costs import CASES
+
+MESHES: dict[int, tuple[int, ...]] = {2: (), 3: (), 4: (2, 2), 6: (2, 3)}
+NAMES = [name for name in STRATEGIES if name != "local"]
+
+WIDE = Site(batch=1, q_len=4096, k_len=4096, heads=8, kv_heads=4, head_dim=64, value_dim=64, element_bytes=4)
+SITES = {name: site_of(case) for name, case in CASES.items()} | {
+    "a prefix": site_of(Case(24, 24, mask="prefix", kv_heads=2)),
+    "segments that a tensor tells": site_of(Case(23, 23, batch=2, mask="segments")),
+    "several stages": WIDE,
+    "several stages, a window": replace(WIDE, max_ahead=0, max_behind=100),
+}
+
+
+def asked() -> Iterator[tuple[str, str, Site, int, Layout]]:
+    """Strategy, case, site, ranks and layout of all that can be served."""
+    for (case, site), (P, mesh) in product(SITES.items(), MESHES.items()):
+        on_mesh = replace(site, mesh=mesh)
+        for name in NAMES:
+            if STRATEGIES[name].cannot_serve(on_mesh, P) is None:
+                yield from ((name, case, on_mesh, P, layout) for layout in layouts_of(name))
+
+
+def test_exchanges_add_up_to_the_cost() -> None:
+    """For every strategy, mask, layout and rank; and all strategies are among those asked."""
+    assert {name for name, *_ in asked()} == set(NAMES)
+    for name, case, site, P, layout in asked():
+        strategy = STRATEGIES[name]
+        for rank in range(P):
+            cost = strategy.cost(site, P, layout, rank)
+            for way in WAYS:
+                sent = strategy.exchanges(site, P, layout, rank, way).values()
+                found = sum(each.bytes for each in sent), sum(each.messages for each in sent)
+                assert found == (getattr(cost, f"{way}_bytes"), getattr(cost, f"{way}_messages")), (name, case, P, layout, rank, way)
+
+
+def test_phases_leave_nothing_out() -> None:
+    """The shares of the work, and of every exchange that sends something, add up to 1, and phases name no other exchanges."""
+    for name, case, site, P, layout in asked():
+        strategy = STRATEGIES[name]
+        for way in WAYS:
+            exchanges, named = strategy.exchanges(site, P, layout, 0, way), strategy.phases(way)
+            assert {of for phase in named for of, _ in phase.sends} <= set(exchanges), (name, way)
+            found = strategy.steps(site, P, layout, 0, way)
+            assert sum(step.times * step.work for step in found) == pytest.approx(1), (name, case, P, way)
+            for of, exchange in exchanges.items():
+                share = sum(step.times * part for step in found for to, part in step.sends if to == of)
+                assert not exchange.bytes or share == pytest.approx(1), (name, case, P, layout, way, of)
+
+
+def test_one_rank_sends_nothing_and_only_works() -> None:
+    site = site_of(Case(16, 16))
+    for name, strategy in STRATEGIES.items():
+        for way in WAYS:
+            assert strategy.exchanges(site, 1, "contiguous", 0, way) == {}, name
+            assert [step.work for step in strategy.steps(site, 1, "contiguous", 0, way)] == [1.0], name
+            assert strategy.work(site, 1, "contiguous", 0, way).pairs == 4 * 16 * 17 // 2, name
+            assert strategy.buffer_bytes(site, 1, "contiguous", 0, way) == 0, name
+
+
+c = sympy.Symbol("c", positive=True, integer=True)
+HOMEWARD = homeward_pipeline(c, "in", "out", last_work=1 / (c + 1))
+PIPELINES = {
+    "one stage hides nothing": (pipeline(c, "in", "out"), 1, "in|work|out"),
+    "two stages": (pipeline(c, "in", "out"), 2, "in|work in|work out|out"),
+    "four stages": (pipeline(c, "in", "out"), 4, "in|work in|work in out|work in out|work out|out"),
+    "nothing goes home": (pipeline(c, "in", None), 3, "in|work in|work in|work"),
+    "work that is there at once": (pipeline(c, "in", None, first_work=1 / (c + 1)), 3, "work in|work in|work in|work"),
+    "the first is there, the own is last": (HOMEWARD, 3, "work in|work in out|work out|work out"),
+    "a single hop back": (HOMEWARD, 1, "work|work out"),
+}
+
+
+@pytest.mark.parametrize(("phases", "rounds", "expected"), PIPELINES.values(), ids=PIPELINES)
+def test_what_runs_side_by_side(phases: tuple[Phase, ...], rounds: int, expected: str) -> None:
+    found = []
+    for step in steps(phases, {c: rounds}):
+        parts = (["work"] if step.work else []) + [name for name, _ in step.sends]
+        found += [" ".join(parts)] * step.times
+    assert "|".join(found) == expected
+
+
+def test_a_circle_inside_a_circle() -> None:
+    """Three nodes of two ranks: what goes across is spread over the work inside."""
+    across = pipeline(sympy.Integer(2), "across", None, first_work=sympy.Rational(1, 3))
+    inside = pipeline(sympy.Integer(1), "inside", None, first_work=sympy.Rational(1, 2))
+    found = [step for step in steps(nested(across, inside), {}) for _ in range(step.times)]
+    assert [round(6 * step.work) for step in found] == [1] * 6
+    assert [dict(step.sends).get("across", 0) for step in found] == [0.25] * 4 + [0] * 2
+    assert [bool(dict(step.sends).get("inside")) for step in found] == [True, False] * 3
+
+
+def test_flops_of_a_pair() -> None:
+    """Scores and values forward; backward the scores again, and the gradients of weights, values, queries and keys."""
+    assert flops(10, 3, 5, "forward") == 2 * 10 * 8
+    assert flops(10, 3, 5, "backward") == 2 * 10 * (3 + 5 + 5 + 3 + 3)
+
+
+SITE = Site(batch=2, q_len=4096, k_len=4096, heads=8, kv_heads=4, head_dim=64, value_dim=64, element_bytes=2, max_ahead=0, mesh=(2, 2))
+KINDS = {
+    ("ulysses", "forward"): {"rows": ("all_to_all", "flat"), "heads": ("all_to_all", "flat")},
+    ("ring", "backward"): {"keys": ("send", "flat"), "gradients": ("send", "flat")},
+    ("gather_kv", "backward"): {"keys": ("all_to_all", "flat"), "gradients": ("all_to_all", "flat")},
+    ("balanced", "forward"): {"there": ("send", "flat"), "home": ("send", "flat")},
+    ("hybrid", "forward"): {"rows": ("all_to_all", "inside"), "heads": ("all_to_all", "inside"), "keys": ("send", "across")},
+    ("hybrid_outer", "forward"): {"rows": ("all_to_all", "across"), "heads": ("all_to_all", "across"), "keys": ("send", "inside")},
+    ("double_ring", "forward"): {"across_keys": ("send", "across"), "inside_keys": ("send", "inside")},
+}
+
+
+@pytest.mark.parametrize(("name", "way"), KINDS)
+def test_kinds_of_messages_and_who_exchanges_them(name: str, way: str) -> None:
+    found = STRATEGIES[name].exchanges(SITE, 4, "contiguous", 3, way)  # type: ignore[arg-type]
+    assert {of: (each.kind, each.scope) for of, each in found.items()} == KINDS[name, way]
+
+
+def test_without_a_mask_everything_is_gathered() -> None:
+    found = STRATEGIES["gather_kv"].exchanges(replace(SITE, max_ahead=None), 4, "contiguous", 0, "backward")
+    assert {of: each.kind for of, each in found.items()} == {"keys": "all_gather", "gradients": "reduce_scatter"}
+
+
+def test_every_layout_is_asked() -> None:
+    assert {layout for *_, layout in asked()} == set(get_args(Layout))

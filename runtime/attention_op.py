@@ -182,6 +182,11 @@ def nothing(k: Tensor, v: Tensor, settings: Settings) -> int:
     return 0
 
 
+def as_many_as_own(k: Tensor, v: Tensor, settings: Settings) -> int:
+    """The op keeps keys and values of others, or queries: no more than a participant has of keys and values itself."""
+    return k.numel() + v.numel() if group_of(settings.groups[0]).size > 1 else 0
+
+
 def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: Kept = nothing) -> AttentionOp:
     """Register `autoseq::<name>` and `autoseq::<name>_backward`."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from autoseq.runtime import runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Call, attention_op
+from autoseq.runtime.attention_op import Call, as_many_as_own, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.lanes import (
@@ -33,10 +33,8 @@ from autoseq.runtime.lanes import (
     cheapest_lane,
     common_lanes,
     lane_rows,
-    last_keys,
     own_keys,
     rows_cost,
-    unpacked,
     visitor,
     with_gradients,
     with_keys,
@@ -147,12 +145,12 @@ def _backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]
     dk, dv = (x.new_zeros(x.shape, dtype=work.dq.dtype) for x in own.tensors)
     across = circles.across(0)
     ends = [across.route.keys_at(across.group.rank, across.route.size - 1)] if across.route.size > 1 else []
-    (left,) = unpacked(kept, own, ends) or [None]
+    (left,) = Packed.split(kept, [(own.tensors, rows) for rows in ends]) or [None]
     finish(circles.backward(Packed((dk, dv), own.rows), left), visitor(call, with_gradients(work)))
     return dk, dv
 
 
-double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=last_keys)
+double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=as_many_as_own)
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:

@@ -32,8 +32,20 @@ from autoseq.runtime.gathered import (
 from autoseq.runtime.groups import ALONE, SequenceGroup, group_of
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.posted import post_all_gather, post_reduce_scatter
-from autoseq.runtime.stages import STAGES, HeadRange, Staged, Wanted, attend_in_stages, cat_heads, cut, num_stages, pipelined, queries_of
+from autoseq.runtime.posted import Posted, post_all_gather, post_reduce_scatter
+from autoseq.runtime.stages import (
+    STAGES,
+    HeadRange,
+    Staged,
+    Wanted,
+    attend_in_stages,
+    cat_heads,
+    cut,
+    num_heads,
+    num_stages,
+    pipelined,
+    queries_of,
+)
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site
 from autoseq.runtime.traffic import Traffic
 
@@ -94,7 +106,7 @@ class _GatherKV(Staged):
         def work(number: int, keys: Tensor) -> None:
             found.append(gathered_attention(keys, *self._part(number, q, k, v), *self._settings(number, terms)))
 
-        pipelined(self.group, len(self.stages), lambda number: self._gather(None, number, terms, q, k, v), work)
+        pipelined(len(self.stages), lambda number: self._gather(None, number, terms, q, k, v), work)
         out = cat_heads([out for out, _ in found])
         return out, [q, k, v, out, *(lse for _, lse in found)]
 
@@ -105,7 +117,7 @@ class _GatherKV(Staged):
         dqs: list[Tensor] = []
         shares: list[list[Tensor]] = []
 
-        def work(number: int, keys: Tensor) -> Tensor | None:
+        def work(number: int, keys: Tensor) -> Posted | None:
             part, settings = self._part(number, q, k, v), self._settings(number, terms)
             grad, own_out = (_of(x, self.stages[number].heads) for x in (grad_out, out))
             tensors = (grad, keys, *part, own_out, lses[number])
@@ -114,20 +126,22 @@ class _GatherKV(Staged):
             shares.append(share)
             return self._send_home(grads, part, terms, settings) if 1 in wanted.of_qkv or 2 in wanted.of_qkv else None
 
-        landed = pipelined(self.group, len(self.stages), lambda number: self._gather(grad_out, number, terms, q, k, v), work)
+        landed = pipelined(len(self.stages), lambda number: self._gather(grad_out, number, terms, q, k, v), work)
         pairs = [self._home(number, flat, self._part(number, q, k, v), terms) for number, flat in enumerate(landed)]
         dkv = [cat_heads(parts) for parts in zip(*pairs, strict=True)] if pairs else [None, None]
         return [cat_heads(dqs), *dkv], shares
 
-    def _gather(self, after: Tensor | None, number: int, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _gather(self, after: Tensor | None, number: int, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> Posted:
         """Ask for a stage's keys."""
         part = self._part(number, q, k, v)
         if self._takes_all(terms):
             return post_all_gather(self.group, pack_rows(after, *part[1:]))
-        return send_rows(after, *_own(part), *self._settings(number, terms))
+        return Posted("gather_kv's keys", self.group, send_rows(after, *_own(part), *self._settings(number, terms)))
 
-    def _send_home(self, grads: Tensor, part: list[Tensor], terms: Terms, settings: tuple[Any, ...]) -> Tensor:
-        return post_reduce_scatter(self.group, grads) if self._takes_all(terms) else send_gradients(grads, *_own(part), *settings)
+    def _send_home(self, grads: Tensor, part: list[Tensor], terms: Terms, settings: tuple[Any, ...]) -> Posted:
+        if self._takes_all(terms):
+            return post_reduce_scatter(self.group, grads)
+        return Posted("gather_kv's gradients", self.group, send_gradients(grads, *_own(part), *settings))
 
     def _home(self, number: int, came: Tensor, part: list[Tensor], terms: Terms) -> tuple[Tensor, Tensor]:
         """dk and dv of a stage."""
@@ -207,7 +221,7 @@ def gather_cost(
 
 
 def _stage_cost(stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int) -> Cost:
-    elements = site.batch * (stage.kv_heads[1] - stage.kv_heads[0]) * (site.head_dim + site.value_dim)
+    elements = site.batch * num_heads(stage.kv_heads) * (site.head_dim + site.value_dim)
     if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
         keys = grads = (P - 1) * _rows_of(site, P, layout, places)
     else:

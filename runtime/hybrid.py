@@ -24,22 +24,22 @@ from autoseq.runtime import gather_kv, ring, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.gather_kv import GatherKV
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.head_exchange import Exchange, HeadRange
+from autoseq.runtime.head_exchange import Exchange
 from autoseq.runtime.lanes import lanes_cost
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.ring import Ring
-from autoseq.runtime.stages import STAGES
+from autoseq.runtime.stages import STAGES, num_heads
 from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims
 from autoseq.runtime.traffic import Traffic
-from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS, Ulysses, covering_kv_heads, query_heads
+from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS, Ulysses, head_shares
 
 ACROSS, INSIDE = 0, 1
 """The dims of a mesh."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowTrade:
     """What trades rows: how, the strategy whose formulas it has, what a rank sends, and by which kind of message.
 
     `attend` takes q, k, v, the terms, groups, places and the first head; `cost` a site of the share, participants, layout, number among
@@ -60,30 +60,24 @@ def places(mesh: tuple[int, int], heads_along: int) -> tuple[int, ...]:
     return tuple(node * ranks + place for place in range(ranks) for node in range(nodes))
 
 
-def _compute(rows: Rows, heads_along: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+def _compute(trade: RowTrade, heads_along: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     """Sends what `ulysses` does along one dim, and along the other what the op does for all rows there and its share of the heads."""
     axes = terms.two_axes
     if axes is None:
         return terms.call_on_all_rows(whole_attention, q, k, v)
     across, inside = (group_of(name) for name in axes)
     along = (across, inside)[heads_along]
-    heads, kv_heads = shares(along.size, q.shape[1], k.shape[1])
+    heads, kv_heads = head_shares(along.size, q.shape[1], k.shape[1])
     here = Exchange([heads, kv_heads, kv_heads], terms.layout, along).to_rows(q, k, v)
     held = places((across.size, inside.size), heads_along)
-    out = rows.attend(*here, terms, groups=[axes[1 - heads_along]], places=held, first_head=heads[along.rank][0])
+    out = trade.attend(*here, terms, groups=[axes[1 - heads_along]], places=held, first_head=heads[along.rank][0])
     return Exchange([heads], terms.layout, along).to_heads(out)[0]
-
-
-def shares(P: int, heads: int, kv_heads: int) -> tuple[list[HeadRange], list[HeadRange]]:
-    """The query heads of each of P ranks, and the KV heads these use."""
-    own = [query_heads(rank, P, heads) for rank in range(P)]
-    return own, [covering_kv_heads(each, heads // kv_heads) for each in own]
 
 
 class _Hybrid(Strategy):
     """Heads along one dim of the mesh, rows along the other."""
 
-    rows: ClassVar[Rows]
+    trade: ClassVar[RowTrade]
     heads_along: ClassVar[int]
     merges_partial_softmaxes = True
     balanced_by_zigzag = True
@@ -96,7 +90,7 @@ class _Hybrid(Strategy):
         along = (strategy.N, strategy.R)[self.heads_along]
         others = (strategy.R, strategy.N)[self.heads_along]
         ours = {strategy.P: others, strategy.t: strategy.t * along, strategy.K: OWN_KV_HEADS}
-        traded = {name: formula.xreplace(ours) for name, formula in self.rows.strategy.formulas().items()}
+        traded = {name: formula.xreplace(ours) for name, formula in self.trade.strategy.formulas().items()}
         # Who has no heads sends nothing.
         traded |= {name: traded[name] * sympy.Min(1, OWN_KV_HEADS) for name in ("forward_messages", "backward_messages")}
         return {name: formula + traded[name] for name, formula in _exchange_formulas(along).items()}
@@ -107,15 +101,15 @@ class _Hybrid(Strategy):
         return exchanged + self._traded(site, layout, rank)
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
-        return self.rows.kinds(site, self._traded(site, layout, 0))
+        return self.trade.kinds(site, self._traded(site, layout, 0))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
-        heads, kv_heads = shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
+        heads, kv_heads = head_shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
         number = divmod(rank, site.mesh[INSIDE])[self.heads_along]
         return super().sizes(site, group_size, layout, rank) | {
-            OWN_HEADS: _count(heads[number]),
-            OWN_KV_HEADS: _count(kv_heads[number]),
-            SENT_KV_HEADS: sum(map(_count, kv_heads)) - _count(kv_heads[number]),
+            OWN_HEADS: num_heads(heads[number]),
+            OWN_KV_HEADS: num_heads(kv_heads[number]),
+            SENT_KV_HEADS: sum(map(num_heads, kv_heads)) - num_heads(kv_heads[number]),
             # A gather of all keys is one message a stage; there are none in a ring's formulas.
             STAGES: self._traded(replace(site, max_ahead=None, max_behind=None, predicate=""), layout, rank).forward_messages,
         }
@@ -123,12 +117,12 @@ class _Hybrid(Strategy):
     def _traded(self, site: Site, layout: Layout, rank: int) -> Cost:
         """What a rank sends for its share of the heads to those that have the same."""
         at = divmod(rank, site.mesh[INSIDE])
-        heads, kv_heads = shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
+        heads, kv_heads = head_shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
         own, own_keys = heads[at[self.heads_along]], kv_heads[at[self.heads_along]]
-        part = replace(site, heads=_count(own), kv_heads=_count(own_keys))
+        part = replace(site, heads=num_heads(own), kv_heads=num_heads(own_keys))
         nodes, ranks = site.mesh
         others, ratio = 1 - self.heads_along, site.heads // site.kv_heads
-        return self.rows.cost(part, site.mesh[others], layout, at[others], places((nodes, ranks), self.heads_along), range(*own), ratio)
+        return self.trade.cost(part, site.mesh[others], layout, at[others], places((nodes, ranks), self.heads_along), range(*own), ratio)
 
 
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
@@ -136,10 +130,6 @@ def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
     here = {strategy.P: along, STAGES: sympy.Integer(1)}
     exchanged: dict[str, Any] = {name: formula.xreplace(here) for name, formula in Ulysses().formulas().items()}
     return exchanged
-
-
-def _count(heads: HeadRange) -> int:
-    return heads[1] - heads[0]
 
 
 def _attend_by_ring(q: Tensor, k: Tensor, v: Tensor, terms: Terms, **where: Any) -> Tensor:
@@ -158,8 +148,8 @@ def _sends(_: Site, cost: Cost) -> dict[str, Traffic]:
     return {"send": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 
 
-_RING = Rows(_attend_by_ring, Ring(), _ring_cost, _sends)
-_GATHER = Rows(gather_kv.gather_and_attend, GatherKV(), _gather_cost, gather_kv.opaque_traffic)
+_RING = RowTrade(_attend_by_ring, Ring(), _ring_cost, _sends)
+_GATHER = RowTrade(gather_kv.gather_and_attend, GatherKV(), _gather_cost, gather_kv.opaque_traffic)
 
 ring_across = attention_function(__name__, partial(_compute, _RING, INSIDE), "ring_across")
 gather_across = attention_function(__name__, partial(_compute, _GATHER, INSIDE), "gather_across")
@@ -171,7 +161,7 @@ class Hybrid(_Hybrid):
     """Heads inside a node, a ring across nodes."""
 
     name = "hybrid"
-    rows, heads_along = _RING, INSIDE
+    trade, heads_along = _RING, INSIDE
     attention = staticmethod(ring_across)
 
 
@@ -179,7 +169,7 @@ class HybridGather(_Hybrid):
     """Heads inside a node, all keys of the share gathered across nodes."""
 
     name = "hybrid_gather"
-    rows, heads_along = _GATHER, INSIDE
+    trade, heads_along = _GATHER, INSIDE
     attention = staticmethod(gather_across)
 
 
@@ -187,7 +177,7 @@ class HybridOuter(_Hybrid):
     """Heads across nodes, a ring inside each."""
 
     name = "hybrid_outer"
-    rows, heads_along = _RING, ACROSS
+    trade, heads_along = _RING, ACROSS
     attention = staticmethod(ring_inside)
 
 
@@ -195,5 +185,5 @@ class HybridGatherOuter(_Hybrid):
     """Heads across nodes, all keys of the share gathered inside each."""
 
     name = "hybrid_gather_outer"
-    rows, heads_along = _GATHER, ACROSS
+    trade, heads_along = _GATHER, ACROSS
     attention = staticmethod(gather_inside)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from autoseq.runtime import runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Call, as_many_as_own, attention_op
+from autoseq.runtime.attention_op import as_many_as_own, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.lanes import (
@@ -42,6 +42,7 @@ from autoseq.runtime.lanes import (
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.needs import Needs
+from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, needs_two_dims

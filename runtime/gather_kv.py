@@ -120,7 +120,7 @@ class _GatherKV(Staged):
         def work(number: int, keys: Tensor) -> Posted | None:
             part, settings = self._part(number, q, k, v), self._settings(number, terms)
             grad, own_out = (_of(x, self.stages[number].heads) for x in (grad_out, out))
-            tensors = (grad, keys, *part, own_out, lses[number])
+            tensors = (grad, *part, own_out, lses[number], keys)
             dq, grads, share = gathered_attention_backward(wanted.learned, wanted.sinks, *tensors, *settings)
             dqs.append(dq)
             shares.append(share)
@@ -222,7 +222,7 @@ def gather_cost(
 
 def _stage_cost(stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int) -> Cost:
     elements = site.batch * num_heads(stage.kv_heads) * (site.head_dim + site.value_dim)
-    if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
+    if takes_all(site.mask):
         keys = grads = (P - 1) * _rows_of(site, P, layout, places)
     else:
         needs = needs_of_site(site, P, layout, places, range(first_head + stage.heads[0], first_head + stage.heads[1]))
@@ -237,7 +237,7 @@ def _stage_cost(stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, 
 
 def opaque_traffic(site: Site, cost: Cost) -> dict[str, Traffic]:
     """What of a cost is sent from inside opaque operators, and how."""
-    if takes_all(Mask(site.max_ahead, site.max_behind, site.predicate)):
+    if takes_all(site.mask):
         return {}
     return {"all_to_all": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 

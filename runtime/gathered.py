@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoseq.runtime.attention_op import SETTINGS, Call, Settings, attended, differentiated
+from autoseq.runtime.attention_op import attended, differentiated
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.groups import group_of, process_group
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.messages import Described
 from autoseq.runtime.needs import Needs
+from autoseq.runtime.op_call import ASKED, SETTINGS, Asked, Call, Settings
 from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.runs import Runs
@@ -97,23 +98,12 @@ def gathered_attention(keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *flat: Any
 @torch.library.custom_op(
     "autoseq::gathered_attention_backward",
     mutates_args=(),
-    schema="(int[] learned, bool learns_sinks, Tensor grad_out, Tensor keys, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SETTINGS}) -> (Tensor, Tensor, Tensor[])",
+    schema=f"({ASKED}, {SETTINGS}) -> (Tensor, Tensor, Tensor[])",
 )
-def gathered_attention_backward(
-    learned: list[int],
-    learns_sinks: bool,
-    grad_out: Tensor,
-    keys: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *flat: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """dq, the gradients of the gathered keys, in the accumulating dtype, and those of captures and sinks."""
-    settings = Settings(*flat)
+def gathered_attention_backward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """dq, the gradients of the gathered keys (`kept` of `Asked`), in the accumulating dtype, and those of captures and sinks."""
+    asked, settings = Asked.of(args)
+    keys = asked.kept
 
     def backward(call: Call, work: Backward) -> Tensor:
         grads = keys.new_empty(keys.shape, dtype=work.dq.dtype)
@@ -124,7 +114,7 @@ def gathered_attention_backward(
             work.add(part_k, part_v, part.chunks(call.keys_of(participant)), dk, dv)
         return grads
 
-    return differentiated(Call.of(q, k, v, settings), settings, learned, learns_sinks, (grad_out, out, lse), backward)
+    return differentiated(Call.of(asked.q, asked.k, asked.v, settings), settings, asked, backward)
 
 
 @pack_rows.register_fake
@@ -153,13 +143,11 @@ def _(keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 @gathered_attention_backward.register_fake
-def _(
-    learned: list[int], learns_sinks: bool, grad_out: Tensor, keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    _, _, captures, sinks, *_ = rest
-    shared = [captures[i] for i in learned] + ([sinks] if learns_sinks else [])
+def _(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    asked, settings = Asked.of(args)
+    q, keys = asked.q, asked.kept
     grads = keys.new_empty(keys.shape, dtype=accumulate_dtype(keys.dtype))
-    return q.new_empty(q.shape), grads, [x.new_empty(x.shape) for x in shared]
+    return q.new_empty(q.shape), grads, [x.new_empty(x.shape) for x in asked.among(settings)]
 
 
 def _participants(settings: Settings) -> int:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length, num_chunks
+from autoseq.runtime.op_call import Settings
 from autoseq.runtime.strategy import Cost, Site, Strategy
 from autoseq.runtime.visit_op import visiting_op
 from autoseq.runtime.visits import Manner, never
@@ -47,7 +47,7 @@ def _halo_elements(k: Tensor, v: Tensor, settings: Settings) -> int:
 
 def _may_fill_rows(settings: Settings) -> bool:
     """Whether a row may be worth something that depends on all keys, of which then none is left out."""
-    if settings.empty_rows == "zero" or settings.sinks is not None:
+    if not settings.fills_empty_rows:
         return False
     own_position = settings.q_len == settings.k_len and (settings.max_behind or 0) >= 0 and (settings.max_ahead or 0) >= 0
     return bool(settings.predicate or settings.score) or not own_position
@@ -100,6 +100,6 @@ class Halo(Strategy):
         sizes = super().sizes(site, group_size, layout, rank)
         # Where queries and keys are at other positions, or a row without keys needs them all, the window says little.
         everything = (group_size - 1) * sizes[strategy.t]
-        says_it = site.q_len == site.k_len and (site.empty_rows == "zero" or site.has_sinks)
+        says_it = site.q_len == site.k_len and not site.fills_empty_rows
         behind, ahead = (max(0, bound) if says_it and bound is not None else everything for bound in (site.max_behind, site.max_ahead))
         return sizes | {BEHIND: behind, AHEAD: ahead, CHUNKS: num_chunks(layout)}

@@ -11,12 +11,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from autoseq.runtime.attention_op import AttentionOp, Call, as_many_as_own, attention_op
+from autoseq.runtime.attention_op import AttentionOp, as_many_as_own, attention_op
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, Route, finish, in_step
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import Needs
+from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.strategy import NOTHING, Cost, Site, accumulator_bytes, needs_of_site

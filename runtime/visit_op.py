@@ -18,10 +18,11 @@ from functools import partial
 from torch import Tensor
 
 from autoseq.runtime import runs
-from autoseq.runtime.attention_op import AttentionOp, Call, Kept, attention_op
+from autoseq.runtime.attention_op import AttentionOp, Kept, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.messages import Message, Pending, post
 from autoseq.runtime.needs import fills_rows
+from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.visits import KEYS, KINDS, QUERIES, Guest, Manner, Visits

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.op_call import Settings
 from autoseq.runtime.strategy import NOTHING, Cost, Site
 from autoseq.runtime.visit_op import visiting_op
 from autoseq.runtime.visits import Manner, always
@@ -30,7 +30,7 @@ def _last_queries(k: Tensor, v: Tensor, settings: Settings) -> int:
     P, own = group_of(group).size, k.numel() + v.numel()
     if P == 1:
         return 0
-    if settings.empty_rows != "zero" and settings.sinks is None:
+    if settings.fills_empty_rows:
         return own  # keys may travel instead
     queries = local_length(settings.q_len, P, settings.layout) * k.shape[0] * k.shape[1] * settings.heads_per_kv * k.shape[3]
     elements: Any = torch.sym_min(own, (P - 1) * queries)

@@ -16,7 +16,7 @@ from autoseq.runtime.circle import Route
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length, rank_positions
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
+from autoseq.runtime.needs import Needs, NeedTerms, Rows, needs_of
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.strategy import needs_of_site
 from dense_attention import MASKS, Case
@@ -84,7 +84,7 @@ def test_needs_are_what_the_dense_mask_says(mask: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(blocks, "TILE", tile)
         case = Case(q_len, k_len, mask=mask, batch=2)
         own, rows = case.mask_case(), rows_of(case, P, layout)
-        terms = Terms(Mask(own.max_ahead, own.max_behind, own.predicate), own.captures, case.batch, range(case.heads), False)
+        terms = NeedTerms(Mask(own.max_ahead, own.max_behind, own.predicate), own.captures, case.batch, range(case.heads), False)
         found, expected = needs_of(terms, rows, P), dense_needs(case, rows, P)
         everyone = range(P)
         assert all(expected[i][o] <= as_set(found[i][o]) for i in everyone for o in everyone)

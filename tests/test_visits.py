@@ -16,7 +16,7 @@ from autoseq.runtime.attention_call import attention_function
 from autoseq.runtime.attention_op import AttentionOp
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Terms, needs_of
+from autoseq.runtime.needs import NeedTerms, needs_of
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost
@@ -116,7 +116,7 @@ def test_few_queries_are_fewer_bytes_than_many_keys() -> None:
 def planned(case: Case, P: int, layout: Layout, manner: Manner) -> Visits:
     own, rows = case.mask_case(), rows_of(case, P, layout)
     mask = Mask(own.max_ahead, own.max_behind, own.predicate)
-    needs = needs_of(Terms(mask, own.captures, case.batch, range(case.heads), False), rows, P)
+    needs = needs_of(NeedTerms(mask, own.captures, case.batch, range(case.heads), False), rows, P)
     return manner.visits(needs, rows, mask, fills=False)
 
 

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from attention_job import Run, attend_all_on_rank, call_keywords, shard, site_of
+from attention_checks import assembled, oracle
+from attention_job import Run, attend_all_on_rank, call_keywords, largest_held, shard, site_of
 from autoseq.runtime import balanced, halo, visiting_queries, visits
 from autoseq.runtime.attention_call import attention_function
 from autoseq.runtime.attention_op import AttentionOp
@@ -23,11 +24,9 @@ from autoseq.runtime.strategy import Cost
 from autoseq.runtime.visiting_queries import visiting_queries_attention, visiting_queries_cost
 from autoseq.runtime.visits import KEYS, QUERIES, Manner, Visits
 from dense_attention import MASKS, SCORES, Case, check_close
+from dense_needs import as_set, dense_needs, rows_of
 from ranks import run_ranks
-from test_costs import count_on_rank
-from test_needs import as_set, dense_needs, rows_of
-from test_ring import largest_held
-from test_strategies import assembled, oracle
+from traffic_job import count_on_rank
 from visit_job import attend_twice
 
 LAYOUTS: list[Layout] = ["contiguous", "zigzag"]

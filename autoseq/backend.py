@@ -27,7 +27,7 @@ from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
-from autoseq.runtime.nodes import check_nodes, found_nodes, is_flat, make_nodes
+from autoseq.runtime.nodes import on_nodes
 
 log = logging.getLogger("autoseq")
 
@@ -51,16 +51,7 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
 def _sequence_group(options: Options) -> SequenceGroup:
     """The ranks that share the sequence. The first program that wants nodes has all ranks agree on them and make their groups."""
     group, ranks_per_node = group_from_mesh(options.mesh), options.ranks_per_node
-    if ranks_per_node is None:
-        return group
-    check_nodes(group, ranks_per_node)
-    if is_flat(group, ranks_per_node):
-        return group
-    found = found_nodes(group, ranks_per_node)
-    if found is None:
-        agree_on_program(group, [f"ranks_per_node={ranks_per_node}"], None)
-        found = make_nodes(group, ranks_per_node)
-    return found
+    return on_nodes(group, ranks_per_node, agree=lambda: agree_on_program(group, [f"ranks_per_node={ranks_per_node}"], None))
 
 
 def _raiser(error: AutoSeqError) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from autoseq.planner import SitePlan
 from autoseq.program import Program, build_program
 from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
-from autoseq.runtime.nodes import check_nodes, is_flat, make_nodes
+from autoseq.runtime.nodes import on_nodes
 from autoseq.target import brief
 
 log = logging.getLogger("autoseq")
@@ -122,11 +122,7 @@ def _fake_group(world_size: int, ranks_per_node: int | None) -> Iterator[Sequenc
         raise MeshError("inspecting pretends to be one of many ranks, so it cannot run where torch.distributed is initialized")
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        group = group_from_mesh(None)
-        if ranks_per_node is not None:
-            check_nodes(group, ranks_per_node)
-            group = group if is_flat(group, ranks_per_node) else make_nodes(group, ranks_per_node)
-        yield group
+        yield on_nodes(group_from_mesh(None), ranks_per_node)
     finally:
         dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ _PIPE_WIDTH = 160
 
 
 def results() -> Console:
-    """Where results go: stdout. Tables are as wide as the terminal or COLUMNS says, a pipe gives room for whole rows; other lines stay whole."""
+    """Where results go: stdout. Tables are as wide as the terminal or COLUMNS says, and a pipe gives them room; other lines stay whole."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=True)
 

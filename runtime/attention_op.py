@@ -14,150 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
-from autoseq.runtime.groups import SequenceGroup, group_of
-from autoseq.runtime.holdings import Holdings
-from autoseq.runtime.layout import Layout
-from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
+from autoseq.runtime.groups import group_of
+from autoseq.runtime.op_call import ASKED, SETTINGS, Asked, Call, Settings
 from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.tiles import EmptyRows, Problem
 
-SETTINGS = (
-    "Tensor[] captures, Tensor? sinks, Tensor? seed, float scale, str score, str predicate, SymInt? max_ahead, SymInt? max_behind, "
-    "str empty_rows, float dropout_p, SymInt q_len, SymInt k_len, SymInt first_head, SymInt heads_per_kv, str layout, int[] places, "
-    "bool gathered, str[] groups"
-)
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {SETTINGS}) -> (Tensor, Tensor, Tensor)"
-# A custom op cannot leave a result out, so the gradients that not every call asks for come in a list: of the captures numbered in
-# `learned`, then of the sinks.
-_BACKWARD = (
-    "(int[] learned, bool learns_sinks, Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor kept, "
-    f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])"
-)
-
-
-class Settings(NamedTuple):
-    """What an op takes besides q, k and v, in the order of its schema.
-
-    `groups` are the participants' groups, the outer one first (none: one participant), `places` the ranks whose shards each of
-    them holds (empty: its own), and `gathered` says that k and v hold the rows of all participants, one after the other.
-    """
-
-    captures: list[Tensor]
-    sinks: Tensor | None
-    seed: Tensor | None
-    scale: float
-    score: str
-    predicate: str
-    max_ahead: int | None
-    max_behind: int | None
-    empty_rows: EmptyRows
-    dropout_p: float
-    q_len: int
-    k_len: int
-    first_head: int
-    heads_per_kv: int
-    layout: Layout
-    places: list[int]
-    gathered: bool
-    groups: list[str]
-
-    def problem(self) -> Problem:
-        captures = [capture.detach() for capture in self.captures]
-        sinks = None if self.sinks is None else self.sinks.detach()
-        return Problem(
-            Mask(self.max_ahead, self.max_behind, self.predicate), captures, self.scale, self.score, sinks, self.seed, self.dropout_p,
-            self.empty_rows, self.first_head, self.heads_per_kv,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an attention op: local q [B,H,s,D], k [B,K,t,D], v [B,K,t,Dv], and what to compute with them."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    problem: Problem
-    rows: Rows
-    groups: tuple[SequenceGroup, ...]
-    gathered: bool
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Call:
-        groups = tuple(group_of(name) for name in settings.groups)
-        participants = prod(group.size for group in groups)
-        held = Holdings.of(participants, settings.layout, tuple(settings.places))
-        t = k.shape[2] // participants if settings.gathered else k.shape[2]
-        rows = Rows(held, held, q.shape[2], t, settings.q_len, settings.k_len)
-        return cls(q.detach(), k.detach(), v.detach(), settings.problem(), rows, groups, settings.gathered)
-
-    @property
-    def group(self) -> SequenceGroup:
-        """The only group of participants."""
-        (group,) = self.groups
-        return group
-
-    @property
-    def participants(self) -> int:
-        return prod(group.size for group in self.groups)
-
-    @cached_property
-    def me(self) -> int:
-        """This rank among the participants."""
-        me = 0
-        for group in self.groups:
-            me = me * group.size + group.rank
-        return me
-
-    @cached_property
-    def queries(self) -> list[Chunk]:
-        """This rank's valid rows."""
-        return self.rows.queries(self.me)
-
-    @cached_property
-    def paddings(self) -> list[tuple[int, int]]:
-        """This rank's runs of padding rows: (local start, local end)."""
-        spans = self.rows.q_holdings.spans(self.me, self.rows.s, self.rows.q_len)
-        return [(local + valid, local + padded) for local, _, valid, padded in spans if valid < padded]
-
-    @property
-    def padded_queries(self) -> list[Chunk]:
-        """This rank's valid rows, and the first padding row of each chunk in the place of the last valid position."""
-        return self.queries + [(local, self.rows.q_len - 1, 1) for local, _ in self.paddings]
-
-    def keys_of(self, participant: int) -> list[Chunk]:
-        """The valid keys that a participant holds, as they lie in its rows; in gathered ones, as they lie there."""
-        first = participant * self.rows.t if self.gathered else 0
-        return [(first + local, start, rows) for local, start, rows in self.rows.keys(participant)]
-
-    @cached_property
-    def all_keys(self) -> list[Chunk]:
-        """The valid keys of every participant."""
-        return [chunk for participant in range(self.participants) for chunk in self.keys_of(participant)]
-
-    @cached_property
-    def terms(self) -> Terms:
-        """What decides who needs what."""
-        problem = self.problem
-        heads = range(problem.first_head, problem.first_head + self.q.shape[1])
-        fills = problem.empty_rows != "zero" and problem.sinks is None
-        return Terms(problem.mask, problem.captures, self.q.shape[0], heads, fills, problem.score)
-
-    @cached_property
-    def needs(self) -> Needs:
-        """Which keys each participant needs of each other."""
-        return needs_of(self.terms, self.rows, self.participants)
-
+_BACKWARD = f"({ASKED}, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])"
 
 ForwardKeys = Callable[[Call, Forward], Tensor | None]
 """Brings the keys and values of all ranks to `Forward.add`. Returns what the backward is to be given, flat, if anything."""
@@ -182,6 +50,11 @@ def nothing(k: Tensor, v: Tensor, settings: Settings) -> int:
     return 0
 
 
+def as_many_as_own(k: Tensor, v: Tensor, settings: Settings) -> int:
+    """The op keeps keys and values of others, or queries: no more than a participant has of keys and values itself."""
+    return k.numel() + v.numel() if group_of(settings.groups[0]).size > 1 else 0
+
+
 def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: Kept = nothing) -> AttentionOp:
     """Register `autoseq::<name>` and `autoseq::<name>_backward`."""
 
@@ -190,24 +63,11 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: 
         out, lse, left = attended(Call.of(q, k, v, settings), forward)
         return out, lse, _filled_up(left, k.new_empty(0), kept(k, v, settings))
 
-    def run_backward(
-        learned: list[int],
-        learns_sinks: bool,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        left: Tensor,
-        *flat: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        settings = Settings(*flat)
-        call = Call.of(q, k, v, settings)
-        dq, (dk, dv), shares = differentiated(
-            call, settings, learned, learns_sinks, (grad_out, out, lse), lambda call, work: backward(call, work, left.detach())
-        )
-        return dq, dk.to(k.dtype), dv.to(v.dtype), shares
+    def run_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        asked, settings = Asked.of(args)
+        call = Call.of(asked.q, asked.k, asked.v, settings)
+        dq, (dk, dv), shares = differentiated(call, settings, asked, lambda call, work: backward(call, work, asked.kept.detach()))
+        return dq, dk.to(call.k.dtype), dv.to(call.v.dtype), shares
 
     op = torch.library.custom_op(f"autoseq::{name}", run, mutates_args=(), schema=_FORWARD)
     backward_op = torch.library.custom_op(f"autoseq::{name}_backward", run_backward, mutates_args=(), schema=_BACKWARD)
@@ -252,23 +112,15 @@ T = TypeVar("T")
 
 
 def differentiated(
-    call: Call,
-    settings: Settings,
-    learned: list[int],
-    learns_sinks: bool,
-    rows: tuple[Tensor, Tensor, Tensor],
-    backward: Callable[[Call, Backward], T],
+    call: Call, settings: Settings, asked: Asked, backward: Callable[[Call, Backward], T]
 ) -> tuple[Tensor, T, list[Tensor]]:
-    """dq, what the backward returns, and the gradients of captures and sinks; `rows` are grad_out, out and lse."""
-    grad_out, out, lse = (x.detach() for x in rows)
+    """dq, what the backward returns, and the gradients of captures and sinks."""
+    grad_out, out, lse = (x.detach() for x in (asked.grad_out, asked.out, asked.lse))
     with _without_autocast(call.q):
-        work = Backward(grad_out, call.q, out, lse, call.k.shape[1], call.queries, call.all_keys, call.problem, learned)
+        work = Backward(grad_out, call.q, out, lse, call.k.shape[1], call.queries, call.all_keys, call.problem, asked.learned)
         brought = backward(call, work)
-    captures, sinks = settings.captures, settings.sinks
-    shares = [grad.to(captures[i].dtype) for i, grad in zip(learned, work.learned(), strict=True)]
-    if learns_sinks and sinks is not None:
-        shares.append(work.dsinks().to(sinks.dtype))
-    return work.dq.to(call.q.dtype), brought, shares
+    found = work.learned() + ([work.dsinks()] if asked.learns_sinks and settings.sinks is not None else [])
+    return work.dq.to(call.q.dtype), brought, [grad.to(x.dtype) for grad, x in zip(found, asked.among(settings), strict=True)]
 
 
 def _filled_up(left: Tensor | None, empty: Tensor, elements: int) -> Tensor:
@@ -300,18 +152,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.present, ctx.settings = [sinks is not None, seed is not None], settings
 
 
-def _fake_backward(
-    learned: list[int],
-    learns_sinks: bool,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    left: Tensor,
-    *flat: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    captures, sinks = flat[:2]
-    shared = [captures[i] for i in learned] + ([sinks] if learns_sinks else [])
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), [x.new_empty(x.shape) for x in shared]
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    asked, settings = Asked.of(args)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (asked.q, asked.k, asked.v))
+    return dq, dk, dv, [x.new_empty(x.shape) for x in asked.among(settings)]

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from autoseq.runtime import strategy, visits
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Settings
+from autoseq.runtime.attention_op import as_many_as_own
 from autoseq.runtime.extrapolation import summed
-from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import fills_rows
 from autoseq.runtime.strategy import Site, rows_of_site, terms_of_site
@@ -45,13 +44,7 @@ def _is_helped(asker: int, holder: int, P: int) -> bool:
 _MANNER = Manner(_is_helped)
 
 
-def _own_size(k: Tensor, v: Tensor, settings: Settings) -> int:
-    """As much as a participant has of keys and values itself."""
-    (group,) = settings.groups
-    return k.numel() + v.numel() if group_of(group).size > 1 else 0
-
-
-balanced_attention = visiting_op("balanced_attention", _MANNER, kept=_own_size)
+balanced_attention = visiting_op("balanced_attention", _MANNER, kept=as_many_as_own)
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:

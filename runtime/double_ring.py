@@ -25,7 +25,7 @@ from torch import Tensor
 
 from autoseq.runtime import runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Call, attention_op
+from autoseq.runtime.attention_op import as_many_as_own, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.extrapolation import Case, cases_of
@@ -35,12 +35,10 @@ from autoseq.runtime.lanes import (
     common_lanes,
     key_bytes,
     lane_rows,
-    last_keys,
     own_keys,
     ring_phases,
     rows_cost,
     rows_exchanges,
-    unpacked,
     visitor,
     with_gradients,
     with_keys,
@@ -48,6 +46,7 @@ from autoseq.runtime.lanes import (
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.needs import Needs
+from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, needs_two_dims, rows_of_site, task_of
@@ -153,12 +152,12 @@ def _backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]
     dk, dv = (x.new_zeros(x.shape, dtype=work.dq.dtype) for x in own.tensors)
     across = circles.across(0)
     ends = [across.route.keys_at(across.group.rank, across.route.size - 1)] if across.route.size > 1 else []
-    (left,) = unpacked(kept, own, ends) or [None]
+    (left,) = Packed.split(kept, [(own.tensors, rows) for rows in ends]) or [None]
     finish(circles.backward(Packed((dk, dv), own.rows), left), visitor(call, with_gradients(work)))
     return dk, dv
 
 
-double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=last_keys)
+double_ring_attention = attention_op("double_ring_attention", _forward, _backward, kept=as_many_as_own)
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:

@@ -42,7 +42,7 @@ def _everywhere(problem: Problem) -> bool:
 
 def _are_possible(tiling: Tiling) -> bool:
     problem = tiling.problem
-    return problem.empty_rows != "zero" and problem.sinks is None and tiling.may_have_empty_rows(everywhere=_everywhere(problem))
+    return problem.fills_empty_rows and tiling.may_have_empty_rows(everywhere=_everywhere(problem))
 
 
 def _check_finite(problem: Problem) -> None:

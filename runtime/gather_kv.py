@@ -32,7 +32,7 @@ from autoseq.runtime.gathered import (
 from autoseq.runtime.groups import ALONE, SequenceGroup, group_of
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.posted import post_all_gather, post_reduce_scatter
+from autoseq.runtime.posted import Posted, post_all_gather, post_reduce_scatter
 from autoseq.runtime.stages import (
     STAGES,
     HeadRange,
@@ -41,6 +41,7 @@ from autoseq.runtime.stages import (
     attend_in_stages,
     cat_heads,
     cut,
+    num_heads,
     num_stages,
     pipelined,
     queries_of,
@@ -108,7 +109,7 @@ class _GatherKV(Staged):
         def work(number: int, keys: Tensor) -> None:
             found.append(gathered_attention(keys, *self._part(number, q, k, v), *self._settings(number, terms)))
 
-        pipelined(self.group, len(self.stages), lambda number: self._gather(None, number, terms, q, k, v), work)
+        pipelined(len(self.stages), lambda number: self._gather(None, number, terms, q, k, v), work)
         out = cat_heads([out for out, _ in found])
         return out, [q, k, v, out, *(lse for _, lse in found)]
 
@@ -119,29 +120,31 @@ class _GatherKV(Staged):
         dqs: list[Tensor] = []
         shares: list[list[Tensor]] = []
 
-        def work(number: int, keys: Tensor) -> Tensor | None:
+        def work(number: int, keys: Tensor) -> Posted | None:
             part, settings = self._part(number, q, k, v), self._settings(number, terms)
             grad, own_out = (_of(x, self.stages[number].heads) for x in (grad_out, out))
-            tensors = (grad, keys, *part, own_out, lses[number])
+            tensors = (grad, *part, own_out, lses[number], keys)
             dq, grads, share = gathered_attention_backward(wanted.learned, wanted.sinks, *tensors, *settings)
             dqs.append(dq)
             shares.append(share)
             return self._send_home(grads, part, terms, settings) if 1 in wanted.of_qkv or 2 in wanted.of_qkv else None
 
-        landed = pipelined(self.group, len(self.stages), lambda number: self._gather(grad_out, number, terms, q, k, v), work)
+        landed = pipelined(len(self.stages), lambda number: self._gather(grad_out, number, terms, q, k, v), work)
         pairs = [self._home(number, flat, self._part(number, q, k, v), terms) for number, flat in enumerate(landed)]
         dkv = [cat_heads(parts) for parts in zip(*pairs, strict=True)] if pairs else [None, None]
         return [cat_heads(dqs), *dkv], shares
 
-    def _gather(self, after: Tensor | None, number: int, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _gather(self, after: Tensor | None, number: int, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> Posted:
         """Ask for a stage's keys."""
         part = self._part(number, q, k, v)
         if self._takes_all(terms):
             return post_all_gather(self.group, pack_rows(after, *part[1:]))
-        return send_rows(after, *_own(part), *self._settings(number, terms))
+        return Posted("gather_kv's keys", self.group, send_rows(after, *_own(part), *self._settings(number, terms)))
 
-    def _send_home(self, grads: Tensor, part: list[Tensor], terms: Terms, settings: tuple[Any, ...]) -> Tensor:
-        return post_reduce_scatter(self.group, grads) if self._takes_all(terms) else send_gradients(grads, *_own(part), *settings)
+    def _send_home(self, grads: Tensor, part: list[Tensor], terms: Terms, settings: tuple[Any, ...]) -> Posted:
+        if self._takes_all(terms):
+            return post_reduce_scatter(self.group, grads)
+        return Posted("gather_kv's gradients", self.group, send_gradients(grads, *_own(part), *settings))
 
     def _home(self, number: int, came: Tensor, part: list[Tensor], terms: Terms) -> tuple[Tensor, Tensor]:
         """dk and dv of a stage."""
@@ -237,7 +240,7 @@ def gather_exchanges(
     """The same in one pass: keys, and in a backward their gradients."""
     stages = _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []
     sent = [found for stage in stages if (found := _stage_elements(stage, site, P, layout, rank, places, first_head)) is not None]
-    kinds: tuple[MessageKind, MessageKind] = ("all_gather", "reduce_scatter") if takes_all(_mask(site)) else ("all_to_all", "all_to_all")
+    kinds: tuple[MessageKind, MessageKind] = ("all_gather", "reduce_scatter") if takes_all(site.mask) else ("all_to_all", "all_to_all")
     keys = Exchange(kinds[0], scope, site.element_bytes * sum(keys for keys, _ in sent), len(sent))
     grads = Exchange(kinds[1], scope, accumulator_bytes(site) * sum(grads for _, grads in sent), len(sent))
     return {"keys": keys} if way == "forward" else {"keys": keys, "gradients": grads}
@@ -251,10 +254,10 @@ def gather_tasks(
     for stage in _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []:
         heads = range(first_head + stage.heads[0], first_head + stage.heads[1])
         keys = [tuple(rows.keys(holder)) for holder in range(P)]
-        if not takes_all(_mask(site)):
+        if not takes_all(site.mask):
             needs = needs_of_site(site, P, layout, places, heads)[rank]
             keys = [part_of(held, needed) for held, needed in zip(keys, needs, strict=True)]
-        tasks.append(task_of(rows, rank, keys, heads, stage.kv_heads[1] - stage.kv_heads[0]))
+        tasks.append(task_of(rows, rank, keys, heads, num_heads(stage.kv_heads)))
     return tasks
 
 
@@ -262,7 +265,7 @@ def gather_buffers(site: Site, P: int, t: int, stages: int, way: Way) -> int:
     """The most that buffers hold where each of P participants has t rows of keys: with a mask there is as much room as without."""
     elements = site.batch * site.kv_heads * t * (site.head_dim + site.value_dim)
     keys, grads = elements * site.element_bytes, elements * accumulator_bytes(site)
-    if takes_all(_mask(site)):
+    if takes_all(site.mask):
         return stage_buffers(stages, (keys, P * keys), (P * grads, grads) if way == "backward" else (0, 0))
     # Each sends what the others need, at most all of it to all of them, and its own part lies between.
     return stage_buffers(stages, (P * keys, P * keys), (2 * P * grads, P * grads) if way == "backward" else (0, 0))
@@ -275,16 +278,12 @@ def num_key_stages(
     return len(_stages(site, P, layout, places, first_head, heads_per_kv)) if site.kv_heads else 1
 
 
-def _mask(site: Site) -> Mask:
-    return Mask(site.max_ahead, site.max_behind, site.predicate)
-
-
 def _stage_elements(
     stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int
 ) -> tuple[int, int] | None:
     """How many elements of keys and of gradients `rank` sends in a stage; None if nobody sends any."""
-    elements = site.batch * (stage.kv_heads[1] - stage.kv_heads[0]) * (site.head_dim + site.value_dim)
-    if takes_all(_mask(site)):
+    elements = site.batch * num_heads(stage.kv_heads) * (site.head_dim + site.value_dim)
+    if takes_all(site.mask):
         rows = (P - 1) * _rows_of(site, P, layout, places)
         return elements * rows, elements * rows
     needs = needs_of_site(site, P, layout, places, range(first_head + stage.heads[0], first_head + stage.heads[1]))
@@ -297,7 +296,7 @@ def _stage_elements(
 
 def opaque_traffic(site: Site, cost: Cost) -> dict[str, Traffic]:
     """What of a cost is sent from inside opaque operators, and how."""
-    if takes_all(_mask(site)):
+    if takes_all(site.mask):
         return {}
     return {"all_to_all": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 

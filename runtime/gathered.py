@@ -9,7 +9,7 @@ collectives do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoseq.runtime import runs
-from autoseq.runtime.attention_op import SETTINGS, Call, Settings, attended, differentiated
+from autoseq.runtime.attention_op import attended, differentiated
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.groups import group_of, process_group
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.messages import Described
 from autoseq.runtime.needs import Needs
-from autoseq.runtime.packed import Packed, pack
+from autoseq.runtime.op_call import ASKED, SETTINGS, Asked, Call, Settings
+from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.runs import Runs
 
@@ -48,7 +48,7 @@ def somebody_sends(needs: Needs) -> bool:
 @torch.library.custom_op("autoseq::pack_rows", mutates_args=())
 def pack_rows(after: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
     """K and V in one flat buffer."""
-    return pack(k, v)
+    return torch.cat([k.reshape(-1), v.reshape(-1)])
 
 
 @torch.library.custom_op("autoseq::send_rows", mutates_args=(), schema=f"(Tensor? after, {_OWN}) -> Tensor")
@@ -98,23 +98,12 @@ def gathered_attention(keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *flat: Any
 @torch.library.custom_op(
     "autoseq::gathered_attention_backward",
     mutates_args=(),
-    schema="(int[] learned, bool learns_sinks, Tensor grad_out, Tensor keys, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SETTINGS}) -> (Tensor, Tensor, Tensor[])",
+    schema=f"({ASKED}, {SETTINGS}) -> (Tensor, Tensor, Tensor[])",
 )
-def gathered_attention_backward(
-    learned: list[int],
-    learns_sinks: bool,
-    grad_out: Tensor,
-    keys: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *flat: Any,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """dq, the gradients of the gathered keys, in the accumulating dtype, and those of captures and sinks."""
-    settings = Settings(*flat)
+def gathered_attention_backward(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """dq, the gradients of the gathered keys (`kept` of `Asked`), in the accumulating dtype, and those of captures and sinks."""
+    asked, settings = Asked.of(args)
+    keys = asked.kept
 
     def backward(call: Call, work: Backward) -> Tensor:
         grads = keys.new_empty(keys.shape, dtype=work.dq.dtype)
@@ -125,7 +114,7 @@ def gathered_attention_backward(
             work.add(part_k, part_v, part.chunks(call.keys_of(participant)), dk, dv)
         return grads
 
-    return differentiated(Call.of(q, k, v, settings), settings, learned, learns_sinks, (grad_out, out, lse), backward)
+    return differentiated(Call.of(asked.q, asked.k, asked.v, settings), settings, asked, backward)
 
 
 @pack_rows.register_fake
@@ -154,13 +143,11 @@ def _(keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 @gathered_attention_backward.register_fake
-def _(
-    learned: list[int], learns_sinks: bool, grad_out: Tensor, keys: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    _, _, captures, sinks, *_ = rest
-    shared = [captures[i] for i in learned] + ([sinks] if learns_sinks else [])
+def _(*args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    asked, settings = Asked.of(args)
+    q, keys = asked.q, asked.kept
     grads = keys.new_empty(keys.shape, dtype=accumulate_dtype(keys.dtype))
-    return q.new_empty(q.shape), grads, [x.new_empty(x.shape) for x in shared]
+    return q.new_empty(q.shape), grads, [x.new_empty(x.shape) for x in asked.among(settings)]
 
 
 def _participants(settings: Settings) -> int:
@@ -177,29 +164,21 @@ def _all_rows(call: Call, dtype: torch.dtype) -> Tensor:
     return call.k.new_empty(call.participants * (call.k.numel() + call.v.numel()), dtype=dtype)
 
 
-def _parts(call: Call, gathered: Tensor) -> Iterator[Packed]:
+def _parts(call: Call, gathered: Tensor) -> list[Packed]:
     """What of each participant's keys, or of their gradients, is in a gathered buffer."""
     everything = ((0, call.rows.t),)
     rows = [everything] * call.participants if takes_all(call.problem.mask) or call.participants == 1 else call.needs[call.me]
     return _split(call, gathered, rows)
 
 
-def _split(call: Call, flat: Tensor, rows: Sequence[Runs]) -> Iterator[Packed]:
+def _split(call: Call, flat: Tensor, rows: Sequence[Runs]) -> list[Packed]:
     """Packed rows of keys and values that lie one after the other."""
-    place = 0
-    for each in rows:
-        size = _elements(call, each)
-        yield Packed.of_flat(flat[place : place + size], (call.k, call.v), each)
-        place += size
-
-
-def _elements(call: Call, rows: Runs) -> int:
-    return runs.count(rows) * sum(prod(x.shape) // max(1, x.shape[2]) for x in (call.k, call.v))
+    return Packed.split(flat, [((call.k, call.v), each) for each in rows])
 
 
 def _post(what: str, call: Call, leaving: Sequence[Tensor], arriving: Sequence[Runs], room: Tensor) -> Tensor:
     """Fill the beginning of `room` with what comes from the participants in turn, some time before it has been waited for."""
-    sizes = [_elements(call, rows) for rows in arriving]
+    sizes = [elements((call.k, call.v), rows) for rows in arriving]
     target = room[: sum(sizes)]
     if not somebody_sends(call.needs) or call.k.shape[1] == 0:
         target.copy_(leaving[call.me])

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length, num_chunks
+from autoseq.runtime.op_call import Settings
 from autoseq.runtime.strategy import Site
 from autoseq.runtime.timeline import ONE, Phase, Way
 from autoseq.runtime.visit_op import visiting_op
@@ -35,14 +35,14 @@ def _halo_elements(k: Tensor, v: Tensor, settings: Settings) -> int:
     """The most that a participant may get of any mask with these bounds."""
     P = prod(group_of(name).size for name in settings.groups)
     shards = max(1, len(settings.places) // P)
-    rows: Any = _halo_rows(settings, P, k.shape[2], settings.layout, shards, has_sinks=settings.sinks is not None)
+    rows: Any = _halo_rows(settings, P, k.shape[2], settings.layout, shards)
     return rows * k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3])
 
 
-def _halo_rows(known: Settings | Site, P: int, t: int, layout: Layout, shards: int, *, has_sinks: bool) -> int:
+def _halo_rows(known: Settings | Site, P: int, t: int, layout: Layout, shards: int) -> int:
     """The same in rows, with t rows of keys in so many shards of each participant; sizes may be symbolic."""
     others, behind, ahead = (P - 1) * t, known.max_behind, known.max_ahead
-    if P == 1 or behind is None or ahead is None or _may_fill_rows(known, has_sinks):
+    if P == 1 or behind is None or ahead is None or _may_fill_rows(known):
         return others
     # Each of its chunks of queries reaches this far beyond its own keys; or beyond itself, where its keys are at other positions.
     chunks = num_chunks(layout) * shards
@@ -53,9 +53,9 @@ def _halo_rows(known: Settings | Site, P: int, t: int, layout: Layout, shards: i
     return rows
 
 
-def _may_fill_rows(known: Settings | Site, has_sinks: bool) -> bool:
+def _may_fill_rows(known: Settings | Site) -> bool:
     """Whether a row may be worth something that depends on all keys, of which then none is left out."""
-    if known.empty_rows == "zero" or has_sinks:
+    if not known.fills_empty_rows:
         return False
     own_position = known.q_len == known.k_len and (known.max_behind or 0) >= 0 and (known.max_ahead or 0) >= 0
     return bool(known.predicate or known.score) or not own_position
@@ -125,7 +125,7 @@ class Halo(Visiting):
         sizes = super().sizes(site, group_size, layout, rank)
         # Where queries and keys are at other positions, or a row without keys needs them all, the window says little.
         everything = (group_size - 1) * sizes[strategy.t]
-        says_it = site.q_len == site.k_len and (site.empty_rows == "zero" or site.has_sinks)
+        says_it = site.q_len == site.k_len and not site.fills_empty_rows
         behind, ahead = (max(0, bound) if says_it and bound is not None else everything for bound in (site.max_behind, site.max_ahead))
         return sizes | {BEHIND: behind, AHEAD: ahead, CHUNKS: num_chunks(layout)}
 
@@ -140,5 +140,5 @@ class Halo(Visiting):
         return Phase(of_each), Phase(of_each, sends, neighbours - 1), Phase(own, sends)
 
     def kept_elements(self, site: Site, P: int, layout: Layout) -> int:
-        rows = _halo_rows(site, P, local_length(site.k_len, P, layout), layout, 1, has_sinks=site.has_sinks)
+        rows = _halo_rows(site, P, local_length(site.k_len, P, layout), layout, 1)
         return rows * site.batch * site.kv_heads * (site.head_dim + site.value_dim)

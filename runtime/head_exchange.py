@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from autoseq.runtime import fused
+from autoseq.runtime import fused, packing
 from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.packing import shapes_of
-from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.posted import arrived, post_all_to_all
-from autoseq.runtime.stages import HeadRange
+from autoseq.runtime.posted import Posted, post_all_to_all
+from autoseq.runtime.stages import HeadRange, num_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,8 @@ class Exchange:
         """The inverse of `to_rows`; a head that several ranks hold comes back as their sum. One message."""
         return list(_ToHeads.apply(self, *ys))
 
-    def post_rows(self, xs: Sequence[Tensor]) -> Tensor:
-        """Send the heads of this rank's rows to the ranks that compute them. What arrives, flat: wait before it is read."""
+    def post_rows(self, xs: Sequence[Tensor]) -> Posted:
+        """Send the heads of this rank's rows to the ranks that compute them. What arrives is flat."""
         send_sizes = [sum(self._sent(i, p, prod(x.shape) // x.shape[1]) for i, x in enumerate(xs)) for p in range(self.group.size)]
         recv_sizes = [sum(prod(shape) for shape in self._pieces(xs))] * self.group.size
         return post_all_to_all(self.group, split_heads(list(xs), *self.bounds()), send_sizes, recv_sizes)
@@ -61,8 +59,8 @@ class Exchange:
         """All rows of this rank's heads, from what arrived for `xs`."""
         return join_rows(flat, [size for shape in self._pieces(xs) for size in shape], self.group.size, self.layout)
 
-    def post_heads(self, ys: Sequence[Tensor]) -> Tensor:
-        """Send the rows of this rank's heads to the ranks that hold them. What arrives, flat: wait before it is read."""
+    def post_heads(self, ys: Sequence[Tensor]) -> Posted:
+        """Send the rows of this rank's heads to the ranks that hold them. What arrives is flat."""
         P = self.group.size
         recv_sizes = [sum(self._sent(i, p, prod(y.shape[2:]) * y.shape[0] // P) for i, y in enumerate(ys)) for p in range(P)]
         return post_all_to_all(self.group, split_rows(list(ys), P, self.layout), [sum(prod(y.shape) // P for y in ys)] * P, recv_sizes)
@@ -74,20 +72,19 @@ class Exchange:
 
     def trade_rows(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """`to_rows` without a gradient."""
-        return self.arrived_rows(arrived(self.group, self.post_rows(xs)), xs)
+        return self.arrived_rows(self.post_rows(xs).arrived(), xs)
 
     def trade_heads(self, ys: Sequence[Tensor]) -> list[Tensor]:
         """`to_heads` without a gradient."""
-        return self.arrived_heads(arrived(self.group, self.post_heads(ys)), ys)
+        return self.arrived_heads(self.post_heads(ys).arrived(), ys)
 
     def _pieces(self, xs: Sequence[Tensor]) -> list[tuple[int, ...]]:
         """What comes from each rank."""
         own = [each[self.group.rank] for each in self.ranges]
-        return [(x.shape[0], end - start, *x.shape[2:]) for x, (start, end) in zip(xs, own, strict=True)]
+        return [(x.shape[0], num_heads(heads), *x.shape[2:]) for x, heads in zip(xs, own, strict=True)]
 
     def _sent(self, i: int, rank: int, head_size: int) -> int:
-        start, end = self.ranges[i][rank]
-        return (end - start) * head_size
+        return num_heads(self.ranges[i][rank]) * head_size
 
     def bounds(self) -> tuple[list[int], list[int]]:
         """Starts and ends, tensor by tensor for rank 0, then for rank 1, ..."""
@@ -170,24 +167,7 @@ def _(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int]) -> lis
 )
 def join_stages(flats: list[Tensor], sizes: list[int], tensors: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
     """`join_heads` from several buffers, one after the other: piece i is of heads [start, end) of tensor `tensors[i]`."""
-    pieces = [piece for piece in zip(tensors, starts, ends, strict=True) if piece[1] < piece[2]]
-    shared = [_shared([heads for i, *heads in pieces if i == number]) for number in range(len(sizes) // 4)]
-    dtype = flats[0].dtype
-    accumulate = accumulate_dtype(dtype)
-    totals = [
-        flats[0].new_zeros(shape, dtype=accumulate) if several else flats[0].new_empty(shape)
-        for shape, several in zip(shapes_of(sizes), shared, strict=True)
-    ]
-    left = iter(pieces)
-    for flat in flats:
-        place = 0
-        while place < flat.numel():
-            number, start, end = next(left)
-            target = totals[number][:, start:end]
-            piece = flat[place : place + target.numel()].view(target.shape)
-            place += target.numel()
-            target.add_(piece) if shared[number] else target.copy_(piece)
-    return [total.to(dtype) for total in totals]
+    return packing.join_stages(flats, sizes, tensors, starts, ends)
 
 
 @join_stages.register_fake
@@ -217,8 +197,3 @@ def split_rows(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
 @split_rows.register_fake
 def _(ys: list[Tensor], P: int, layout: Layout) -> Tensor:
     return ys[0].new_empty(sum(y.numel() for y in ys))
-
-
-def _shared(ranges: list[list[int]]) -> bool:
-    """Whether some head is in several ranges."""
-    return any(start < end for (_, end), (start, _) in pairwise(sorted(ranges)))

@@ -27,16 +27,16 @@ from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_wor
 from autoseq.runtime.gather_kv import GatherKV
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.head_costs import HEADS, OWN_HEADS, OWN_KV_HEADS, ROWS, SENT_KV_HEADS, head_buffers, head_exchanges
-from autoseq.runtime.head_exchange import Exchange, HeadRange
+from autoseq.runtime.head_exchange import Exchange
 from autoseq.runtime.lanes import lanes_cost, lanes_exchanges, lanes_task, ring_buffers
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.ring import Ring
-from autoseq.runtime.stages import STAGES
+from autoseq.runtime.stages import STAGES, num_heads
 from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims, saved_bytes
 from autoseq.runtime.timeline import Exchanges, Phase, Scope, Way, Work, alone, substituted
 from autoseq.runtime.traffic import Traffic
-from autoseq.runtime.ulysses import Ulysses, covering_kv_heads, query_heads
+from autoseq.runtime.ulysses import Ulysses, head_shares
 from autoseq.runtime.work_counts import Task, work_of_all
 
 ACROSS, INSIDE = 0, 1
@@ -44,7 +44,7 @@ ACROSS, INSIDE = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowTrade:
     """What trades rows: how, the strategy whose formulas it has, what a rank sends, and by which kind of message.
 
     `attend` takes q, k, v, the terms, groups, places and the first head; `cost` a site of the share, participants, layout, number among
@@ -89,30 +89,24 @@ def places(mesh: tuple[int, int], heads_along: int) -> tuple[int, ...]:
     return tuple(node * ranks + place for place in range(ranks) for node in range(nodes))
 
 
-def _compute(rows: Rows, heads_along: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+def _compute(trade: RowTrade, heads_along: int, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
     """Sends what `ulysses` does along one dim, and along the other what the op does for all rows there and its share of the heads."""
     axes = terms.two_axes
     if axes is None:
         return terms.call_on_all_rows(whole_attention, q, k, v)
     across, inside = (group_of(name) for name in axes)
     along = (across, inside)[heads_along]
-    heads, kv_heads = shares(along.size, q.shape[1], k.shape[1])
+    heads, kv_heads = head_shares(along.size, q.shape[1], k.shape[1])
     here = Exchange([heads, kv_heads, kv_heads], terms.layout, along).to_rows(q, k, v)
     held = places((across.size, inside.size), heads_along)
-    out = rows.attend(*here, terms, groups=[axes[1 - heads_along]], places=held, first_head=heads[along.rank][0])
+    out = trade.attend(*here, terms, groups=[axes[1 - heads_along]], places=held, first_head=heads[along.rank][0])
     return Exchange([heads], terms.layout, along).to_heads(out)[0]
-
-
-def shares(P: int, heads: int, kv_heads: int) -> tuple[list[HeadRange], list[HeadRange]]:
-    """The query heads of each of P ranks, and the KV heads these use."""
-    own = [query_heads(rank, P, heads) for rank in range(P)]
-    return own, [covering_kv_heads(each, heads // kv_heads) for each in own]
 
 
 class _Hybrid(Strategy):
     """Heads along one dim of the mesh, rows along the other."""
 
-    rows: ClassVar[Rows]
+    trade: ClassVar[RowTrade]
     heads_along: ClassVar[int]
     merges_partial_softmaxes = True
     balanced_by_zigzag = True
@@ -125,7 +119,7 @@ class _Hybrid(Strategy):
         along = (strategy.N, strategy.R)[self.heads_along]
         others = (strategy.R, strategy.N)[self.heads_along]
         ours = {strategy.P: others, strategy.t: strategy.t * along, strategy.K: OWN_KV_HEADS}
-        traded = {name: formula.xreplace(ours) for name, formula in self.rows.strategy.formulas().items()}
+        traded = {name: formula.xreplace(ours) for name, formula in self.trade.strategy.formulas().items()}
         # Who has no heads sends nothing.
         traded |= {name: traded[name] * sympy.Min(1, OWN_KV_HEADS) for name in ("forward_messages", "backward_messages")}
         return {name: formula + traded[name] for name, formula in _exchange_formulas(along).items()}
@@ -136,7 +130,7 @@ class _Hybrid(Strategy):
         return exchanged + self._traded(site, layout, rank)
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
-        return self.rows.kinds(site, self._traded(site, layout, 0))
+        return self.trade.kinds(site, self._traded(site, layout, 0))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         return super().sizes(site, group_size, layout, rank) | self._head_sizes(site, rank) | {
@@ -147,27 +141,27 @@ class _Hybrid(Strategy):
     def _stages(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         unmasked = replace(site, max_ahead=None, max_behind=None, predicate="")
         (_, share), *_ = self._weighted_shares(unmasked, group_size, layout, rank)[-1:]
-        return sum(each.messages for each in self.rows.exchanges(share, "forward", "flat").values())
+        return sum(each.messages for each in self.trade.exchanges(share, "forward", "flat").values())
 
     def _head_sizes(self, site: Site, rank: int) -> dict[sympy.Symbol, int]:
-        heads, kv_heads = shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
+        heads, kv_heads = head_shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
         number = divmod(rank, site.mesh[INSIDE])[self.heads_along]
         return {
-            OWN_HEADS: _count(heads[number]),
-            OWN_KV_HEADS: _count(kv_heads[number]),
-            SENT_KV_HEADS: sum(map(_count, kv_heads)) - _count(kv_heads[number]),
+            OWN_HEADS: num_heads(heads[number]),
+            OWN_KV_HEADS: num_heads(kv_heads[number]),
+            SENT_KV_HEADS: sum(map(num_heads, kv_heads)) - num_heads(kv_heads[number]),
         }
 
     def _traded(self, site: Site, layout: Layout, rank: int) -> Cost:
         """What a rank sends for its share of the heads to those that have the same."""
         share = self._share(site, layout, rank)
-        return self.rows.cost(share.site, share.participants, layout, share.number, share.places, share.heads, share.heads_per_kv)
+        return self.trade.cost(share.site, share.participants, layout, share.number, share.places, share.heads, share.heads_per_kv)
 
     def _share(self, site: Site, layout: Layout, rank: int, smaller: Site | None = None, place: int | None = None) -> Share:
         """Of the heads as `rank` has them on the site's mesh, and of the rows as `place` of a smaller site has them, if that is given."""
         number = divmod(rank, site.mesh[INSIDE])[self.heads_along]
-        heads, kv_heads = (each[number] for each in shares(site.mesh[self.heads_along], site.heads, site.kv_heads))
-        part = replace(smaller or site, heads=_count(heads), kv_heads=_count(kv_heads))
+        heads, kv_heads = (each[number] for each in head_shares(site.mesh[self.heads_along], site.heads, site.kv_heads))
+        part = replace(smaller or site, heads=num_heads(heads), kv_heads=num_heads(kv_heads))
         at, (nodes, ranks) = divmod(rank if place is None else place, part.mesh[INSIDE]), part.mesh
         others, held = 1 - self.heads_along, places((nodes, ranks), self.heads_along)
         return Share(part, part.mesh[others], layout, at[others], held, range(*heads), site.heads // site.kv_heads)
@@ -189,7 +183,7 @@ class _Hybrid(Strategy):
         sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
         sizes |= {strategy.P: sizes[along], STAGES: 1}
         traded = [
-            (weight, self.rows.exchanges(share, way, scopes[1 - self.heads_along]))
+            (weight, self.trade.exchanges(share, way, scopes[1 - self.heads_along]))
             for weight, share in self._weighted_shares(site, group_size, layout, rank)
         ]
         return head_exchanges(way, sizes, scopes[self.heads_along]) | weighted(traded)
@@ -197,7 +191,7 @@ class _Hybrid(Strategy):
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """The heads are exchanged before and after, with nothing to compute beside; the rows as what trades them does."""
         others = (strategy.R, strategy.N)[self.heads_along]
-        traded = substituted(self.rows.strategy.phases(way), {strategy.P: others})
+        traded = substituted(self.trade.strategy.phases(way), {strategy.P: others})
         return (*alone(ROWS), *traded, *alone(HEADS))
 
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
@@ -205,12 +199,12 @@ class _Hybrid(Strategy):
             return super().work(site, group_size, layout, rank, way)
         found = self._weighted_shares(site, group_size, layout, rank)
         whole = [(weight, replace(share.site, heads=site.heads, kv_heads=site.kv_heads), share) for weight, share in found]
-        return weighted_work([(weight, work_of_all(all_heads, self.rows.tasks(share, way), way)) for weight, all_heads, share in whole])
+        return weighted_work([(weight, work_of_all(all_heads, self.trade.tasks(share, way), way)) for weight, all_heads, share in whole])
 
     def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         if group_size == 1:
             return super().kept_bytes(site, group_size, layout, rank)
-        return self.rows.kept(self._share(site, layout, rank))
+        return self.trade.kept(self._share(site, layout, rank))
 
     def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
         if group_size == 1:
@@ -218,7 +212,7 @@ class _Hybrid(Strategy):
         along = (strategy.N, strategy.R)[self.heads_along]
         sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
         heads = head_buffers(way, sizes | {strategy.P: sizes[along]})
-        return max(*map(sum, heads), self.rows.buffers(self._share(site, layout, rank), way))
+        return max(*map(sum, heads), self.trade.buffers(self._share(site, layout, rank), way))
 
 
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
@@ -226,10 +220,6 @@ def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
     here = {strategy.P: along, STAGES: sympy.Integer(1)}
     exchanged: dict[str, Any] = {name: formula.xreplace(here) for name, formula in Ulysses().formulas().items()}
     return exchanged
-
-
-def _count(heads: HeadRange) -> int:
-    return heads[1] - heads[0]
 
 
 def _attend_by_ring(q: Tensor, k: Tensor, v: Tensor, terms: Terms, **where: Any) -> Tensor:
@@ -290,8 +280,8 @@ def _gather_kept(share: Share) -> int:
     return saved_bytes(share.site, *share.rows)
 
 
-_RING = Rows(_attend_by_ring, Ring(), _ring_cost, _sends, _ring_exchanges, _ring_tasks, _ring_buffers, _ring_kept)
-_GATHER = Rows(
+_RING = RowTrade(_attend_by_ring, Ring(), _ring_cost, _sends, _ring_exchanges, _ring_tasks, _ring_buffers, _ring_kept)
+_GATHER = RowTrade(
     gather_kv.gather_and_attend, GatherKV(), _gather_cost, gather_kv.opaque_traffic,
     _gather_exchanges, _gather_tasks, _gather_buffers, _gather_kept,
 )  # fmt: skip
@@ -306,7 +296,7 @@ class Hybrid(_Hybrid):
     """Heads inside a node, a ring across nodes."""
 
     name = "hybrid"
-    rows, heads_along = _RING, INSIDE
+    trade, heads_along = _RING, INSIDE
     attention = staticmethod(ring_across)
 
 
@@ -314,7 +304,7 @@ class HybridGather(_Hybrid):
     """Heads inside a node, all keys of the share gathered across nodes."""
 
     name = "hybrid_gather"
-    rows, heads_along = _GATHER, INSIDE
+    trade, heads_along = _GATHER, INSIDE
     attention = staticmethod(gather_across)
 
 
@@ -322,7 +312,7 @@ class HybridOuter(_Hybrid):
     """Heads across nodes, a ring inside each."""
 
     name = "hybrid_outer"
-    rows, heads_along = _RING, ACROSS
+    trade, heads_along = _RING, ACROSS
     attention = staticmethod(ring_inside)
 
 
@@ -330,5 +320,5 @@ class HybridGatherOuter(_Hybrid):
     """Heads across nodes, all keys of the share gathered inside each."""
 
     name = "hybrid_gather_outer"
-    rows, heads_along = _GATHER, ACROSS
+    trade, heads_along = _GATHER, ACROSS
     attention = staticmethod(gather_inside)

@@ -12,16 +12,15 @@ import sympy
 import torch
 from torch import Tensor
 
-from autoseq.runtime.attention_op import AttentionOp, Call, Settings, attention_op
+from autoseq.runtime.attention_op import AttentionOp, as_many_as_own, attention_op
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.circle import Circle, Route, finish, in_step
-from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.needs import Needs
-from autoseq.runtime.packed import Packed, elements
+from autoseq.runtime.op_call import Call
+from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.runs import Runs
 from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
 from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Phase, Scope, Way, homeward_pipeline, pipeline
 from autoseq.runtime.work_counts import Task, part_of
@@ -67,7 +66,7 @@ def lanes_op(name: str, lanes: Lanes) -> AttentionOp:
     def backward(call: Call, work: Backward, kept: Tensor) -> tuple[Tensor, Tensor]:
         return _walk_backward(f"{name}_backward", call, work, kept, _lanes_of(call, lanes))
 
-    return attention_op(name, forward, backward, kept=last_keys)
+    return attention_op(name, forward, backward, kept=as_many_as_own)
 
 
 def lanes_cost(
@@ -158,11 +157,6 @@ def _lanes_of(call: Call, lanes: Lanes) -> tuple[Lane, ...]:
     return lanes(call.needs, call.k.element_size(), accumulate_dtype(call.k.dtype).itemsize)
 
 
-def last_keys(k: Tensor, v: Tensor, settings: Settings) -> int:
-    """What came last from the others in the first of the groups: at most as many keys and values as a participant has itself."""
-    return k.numel() + v.numel() if group_of(settings.groups[0]).size > 1 else 0
-
-
 def _walk_forward(op: str, call: Call, work: Forward, lanes: Sequence[Lane]) -> Tensor | None:
     """Bring all keys to `work`; what is left of them at the end, lane by lane, is kept for the backward."""
     visit = visitor(call, with_keys(work))
@@ -178,7 +172,7 @@ def _walk_backward(op: str, call: Call, work: Backward, kept: Tensor, lanes: Seq
     visit = visitor(call, with_gradients(work))
     circles = [Circle(op, call.group, backward, number) for number, (_, backward) in enumerate(lanes)]
     ends = [forward.keys_at(call.me, forward.size - 1) for forward, _ in lanes] if call.participants > 1 else []
-    left = unpacked(kept, own, ends) or [None] * len(lanes)
+    left = Packed.split(kept, [(own.tensors, rows) for rows in ends]) or [None] * len(lanes)
     grads = Packed((dk, dv), own.rows)
     own_first = len(lanes) > 1 and _somebody_waits(lanes)
     starts = zip(circles, left, lanes, strict=True)
@@ -228,14 +222,3 @@ def with_gradients(work: Backward) -> Callable[[Packed, list[Chunk], Packed], No
 def own_keys(call: Call) -> Packed:
     """The keys and values that a rank brings, where the program has them."""
     return Packed.whole((call.k, call.v))
-
-
-def unpacked(flat: Tensor, like: Packed, rows: Sequence[Runs]) -> list[Packed | None]:
-    """Packed rows of several lanes, one after the other in a buffer."""
-    found: list[Packed | None] = []
-    place = 0
-    for each in rows:
-        size = elements(like.tensors, each)
-        found.append(Packed.of_flat(flat[place : place + size], like.tensors, each))
-        place += size
-    return found

@@ -10,8 +10,9 @@ import sympy
 from torch import Tensor
 
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.attention_op import Call, attention_op
+from autoseq.runtime.attention_op import attention_op
 from autoseq.runtime.blockwise import Backward, Forward
+from autoseq.runtime.op_call import Call
 from autoseq.runtime.strategy import Site, Strategy
 
 

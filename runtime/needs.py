@@ -61,7 +61,7 @@ def within_bounds(rows: Rows, max_ahead: int | None, max_behind: int | None, par
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class NeedTerms:
     """What of an attention decides who needs what; `captures` are None where only their names are known."""
 
     mask: Mask
@@ -72,7 +72,7 @@ class Terms:
     score: str = ""
 
 
-def needs_of(terms: Terms, rows: Rows, participants: int) -> Needs:
+def needs_of(terms: NeedTerms, rows: Rows, participants: int) -> Needs:
     """The keys that bounds and predicate allow, as far as that can be proven; all of them if some row may be left without any."""
     mask = terms.mask
     if fills_rows(terms, rows):
@@ -87,18 +87,18 @@ def needs_of(terms: Terms, rows: Rows, participants: int) -> Needs:
     return bounds if cuts.empty is None else _proven(bounds, cuts, cuts.empty.all(0), rows)
 
 
-def fills_rows(terms: Terms, rows: Rows) -> bool:
+def fills_rows(terms: NeedTerms, rows: Rows) -> bool:
     """Whether some row may be worth something that depends on all keys."""
     return terms.fills_empty_rows and not _always_reached(terms, rows)
 
 
-def _always_reached(terms: Terms, rows: Rows) -> bool:
+def _always_reached(terms: NeedTerms, rows: Rows) -> bool:
     """Whether the mask leaves a key to every row, as far as its bounds tell: the keys seen are concave in q, so its ends are tried."""
     seen = all(terms.mask.keys_of(q, 1, 0, rows.k_len)[1] > 0 for q in (0, rows.q_len - 1))
     return seen and not terms.mask.predicate and not terms.score
 
 
-def _readable(terms: Terms) -> list[Tensor] | None:
+def _readable(terms: NeedTerms) -> list[Tensor] | None:
     """What the predicate looks up, if it is known here and now: a GPU would have to be waited for."""
     if terms.captures is None:
         parts = parse(terms.mask.predicate).atoms(AppliedUndef) if terms.mask.predicate else ()

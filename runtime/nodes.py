@@ -6,6 +6,7 @@ ranks in one order, and end with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -41,6 +42,23 @@ def check_nodes(group: SequenceGroup, ranks_per_node: int) -> None:
 def is_flat(group: SequenceGroup, ranks_per_node: int) -> bool:
     """Whether the nodes make no second level: there is one, or each has one rank."""
     return group.size == 1 or ranks_per_node in (1, group.size)
+
+
+def on_nodes(group: SequenceGroup, ranks_per_node: int | None, *, agree: Callable[[], object] = lambda: None) -> SequenceGroup:
+    """The group with its axes, if nodes are asked for and make a second level. Raises OptionError as `check_nodes` does.
+
+    `agree` is called before they are made, which all ranks have to do.
+    """
+    if ranks_per_node is None:
+        return group
+    check_nodes(group, ranks_per_node)
+    if is_flat(group, ranks_per_node):
+        return group
+    found = found_nodes(group, ranks_per_node)
+    if found is None:
+        agree()
+        found = make_nodes(group, ranks_per_node)
+    return found
 
 
 def found_nodes(group: SequenceGroup, ranks_per_node: int) -> SequenceGroup | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -12,11 +12,6 @@ from torch import Tensor
 from autoseq.runtime import runs
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.runs import Runs
-
-
-def pack(*tensors: Tensor) -> Tensor:
-    """The tensors one after the other, flat. Always a fresh buffer."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def elements(like: Sequence[Tensor], rows: Runs) -> int:
@@ -52,6 +47,16 @@ class Packed:
         shapes = [(*x.shape[:2], runs.count(rows), x.shape[3]) for x in like]
         pieces = flat.split([prod(shape) for shape in shapes])
         return cls(tuple(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)), rows, flat)
+
+    @classmethod
+    def split(cls, flat: Tensor, parts: Iterable[tuple[Sequence[Tensor], Runs]]) -> list[Packed]:
+        """What lies one after the other from the beginning of a flat buffer on: tensors like some, and which rows of them."""
+        found, place = [], 0
+        for like, rows in parts:
+            size = elements(like, rows)
+            found.append(cls.of_flat(flat[place : place + size], like, rows))
+            place += size
+        return found
 
     def part(self, rows: Runs) -> Packed:
         """Some of these rows, packed: a copy, unless they are all there and packed already."""

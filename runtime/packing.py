@@ -6,6 +6,7 @@ Starts and ends of heads come tensor by tensor for rank 0, then for rank 1, ... 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 
 from torch import Tensor
@@ -39,6 +40,28 @@ def join_heads(flat: Tensor, sizes: list[int], starts: list[int], ends: list[int
     for i, (part, shape, start, end) in enumerate(zip(parts, pieces, starts, ends, strict=True)):
         totals[i % len(totals)][:, start:end] += part.view(shape)
     return [total.to(flat.dtype) for total in totals]
+
+
+def join_stages(flats: list[Tensor], sizes: list[int], tensors: list[int], starts: list[int], ends: list[int]) -> list[Tensor]:
+    """`join_heads` from several buffers, one after the other: piece i is of heads [start, end) of tensor `tensors[i]`."""
+    pieces = [piece for piece in zip(tensors, starts, ends, strict=True) if piece[1] < piece[2]]
+    shared = [_shared([heads for i, *heads in pieces if i == number]) for number in range(len(sizes) // 4)]
+    dtype = flats[0].dtype
+    accumulate = accumulate_dtype(dtype)
+    totals = [
+        flats[0].new_zeros(shape, dtype=accumulate) if several else flats[0].new_empty(shape)
+        for shape, several in zip(shapes_of(sizes), shared, strict=True)
+    ]
+    left = iter(pieces)
+    for flat in flats:
+        place = 0
+        while place < flat.numel():
+            number, start, end = next(left)
+            target = totals[number][:, start:end]
+            piece = flat[place : place + target.numel()].view(target.shape)
+            place += target.numel()
+            target.add_(piece) if shared[number] else target.copy_(piece)
+    return [total.to(dtype) for total in totals]
 
 
 def join_rows(flat: Tensor, sizes: list[int], P: int, layout: Layout) -> list[Tensor]:
@@ -94,3 +117,8 @@ def _overlap(starts: list[int], ends: list[int], num_tensors: int) -> bool:
     """Whether some head is on several ranks."""
     later = zip(starts[num_tensors:], ends[: len(ends) - num_tensors], strict=True)
     return any(start < end for start, end in later)
+
+
+def _shared(ranges: list[list[int]]) -> bool:
+    """Whether some head is in several ranges."""
+    return any(start < end for (_, end), (start, _) in pairwise(sorted(ranges)))

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from autoseq.runtime.attention_call import Terms
-from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.posted import arrived
+from autoseq.runtime.posted import Posted
 
 HeadRange = tuple[int, int]
 """Heads [start, end)."""
@@ -49,8 +48,13 @@ def num_stages(message_bytes: int, pieces: int) -> int:
 
 def cut(heads: HeadRange, stages: int) -> list[HeadRange]:
     """Consecutive heads in as equal parts as they go; some are empty if there are too few."""
-    start, count = heads[0], heads[1] - heads[0]
+    start, count = heads[0], num_heads(heads)
     return [(start + i * count // stages, start + (i + 1) * count // stages) for i in range(stages)]
+
+
+def num_heads(heads: HeadRange) -> int:
+    """How many there are."""
+    return heads[1] - heads[0]
 
 
 def queries_of(kv_heads: HeadRange, heads_per_kv: int, among: HeadRange) -> HeadRange:
@@ -88,22 +92,20 @@ def attend_in_stages(staged: Staged, q: Tensor, k: Tensor, v: Tensor, terms: Ter
     return _InStages.apply(staged, replace(terms, tensors=([], None, None)), q, k, v, *captures, sinks, seed)
 
 
-def pipelined(
-    group: SequenceGroup, stages: int, post: Callable[[int], Tensor], work: Callable[[int, Tensor], Tensor | None]
-) -> list[Tensor]:
+def pipelined(stages: int, post: Callable[[int], Posted], work: Callable[[int, Tensor], Posted | None]) -> list[Tensor]:
     """What the stages' work sent and this rank got of it. `post(i)` sends what stage i works on, `work(i, what came)` posts its results."""
     landed, leaving, upcoming = [], None, post(0)
     for number in range(stages):
         here = upcoming
         if number + 1 < stages:
             upcoming = post(number + 1)
-        sent = work(number, arrived(group, here))
+        sent = work(number, here.arrived())
         # What this stage has worked on must be gone before the next but one is posted.
         del here
         if leaving is not None:
-            landed.append(arrived(group, leaving))
+            landed.append(leaving.arrived())
         leaving = sent
-    return landed if leaving is None else [*landed, arrived(group, leaving)]
+    return landed if leaving is None else [*landed, leaving.arrived()]
 
 
 def stage_buffers(stages: int, there: tuple[int, int], home: tuple[int, int]) -> int:

@@ -20,8 +20,9 @@ from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_wor
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
+from autoseq.runtime.needs import Needs, NeedTerms, Rows, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
+from autoseq.runtime.tiles import fills_empty_rows
 from autoseq.runtime.timeline import ONE, WAYS, Exchange, Exchanges, Phase, Step, Way, Work, alone, steps
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task, work_of_all
@@ -53,6 +54,16 @@ class Site:
     dropout_p: float = 0.0
     empty_rows: str = "zero"
     mesh: tuple[int, ...] = ()
+
+    @property
+    def mask(self) -> Mask:
+        """Which keys a query may see."""
+        return Mask(self.max_ahead, self.max_behind, self.predicate)
+
+    @property
+    def fills_empty_rows(self) -> bool:
+        """Whether a row without keys is worth something that depends on all of them."""
+        return fills_empty_rows(self.empty_rows, has_sinks=self.has_sinks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +103,10 @@ def accumulator_bytes(site: Site) -> int:
     return max(4, site.element_bytes)
 
 
-def terms_of_site(site: Site, heads: range | None = None) -> Terms:
+def terms_of_site(site: Site, heads: range | None = None) -> NeedTerms:
     """What decides who needs what, for some of the heads; of what the predicate looks up, only the names are known."""
-    mask = Mask(site.max_ahead, site.max_behind, site.predicate)
-    fills = site.empty_rows != "zero" and not site.has_sinks
-    return Terms(mask, None, site.batch, range(site.heads) if heads is None else heads, fills, site.score)
+    these = range(site.heads) if heads is None else heads
+    return NeedTerms(site.mask, None, site.batch, these, site.fills_empty_rows, site.score)
 
 
 def rows_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = ()) -> Rows:

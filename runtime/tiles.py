@@ -26,6 +26,12 @@ EmptyRows = Literal["zero", "nan", "uniform", "nan_fill", "uniform_fill"]
 With `_fill` that number has replaced the scores, so that no gradient reaches them; else it was added to them and absorbed them.
 """
 
+
+def fills_empty_rows(empty_rows: str, *, has_sinks: bool) -> bool:
+    """Whether a row without keys is worth something that depends on all of them: a sink is in the softmax of every row."""
+    return empty_rows != "zero" and not has_sinks
+
+
 # Elements of scores that the plain path holds at once, if one KV head's are not more by themselves.
 _PLAIN_ELEMENTS = 2**24
 
@@ -52,6 +58,11 @@ class Problem:
     def serves_kernels(self) -> bool:
         """Whether the fast kernels compute it: they take a tensor that is added to the scores, and no more."""
         return self.dropout_p == 0 and additive_terms(self.score) is not None and not needs_whole_rows(self.score)
+
+    @property
+    def fills_empty_rows(self) -> bool:
+        """Whether a row without keys is worth something that depends on all of them."""
+        return fills_empty_rows(self.empty_rows, has_sinks=self.sinks is not None)
 
     def for_guests(self) -> Problem:
         """The same for rows of another rank, to which their sinks and the rows without keys are left."""

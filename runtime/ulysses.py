@@ -36,6 +36,7 @@ from autoseq.runtime.head_costs import (
 from autoseq.runtime.head_exchange import Exchange, Landed, landed_heads
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.local import whole_attention
+from autoseq.runtime.posted import Posted
 from autoseq.runtime.stages import (
     STAGES,
     HeadRange,
@@ -44,6 +45,7 @@ from autoseq.runtime.stages import (
     add_up,
     attend_in_stages,
     cut,
+    num_heads,
     num_stages,
     pipelined,
     queries_of,
@@ -73,17 +75,16 @@ class HeadStage:
 def head_stages(P: int, heads: int, kv_heads: int, query_bytes: int, key_bytes: int) -> list[HeadStage]:
     """The stages, given the bytes of a rank's rows of one query head, and of one KV head's keys and values."""
     ratio = heads // kv_heads
-    shares = [query_heads(rank, P, heads) for rank in range(P)]
-    covers = [covering_kv_heads(share, ratio) for share in shares]
-    most, most_keys = (max(_count(each) for each in of_ranks) for of_ranks in (shares, covers))
-    message_bytes = query_bytes * heads + key_bytes * sum(_count(cover) for cover in covers)
+    own, covers = head_shares(P, heads, kv_heads)
+    most, most_keys = (max(map(num_heads, of_ranks)) for of_ranks in (own, covers))
+    message_bytes = query_bytes * heads + key_bytes * sum(map(num_heads, covers))
     stages = num_stages(message_bytes, most_keys if most_keys > 1 else most) if P > 1 else 1
     if most_keys > 1:
         parts = [cut(cover, stages) for cover in covers]
-        queries = [[queries_of(part, ratio, share) for part in own] for own, share in zip(parts, shares, strict=True)]
-        return [HeadStage([own[i] for own in queries], [own[i] for own in parts]) for i in range(stages)]
-    queries = [cut(share, stages) for share in shares]
-    return [HeadStage([own[i] for own in queries], covers, i == 0, i == stages - 1) for i in range(stages)]
+        queries = [[queries_of(part, ratio, share) for part in of_rank] for of_rank, share in zip(parts, own, strict=True)]
+        return [HeadStage([each[i] for each in queries], [each[i] for each in parts]) for i in range(stages)]
+    queries = [cut(share, stages) for share in own]
+    return [HeadStage([each[i] for each in queries], covers, i == 0, i == stages - 1) for i in range(stages)]
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
@@ -109,11 +110,11 @@ class _Ulysses(Staged):
     def forward(self, terms: Terms, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         kept: list[Tensor] = []
 
-        def post(number: int) -> Tensor:
+        def post(number: int) -> Posted:
             asked = self.stages[number].asked
             return self._exchange(number, asked).post_rows([(q, k, v)[i] for i in asked])
 
-        def work(number: int, flat: Tensor) -> Tensor:
+        def work(number: int, flat: Tensor) -> Posted:
             asked = self.stages[number].asked
             rows = self._exchange(number, asked).arrived_rows(flat, [(q, k, v)[i] for i in asked])
             rows += [] if self.stages[number].brings_keys else kept[-4:-2]
@@ -121,7 +122,7 @@ class _Ulysses(Staged):
             kept.extend((*rows, out, lse))
             return self._exchange(number, [0]).post_heads([out])
 
-        flats = pipelined(self.group, len(self.stages), post, work)
+        flats = pipelined(len(self.stages), post, work)
         arrivals = [Landed(self._exchange(number, [0]), [0], flat) for number, flat in enumerate(flats)]
         return landed_heads(arrivals, [(*q.shape[:3], v.shape[3])])[0], kept
 
@@ -132,10 +133,10 @@ class _Ulysses(Staged):
         homes: list[tuple[Exchange, list[int]]] = []
         of_keys: list[Tensor] = []  # dk and dv of keys that several stages use
 
-        def post(number: int) -> Tensor:
+        def post(number: int) -> Posted:
             return self._exchange(number, [0]).post_rows([grad_out])
 
-        def work(number: int, flat: Tensor) -> Tensor | None:
+        def work(number: int, flat: Tensor) -> Posted | None:
             stage, of_stage = self.stages[number], kept[5 * number : 5 * number + 5]
             (grad,) = self._exchange(number, [0]).arrived_rows(flat, [grad_out])
             tensors = (grad, *of_stage, of_stage[1].new_empty(0))
@@ -150,7 +151,7 @@ class _Ulysses(Staged):
             homes.append((self._exchange(number, home), home))
             return homes[-1][0].post_heads([(dq, *dkv)[i] for i in home])
 
-        flats = pipelined(self.group, len(self.stages), post, work)
+        flats = pipelined(len(self.stages), post, work)
         shapes = self._shapes(grad_out, *kept[:3])
         arrivals = [Landed(sent, [wanted.of_qkv.index(i) for i in home], flat) for (sent, home), flat in zip(homes, flats, strict=True)]
         found = dict(zip(wanted.of_qkv, landed_heads(arrivals, [shapes[i] for i in wanted.of_qkv]), strict=True))
@@ -203,14 +204,13 @@ class Ulysses(Strategy):
         padded = rows.q_len < local_length(site.q_len, group_size, layout) * group_size
         stages = ((stage.heads[rank], stage.kv_heads[rank]) for stage in _stages_of(site, group_size, layout))
         queries, keys = tuple(rows.queries(0)), tuple(rows.keys(0))
-        return [Task(queries, (keys,), range(*heads), _count(kv_heads), keys, padded) for heads, kv_heads in stages]
+        return [Task(queries, (keys,), range(*heads), num_heads(kv_heads), keys, padded) for heads, kv_heads in stages]
 
     def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         """All rows of this rank's heads."""
         s, t = (local_length(n, group_size, layout) * group_size for n in (site.q_len, site.k_len))
-        heads = query_heads(rank, group_size, site.heads)
-        own = replace(site, heads=_count(heads), kv_heads=_count(covering_kv_heads(heads, site.heads // site.kv_heads)))
-        return saved_bytes(own, s, t)
+        heads, kv_heads = (num_heads(of_ranks[rank]) for of_ranks in head_shares(group_size, site.heads, site.kv_heads))
+        return saved_bytes(replace(site, heads=heads, kv_heads=kv_heads), s, t)
 
     def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
         if group_size == 1:
@@ -219,11 +219,10 @@ class Ulysses(Strategy):
         return stage_buffers(sizes[STAGES], *head_buffers(way, sizes))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
-        heads = [query_heads(each, group_size, site.heads) for each in range(group_size)]
-        kv_heads = [_count(covering_kv_heads(each, site.heads // site.kv_heads)) for each in heads]
+        heads, kv_heads = (list(map(num_heads, each)) for each in head_shares(group_size, site.heads, site.kv_heads))
         known = Strategy.sizes(self, site, group_size, layout, rank)
         return known | {
-            OWN_HEADS: _count(heads[rank]),
+            OWN_HEADS: heads[rank],
             OWN_KV_HEADS: kv_heads[rank],
             SENT_KV_HEADS: sum(kv_heads) - kv_heads[rank],
             STAGES: len(_stages_of(site, group_size, layout)),
@@ -236,6 +235,12 @@ def _stages_of(site: Site, P: int, layout: Layout) -> list[HeadStage]:
     return head_stages(P, site.heads, site.kv_heads, query_bytes, key_bytes)
 
 
+def head_shares(P: int, heads: int, kv_heads: int) -> tuple[list[HeadRange], list[HeadRange]]:
+    """The query heads of each of P ranks, and the KV heads these use."""
+    own = [query_heads(rank, P, heads) for rank in range(P)]
+    return own, [covering_kv_heads(each, heads // kv_heads) for each in own]
+
+
 def query_heads(rank: int, P: int, heads: int) -> HeadRange:
     """The share of `rank`: consecutive heads, floor or ceil of heads / P of them."""
     return rank * heads // P, (rank + 1) * heads // P
@@ -245,7 +250,3 @@ def covering_kv_heads(heads: HeadRange, ratio: int) -> HeadRange:
     """The KV heads that some query heads use, with `ratio` query heads for each KV head."""
     start, end = heads
     return (start // ratio, (end - 1) // ratio + 1) if start < end else (0, 0)
-
-
-def _count(heads: HeadRange) -> int:
-    return heads[1] - heads[0]

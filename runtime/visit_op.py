@@ -18,10 +18,11 @@ from functools import partial
 from torch import Tensor
 
 from autoseq.runtime import runs
-from autoseq.runtime.attention_op import AttentionOp, Call, Kept, attention_op
+from autoseq.runtime.attention_op import AttentionOp, Kept, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.messages import Message, Pending, post
 from autoseq.runtime.needs import fills_rows
+from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed, elements
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.visits import KEYS, KINDS, QUERIES, Guest, Manner, Visits
@@ -152,11 +153,10 @@ class _Trip(ABC):
     def _shared_out(self, buffer: Tensor | None, *, like: Sequence[tuple[Tensor, ...]]) -> tuple[dict[Guest, Packed], Tensor]:
         """Views of what is kept, guest by guest, in a buffer that is made if there is none."""
         kept = self.kept_by(self.me)
-        rows = [self.visits.rows(kind, self.me, guest) for kind, guest in kept]
-        sizes = [elements(like[kind], here) for (kind, _), here in zip(kept, rows, strict=True)]
-        buffer = self.call.k.new_empty(sum(sizes)) if buffer is None else buffer[: sum(sizes)]
-        pieces = zip(kept, rows, buffer.split(sizes) if sizes else [], strict=True)
-        return {guest: Packed.of_flat(piece, like[guest[0]], n) for guest, n, piece in pieces}, buffer
+        parts = [(like[kind], self.visits.rows(kind, self.me, guest)) for kind, guest in kept]
+        if buffer is None:
+            buffer = self.call.k.new_empty(sum(elements(*part) for part in parts))
+        return dict(zip(kept, Packed.split(buffer, parts), strict=True)), buffer
 
 
 class _ForwardTrip(_Trip):

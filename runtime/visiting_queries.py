@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime import strategy, visits
-from autoseq.runtime.attention_op import Settings
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.op_call import Settings
 from autoseq.runtime.strategy import Site
 from autoseq.runtime.timeline import Phase, Way
 from autoseq.runtime.visit_op import visiting_op
@@ -34,7 +34,7 @@ def _last_queries(k: Tensor, v: Tensor, settings: Settings) -> int:
     P, own = group_of(group).size, k.numel() + v.numel()
     if P == 1:
         return 0
-    if settings.empty_rows != "zero" and settings.sinks is None:
+    if settings.fills_empty_rows:
         return own  # keys may travel instead
     queries = local_length(settings.q_len, P, settings.layout) * k.shape[0] * k.shape[1] * settings.heads_per_kv * k.shape[3]
     elements: Any = torch.sym_min(own, (P - 1) * queries)
@@ -58,6 +58,6 @@ class VisitingQueries(Visiting):
 
     def kept_elements(self, site: Site, P: int, layout: Layout) -> int:
         own = super().kept_elements(site, P, layout)
-        if site.empty_rows != "zero" and not site.has_sinks:
+        if site.fills_empty_rows:
             return own
         return min(own, (P - 1) * site.batch * site.heads * local_length(site.q_len, P, layout) * site.head_dim)

@@ -65,8 +65,8 @@ class Sizes:
 def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
     """What a rank's tasks come to."""
     sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads, bool(site.learned))
-    mask, empty_rows = Mask(site.max_ahead, site.max_behind, site.predicate), cast(EmptyRows, site.empty_rows)
-    problem = Problem(mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
+    empty_rows = cast(EmptyRows, site.empty_rows)
+    problem = Problem(site.mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
     return reduce(add, (work_of(task, problem, sizes, way) for task in tasks), NO_WORK)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, get_args
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.layout import Layout, local_length, rank_positions
+from autoseq.runtime.packed import Packed
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from dense_attention import Case
@@ -36,6 +39,9 @@ def site_of(case: Case, mesh: tuple[int, ...] = ()) -> Site:
 WINDOW = site_of(Case(16, 16, mask="window"))
 SPLIT = [name for name, strategy in STRATEGIES.items() if strategy.cannot_serve(WINDOW, 2) is None]
 """The strategies that split a sequence over a plain group; any of them serves a causal window."""
+
+LEVELS = ["hybrid", "hybrid_gather", "hybrid_outer", "hybrid_gather_outer", "double_ring"]
+"""Those that split it over a mesh of two dims."""
 
 
 def layouts_of(strategy: str) -> list[Layout]:
@@ -92,6 +98,30 @@ def attend_on_rank(
     out = STRATEGIES[strategy].attention(*leaves, captures, sinks, seed, **call_keywords(case, layout), axes=axes)
     leaves += [x for x in (*captures, sinks) if x is not None and x.requires_grad]
     return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+
+def largest_held(rank: int, P: int, strategy: str, case: Case, layout: Layout = "zigzag") -> int:
+    """The most bytes of packed keys, values and gradients that are there at once."""
+    held, most = 0, 0
+    make = Packed.empty
+
+    def empty(*args: Any, **settings: Any) -> Packed:
+        nonlocal held, most
+        packed = make(*args, **settings)
+        size = packed.message().untyped_storage().nbytes()
+        held += size
+        most = max(most, held)
+        weakref.finalize(packed.message().untyped_storage(), release, size)
+        return packed
+
+    def release(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Packed, "empty", empty)
+        attend_on_rank(rank, P, strategy, layout, case)
+    return most
 
 
 def _on(device: str, x: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from attention_checks import check_all
 from attention_job import site_of
 from autoseq.runtime import balanced, visits
 from autoseq.runtime.balanced import Balanced
@@ -17,9 +18,8 @@ from autoseq.runtime.strategy import Site
 from autoseq.runtime.visits import KEYS, KINDS, QUERIES, Visits
 from dense_attention import Case
 from ranks import run_ranks
-from test_end_to_end import check_same_numbers
-from test_strategies import check_all
-from test_tracing import check_dynamic_lengths
+from tracing_job import check_dynamic_lengths
+from training_job import check_same_numbers
 from visit_job import attend_twice, kinds, record_on_rank
 
 SITE = Site(batch=1, q_len=64, k_len=64, heads=4, kv_heads=4, head_dim=128, value_dim=128, element_bytes=4, max_ahead=0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autoseq.runtime import fused, packing, plain
 from autoseq.runtime.layout import Layout
-from test_kernels import over_blocks
+from key_blocks import over_blocks
 
 # Rows, head dims and strides that do not fill a tile, and that do.
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.bfloat16, torch.float16)]

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from attention_checks import SHAPES, assembled, oracle
 from attention_job import SPLIT, attend_on_rank, layouts_of, runs_of
 from autoseq.runtime.layout import Layout
-from dense_attention import MASKS, Case
+from dense_attention import MASKS, Case, relative_error
 from ranks import run_ranks
-from test_strategies import SHAPES, assembled, oracle, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -16,10 +16,10 @@ from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from dense_attention import Case, MaskCase
+from dense_needs import dense_needs, rows_of
 from ranks import run_ranks
-from test_end_to_end import check_same_numbers
-from test_needs import dense_needs, rows_of
-from test_tracing import check_dynamic_lengths
+from tracing_job import check_dynamic_lengths
+from training_job import check_same_numbers
 from visit_job import all_sent, attend_twice, kinds, record_on_rank
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import sympy
 
-from attention_job import SPLIT, attend_on_rank, axes_of, layouts_of, runs_of, serves, site_of
+from attention_checks import SHAPES, TERMS, check_all
+from attention_job import LEVELS, SPLIT, attend_on_rank, axes_of, layouts_of, runs_of, serves, site_of
 from autoseq.runtime import circle
 from autoseq.runtime import strategy as symbols
 from autoseq.runtime.blockwise import Forward
@@ -20,10 +21,7 @@ from autoseq.runtime.strategy import Site
 from autoseq.runtime.ulysses import OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS
 from dense_attention import MASKS, Case
 from ranks import run_ranks
-from test_costs import CASES, FULL, count_on_rank
-from test_strategies import SHAPES, TERMS, check_all
-
-LEVELS = ["hybrid", "hybrid_gather", "hybrid_outer", "hybrid_gather_outer", "double_ring"]
+from traffic_job import CASES, FULL, count_on_rank
 
 MASKED = {mask: Case(23, 23, mask=mask, batch=2, heads=6, kv_heads=3, value_dim=5, seed=3) for mask in MASKS}
 ACROSS = {f"{mask}, across": replace(case, q_len=9, k_len=22) for mask, case in MASKED.items() if mask in ("none", "key padding", "window")}

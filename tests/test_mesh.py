@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import autoseq
 import models
+from attention_job import LEVELS
 from autoseq.cli import app
 from autoseq.inspection import inspect_model
 from autoseq.planner import NamedSite, Plan, make_plan
@@ -26,7 +27,6 @@ from autoseq.runtime.nodes import check_nodes, found_nodes, make_nodes
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from ranks import run_ranks
-from test_hybrid import LEVELS
 
 OPTIONS: dict[str, Any] = {"inner": "aot_eager"}
 TOLERANCE = 1e-5  # relative L2 of a float32 gradient, whose sums run in another order

@@ -16,10 +16,11 @@ from autoseq.runtime.circle import Route
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length, rank_positions
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Needs, Rows, Terms, needs_of
+from autoseq.runtime.needs import Needs, NeedTerms, needs_of
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.strategy import needs_of_site
 from dense_attention import MASKS, Case
+from dense_needs import as_set, dense_needs, rows_of
 
 LAYOUTS: list[Layout] = ["contiguous", "zigzag"]
 row_sets = st.frozensets(st.integers(0, 30))
@@ -27,10 +28,6 @@ row_sets = st.frozensets(st.integers(0, 30))
 
 def as_runs(rows: frozenset[int]) -> Runs:
     return runs.union(tuple((row, 1) for row in sorted(rows)))
-
-
-def as_set(of: Runs) -> set[int]:
-    return {row for start, rows in of for row in range(start, start + rows)}
 
 
 @given(row_sets, row_sets, st.integers(0, 31))
@@ -63,20 +60,6 @@ def test_a_participant_holds_its_ranks_rows_in_global_order(P: int, places: tupl
             assert sum(valid for *_, valid, _ in spans) == sum(position < n for position in expected)
 
 
-def dense_needs(case: Case, rows: Rows, P: int) -> list[list[set[int]]]:
-    """Read off the dense mask: the local rows of the holder's keys that some query of the asker may see."""
-    allowed = case.mask_case().dense.expand(case.batch, case.heads, case.q_len, case.k_len).any(0).any(0)
-    queries = [[start + i for _, start, n in rows.queries(p) for i in range(n)] for p in range(P)]
-    keys = [{start + i: local + i for local, start, n in rows.keys(p) for i in range(n)} for p in range(P)]
-    return [[{local for k, local in keys[o].items() if bool(allowed[queries[p], k].any())} for o in range(P)] for p in range(P)]
-
-
-def rows_of(case: Case, P: int, layout: Layout) -> Rows:
-    held = Holdings.of(P, layout)
-    s, t = (local_length(n, P, layout) for n in (case.q_len, case.k_len))
-    return Rows(held, held, s, t, case.q_len, case.k_len)
-
-
 @pytest.mark.parametrize("mask", MASKS)
 def test_needs_are_what_the_dense_mask_says(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never less. Bounds are exact; a predicate is proven tile by tile, here of a single row and key, and of two."""
@@ -84,7 +67,7 @@ def test_needs_are_what_the_dense_mask_says(mask: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(blocks, "TILE", tile)
         case = Case(q_len, k_len, mask=mask, batch=2)
         own, rows = case.mask_case(), rows_of(case, P, layout)
-        terms = Terms(Mask(own.max_ahead, own.max_behind, own.predicate), own.captures, case.batch, range(case.heads), False)
+        terms = NeedTerms(Mask(own.max_ahead, own.max_behind, own.predicate), own.captures, case.batch, range(case.heads), False)
         found, expected = needs_of(terms, rows, P), dense_needs(case, rows, P)
         everyone = range(P)
         assert all(expected[i][o] <= as_set(found[i][o]) for i in everyone for o in everyone)

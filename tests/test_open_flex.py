@@ -326,8 +326,7 @@ def train(rank: int, P: int, with_scores: bool, strategy: str) -> list[float]:
     return [((a - e).norm() / e.norm()).item() for a, e in pairs]
 
 
-@pytest.mark.parametrize("with_scores", [False, True])
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather_kv"])
+@pytest.mark.parametrize(("with_scores", "strategy"), [(False, "ulysses"), (True, "ring"), (True, "gather_kv")])
 def test_flex_attention_is_split_with_one_devices_numbers(with_scores: bool, strategy: str) -> None:
     for errors in run_ranks(train, 2, with_scores, strategy):
         assert max(errors) <= TOLERANCE, errors

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from attention_job import attend_on_rank, site_of
+from attention_job import attend_on_rank, largest_held, site_of
 from autoseq.runtime import circle
 from autoseq.runtime.blockwise import Backward, Forward
-from autoseq.runtime.layout import Layout
-from autoseq.runtime.packed import Packed
 from autoseq.runtime.strategies import STRATEGIES
 from dense_attention import Case
 from ranks import run_ranks
@@ -70,30 +67,6 @@ def test_every_hop_is_posted_before_the_block_it_hides_behind() -> None:
         assert events[:3] == ["post", "post", "work"], "one's own keys are worked on under the first hop of both directions"
         assert "".join(event[0] for event in both[2:]) in "".join(event[0] for event in events)
         assert events.count("post") == events.count("wait") == 2 * (3 + 4)
-
-
-def largest_held(rank: int, P: int, strategy: str, case: Case, layout: Layout = "zigzag") -> int:
-    """The most bytes of packed keys, values and gradients that are there at once."""
-    held, most = 0, 0
-    make = Packed.empty
-
-    def empty(*args: Any, **settings: Any) -> Packed:
-        nonlocal held, most
-        packed = make(*args, **settings)
-        size = packed.message().untyped_storage().nbytes()
-        held += size
-        most = max(most, held)
-        weakref.finalize(packed.message().untyped_storage(), release, size)
-        return packed
-
-    def release(size: int) -> None:
-        nonlocal held
-        held -= size
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Packed, "empty", empty)
-        attend_on_rank(rank, P, strategy, layout, case)
-    return most
 
 
 @pytest.mark.parametrize("strategy", RINGS)

@@ -10,24 +10,23 @@ from unittest import mock
 import pytest
 import torch
 
-from attention_job import Run, attend_all_on_rank, call_keywords, shard, site_of
+from attention_checks import assembled, oracle
+from attention_job import Run, attend_all_on_rank, call_keywords, largest_held, shard, site_of
 from autoseq.runtime import balanced, halo, visiting_queries, visits
 from autoseq.runtime.attention_call import attention_function
 from autoseq.runtime.attention_op import AttentionOp
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Terms, needs_of
+from autoseq.runtime.needs import NeedTerms, needs_of
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost
-from autoseq.runtime.visiting_queries import visiting_queries_attention, visiting_queries_cost
+from autoseq.runtime.visiting_queries import VisitingQueries, visiting_queries_attention
 from autoseq.runtime.visits import KEYS, QUERIES, Manner, Visits
 from dense_attention import MASKS, SCORES, Case, check_close
+from dense_needs import as_set, dense_needs, rows_of
 from ranks import run_ranks
-from test_costs import count_on_rank
-from test_needs import as_set, dense_needs, rows_of
-from test_ring import largest_held
-from test_strategies import assembled, oracle
+from traffic_job import count_on_rank
 from visit_job import attend_twice
 
 LAYOUTS: list[Layout] = ["contiguous", "zigzag"]
@@ -83,7 +82,7 @@ def test_what_they_send_is_their_cost(P: int) -> None:
     runs = [("by_queries", layout, case) for case in cases for layout in LAYOUTS]
     counted: list[list[Cost]] = run_ranks(by_queries, P, count_on_rank, runs, backend="autoseq_counted")
     for i, (_, layout, case) in enumerate(runs):
-        assert [of_rank[i] for of_rank in counted] == [visiting_queries_cost(site_of(case), P, layout, rank) for rank in range(P)], case
+        assert [of_rank[i] for of_rank in counted] == [VisitingQueries().cost(site_of(case), P, layout, rank) for rank in range(P)], case
 
 
 def test_they_give_the_same_bits_every_time() -> None:
@@ -107,16 +106,16 @@ def test_what_is_held_does_not_grow_with_ranks(strategy: str) -> None:
 
 def test_few_queries_are_fewer_bytes_than_many_keys() -> None:
     few = site_of(Case(64, 4096, mask="none", dtype=torch.bfloat16))
-    queries, keys = visiting_queries_cost(few, 4, "contiguous", 0), Ring().cost(few, 4, "contiguous", 0)
+    queries, keys = VisitingQueries().cost(few, 4, "contiguous", 0), Ring().cost(few, 4, "contiguous", 0)
     assert queries.step_bytes * 20 < keys.step_bytes
     grouped = site_of(Case(4096, 4096, mask="none", kv_heads=1, dtype=torch.bfloat16))
-    assert visiting_queries_cost(grouped, 4, "contiguous", 0).step_bytes > Ring().cost(grouped, 4, "contiguous", 0).step_bytes
+    assert VisitingQueries().cost(grouped, 4, "contiguous", 0).step_bytes > Ring().cost(grouped, 4, "contiguous", 0).step_bytes
 
 
 def planned(case: Case, P: int, layout: Layout, manner: Manner) -> Visits:
     own, rows = case.mask_case(), rows_of(case, P, layout)
     mask = Mask(own.max_ahead, own.max_behind, own.predicate)
-    needs = needs_of(Terms(mask, own.captures, case.batch, range(case.heads), False), rows, P)
+    needs = needs_of(NeedTerms(mask, own.captures, case.batch, range(case.heads), False), rows, P)
     return manner.visits(needs, rows, mask, fills=False)
 
 

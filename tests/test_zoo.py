@@ -15,9 +15,8 @@ from autoseq.backend import autoseq
 from autoseq.inspection import Inspection, inspect_model, intermediates
 from autoseq.runtime.strategies import STRATEGIES
 from ranks import run_ranks
+from training_job import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
-LOSS_TOLERANCE = 1e-6  # relative; float32 sums in another order
-GRADIENT_TOLERANCE = 1e-5  # relative L2 per parameter, for the same reason
 PAIRS = [(name, attention) for name, entry in zoo.ZOO.items() for attention in entry.attention]
 MODELS = pytest.mark.parametrize(("name", "attention"), PAIRS, ids=[", ".join(filter(None, pair)) for pair in PAIRS])
 

@@ -28,7 +28,7 @@ from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Kind, Link, Ra
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import OptionError, TopologyError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
-from autoseq.runtime.nodes import check_nodes, is_flat, make_nodes
+from autoseq.runtime.nodes import on_nodes
 
 _CPU = (
     Effort((1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22), 15),
@@ -57,10 +57,9 @@ def measure(request: Request, device: torch.device) -> Topology:
     if unknown := [name for name in request.dtypes if name not in DTYPES]:
         raise TopologyError(f"there is no dtype {unknown[0]!r}; kernels are timed in {', '.join(DTYPES)}")
     group = group_from_mesh(None)
-    check_nodes(group, request.ranks_per_node)
+    scopes = _scopes(on_nodes(group, request.ranks_per_node))
     links, kernels = request.efforts or (_CUDA if device.type == "cuda" else _CPU)
     dtypes = request.dtypes or (("bfloat16", "float32") if device.type == "cuda" else ("float32",))
-    scopes = _scopes(group, request.ranks_per_node)
     steps = len(KINDS) * len(links.message_bytes) * len(scopes) + kernels.steps * len(dtypes)
     with _progress(steps, shown=group.rank == 0) as advance:
         base = _with_kernels(replace(found_topology(group.size), name=_name(group, device)), dtypes, device, kernels, advance)
@@ -68,13 +67,13 @@ def measure(request: Request, device: torch.device) -> Topology:
     return _rank_0s(replace(_with_links(base, group.size, request, times), sources=_sources(group, request)), device)
 
 
-def _scopes(group: SequenceGroup, ranks_per_node: int) -> dict[Scope, SequenceGroup]:
+def _scopes(group: SequenceGroup) -> dict[Scope, SequenceGroup]:
     """The groups to time, by who talks to whom."""
     if group.size == 1:
         return {}
-    if is_flat(group, ranks_per_node):
+    if not group.axes:
         return {"flat": group}
-    across, inside = groups_of(make_nodes(group, ranks_per_node))
+    across, inside = groups_of(group)
     return {"inside": inside, "across": across, "flat": group}
 
 

@@ -13,13 +13,12 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from autoseq.planning.fitting import Sample
 from autoseq.planning.topology import Kind
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.messages import Described, Message, connect, post
-from autoseq.runtime.posted import arrived, post_all_gather, post_all_to_all, post_reduce_scatter
+from autoseq.runtime.posted import Posted, post_all_gather, post_all_to_all, post_reduce_scatter
 
 _ops = torch.ops._c10d_functional
 _ENOUGH_S = 0.4  # so long one size of one kind is repeated
@@ -100,13 +99,13 @@ def _message(kind: Kind, group: SequenceGroup, num_bytes: int, device: torch.dev
     times = 2 if kind == "all_reduce" else 1
     shard = max(1, num_bytes // (4 * (P - 1) * times))
     part, whole = torch.zeros(shard, device=device), torch.zeros(shard * P, device=device)
-    posts: dict[Kind, Callable[[], Tensor]] = {
+    posts: dict[Kind, Callable[[], Posted]] = {
         "all_to_all": lambda: post_all_to_all(group, whole, [shard] * P, [shard] * P),
         "all_gather": lambda: post_all_gather(group, part),
         "reduce_scatter": lambda: post_reduce_scatter(group, whole),
-        "all_reduce": lambda: _ops.all_reduce(whole, "sum", group.name),
+        "all_reduce": lambda: Posted("all-reduce", group, _ops.all_reduce(whole, "sum", group.name)),
     }
-    return lambda: arrived(group, posts[kind]()), 4 * shard * (P - 1) * times
+    return lambda: posts[kind]().arrived(), 4 * shard * (P - 1) * times
 
 
 def groups_of(group: SequenceGroup) -> tuple[SequenceGroup, SequenceGroup]:

@@ -1,4 +1,4 @@
-"""The `autoseq` command: inspect, verify, demo, strategies, topology, doctor.
+"""The `autoseq` command: plan, inspect, verify, demo, strategies, topology, doctor.
 
 Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 misuse. A user's mistake never shows a traceback.
 """
@@ -11,6 +11,7 @@ import typer
 from autoseq.cli_errors import exit_codes
 from autoseq.cli_inspect import inspect
 from autoseq.cli_options import Batch, Inner, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+from autoseq.cli_plan import plan
 from autoseq.cli_topology import app as topology
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     epilog="Start with: autoseq demo",
 )  # fmt: skip
 app.add_typer(topology, name="topology")
+app.command(epilog="Example: autoseq plan hf:examples/llama_4_layers.json --seq-len 65536 --world-size 8 --topology 8xH100")(plan)
 app.command(epilog="Example: autoseq inspect examples/plain_gpt.py:tiny --seq-len 4096 --world-size 4 --html out.html")(inspect)
 
 

@@ -31,11 +31,11 @@ from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import check_nodes, is_flat, make_nodes
 
 _CPU = (
-    Effort((1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22), 15),
+    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 15),
     KernelEffort((128, 256, 512, 1024), 4, 64, (128, 256, 512, 1024), (1 << 20, 1 << 23), 15),
 )
 _CUDA = (
-    Effort((1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27), 30),
+    Effort((1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27), 30),
     KernelEffort((1024, 2048, 4096, 8192), 16, 128, (2048, 4096, 8192), (1 << 24, 1 << 26), 30),
 )
 # A ring or exchange over all ranks tells of the link between nodes only where that is what it waits for.

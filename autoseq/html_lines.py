@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.graph_text import call_text, operator_text, parameter_name, placement, shown_names, type_text
+from autoseq.graph_text import call_text, parameter_name, placement, shown_names, type_text
 from autoseq.html_blocks import Line, Parameter, Row, RowKind, Value
 from autoseq.html_pairs import Entry, is_collective
 from autoseq.node_traffic import NOTHING_SENT, NodeTraffic
@@ -68,9 +68,10 @@ def _op_text(entry: Entry) -> str:
     """`linear` of what the program says, `take_shard` of what the compiler put there."""
     if "attention" in entry.node.meta:
         return "attention"
-    if entry.before is None:
-        return str(getattr(entry.node.target, "__name__", entry.node.target)).split(".")[0]
-    return operator_text(entry.before.target).removeprefix("aten.").split(".")[0]
+    target = entry.node.target if entry.before is None else entry.before.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    return str(getattr(target, "__name__", target))
 
 
 class _Nameless(dict[fx.Node, str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ class Watch(TorchDispatchMode):
                 del self._alive[key]
                 self.held.add(-size)
         name = func.overloadpacket.__name__
+        if name == "wait_tensor":
+            time.sleep(0.02)
         if name in BUFFERS:
             # Of an attention's backward only the gradients of gathered keys are a buffer.
             storage = (result[1] if isinstance(result, tuple) else result).untyped_storage()
@@ -101,11 +104,15 @@ def hold_in_stages(rank: int, P: int, runs: list[Run], stages_asked: int) -> lis
         for strategy, layout, case in runs:
             *qkv, grad = (shard(x, rank, P, layout, padding="edge").contiguous() for x in case.tensors())
             leaves = [x.requires_grad_() for x in qkv]
-            with Watch() as forward:
-                out = STRATEGIES[strategy].attention(*leaves, case.captures(), **call_keywords(case, layout))
-            with Watch() as backward:
-                torch.autograd.grad(out, leaves, grad)
-            found.append((forward.held.most, backward.held.most))
+            attempts = []
+            for _ in range(3):
+                with Watch() as forward:
+                    out = STRATEGIES[strategy].attention(*leaves, case.captures(), **call_keywords(case, layout))
+                with Watch() as backward:
+                    torch.autograd.grad(out, leaves, grad)
+                attempts.append((forward.held.most, backward.held.most))
+            # A thread of gloo may hold a message for a moment after it has been waited for, so the least is what must be held.
+            found.append((min(forward for forward, _ in attempts), min(backward for _, backward in attempts)))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from autoseq.graph_text import call_text, parameter_name, placement, shown_names, type_text
-from autoseq.html_blocks import Line, Parameter, Row, RowKind, Value
+from autoseq.html_blocks import Line, Parameter, Product, Row, RowKind, Value
 from autoseq.html_pairs import Entry, is_collective
 from autoseq.node_traffic import NOTHING_SENT, NodeTraffic
 from autoseq.passes.shard import Fallback
@@ -60,7 +60,7 @@ class Rows:
             call=call_text(node, self._names), shape_of_call=call_text(node, _Nameless()),
             source="" if source.startswith("(no") else source,
             before=_value(entry.before), after=_value(entry.after), placement=_placement(entry),
-            flops_before=matmul_flops(entry.before), flops_after=matmul_flops(entry.after), parameters=_parameters(written),
+            product_before=product(entry.before), product_after=product(entry.after), parameters=_parameters(written),
         )  # fmt: skip
 
 
@@ -121,13 +121,10 @@ _MATMULS: Mapping[Any, int] = {  # the operand whose last dim is contracted
 }  # fmt: skip
 
 
-def matmul_flops(node: fx.Node | None) -> int:
-    """Two for each product of a matrix product; what else an operator computes is small beside it."""
+def product(node: fx.Node | None) -> Product | None:
+    """The matrix product that a node is, or None."""
     if node is None or node.target not in _MATMULS:
-        return 0
+        return None
     operand = node.args[_MATMULS[node.target]]
     assert isinstance(operand, fx.Node)
-    elements = 1
-    for size in node.meta["val"].shape:
-        elements *= hint(size)
-    return 2 * elements * hint(operand.meta["val"].shape[-1])
+    return Product(tuple(hint(size) for size in node.meta["val"].shape), hint(operand.meta["val"].shape[-1]))

@@ -246,7 +246,7 @@ def test_details_follow_the_mouse_and_the_keyboard_and_a_click_keeps_them(page: 
     assert page.run("document.querySelector('#details').checkVisibility()")
     page.point_at('.row[aria-label="q_proj"] .before')
     assert page.run(title) == "q_proj"
-    assert "2 · elements of the result" in page.run("document.querySelector('#details').textContent")
+    assert "2 · 32 · 32 · 32" in page.run("document.querySelector('#details').textContent")
     page.run("document.querySelector('.row[aria-label=\"k_proj\"]').focus()")
     page.press("Tab")
     assert page.run("document.activeElement.matches('.row, summary')")

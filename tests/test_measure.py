@@ -18,7 +18,7 @@ from autoseq.planning.time_kernels import KernelEffort, seconds_of
 from autoseq.planning.time_links import Effort
 from autoseq.planning.topology import KINDS, Kind, Scope, Topology
 from autoseq.planning.topology_file import dump, parse_topology
-from autoseq.runtime.errors import OptionError, TopologyError
+from autoseq.runtime.errors import OptionError
 from ranks import run_ranks
 
 SIZES = (10**3, 10**5, 10**7)
@@ -144,8 +144,8 @@ def test_ranks_of_a_launcher_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_that_cannot_be() -> None:
-    with pytest.raises(TopologyError, match=r"no dtype 'int8'; kernels are timed in bfloat16, float16, float32, float64"):
-        measure(Request(1, dtypes=("int8",)), torch.device("cpu"))
+    with pytest.raises(OptionError, match=r"no dtype 'flaot32' \(did you mean 'float32'\?\); kernels are timed in bfloat16, float16, float32"):
+        measuring.measure_here(Request(1, dtypes=("flaot32",)), 4)
     with pytest.raises(OptionError, match=r"4 ranks are not whole nodes of 3"):
         measuring.measure_here(Request(3), 4)
 

@@ -50,7 +50,7 @@ SPLITS = {
     "copies of the data divide the batch": (
         8, 2, [Split(2, 4), Split(2, 4, (2, 2)), Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]
     ),
-    "a sequence fills whole nodes": (16, 1, [Split(1, 16), Split(1, 16, (8, 2)), Split(1, 16, (4, 4)), Split(1, 16, (2, 8))]),
+    "a sequence fills whole nodes": (16, 1, [Split(1, 16), Split(1, 16, (2, 8))]),
     "a sequence that fills neither a part of a node nor whole nodes": (6, 1, []),
     "a batch that no number of copies divides": (8, 3, [Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]),
 }  # fmt: skip

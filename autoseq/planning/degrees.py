@@ -56,17 +56,15 @@ class Candidate:
 
 
 def splits(world_size: int, topology: Topology, *, batch: int, seq_len: int) -> Iterator[Split]:
-    """All that are possible, few ranks of a sequence first."""
+    """All that are possible, few ranks of a sequence first. Inside a node a mesh may have any shape, several nodes are its first dim."""
     R = topology.ranks_per_node
     for P in divisors(world_size):
         within = P <= R and R % P == 0
         if batch % (world_size // P) or seq_len < P or not (within or P % R == 0):
             continue
         yield Split(world_size // P, P)
-        node = P if within else R
-        for ranks in divisors(node)[1:]:
-            if ranks < P:
-                yield Split(world_size // P, P, (P // ranks, ranks))
+        for ranks in divisors(P)[1:-1] if within else [R] if R > 1 else []:
+            yield Split(world_size // P, P, (P // ranks, ranks))
 
 
 def divisors(n: int) -> list[int]:

@@ -30,8 +30,8 @@ _TOUCHED = 3
 
 MOST_SEGMENTS = 4096
 
-# Of more ranks than these, only so many are asked.
-_MANY_RANKS, _ASKED = 16, 5
+# Of more ranks than these, only three are asked.
+_MANY_RANKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,8 @@ def step_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, topolog
 
 
 def asked_ranks(P: int) -> list[int]:
-    """All ranks, or of many the first, the last and some between; the last has work whenever anyone has."""
-    return list(range(P)) if P <= _MANY_RANKS else sorted({round(i * (P - 1) / (_ASKED - 1)) for i in range(_ASKED)})
+    """All ranks, or of many the first, the last and one between; the last has work whenever anyone has."""
+    return list(range(P)) if P <= _MANY_RANKS else [0, P // 2, P - 1]
 
 
 def _seconds(load: _Load) -> float:

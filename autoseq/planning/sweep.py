@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from autoseq.planning.degrees import Candidate, candidates
+from autoseq.planning.degrees import Candidate, candidates, splits
 from autoseq.planning.topology import Topology
-from autoseq.planning.training import Training
+from autoseq.planning.training import Training, memory_besides_attention, tokens_of_rank
 from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
 
@@ -68,11 +68,23 @@ def mix(candidate: Candidate) -> str:
 
 def _best(training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> Candidate | None:
     try:
+        if not _may_fit(training, world_size, topology):
+            return None
         found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
     except (PlanError, StrategyError):
         return None
     served = [each for each in found if strategy == "auto" or set(each.strategies) == {strategy}]
     return served[0] if served and served[0].fits else None
+
+
+def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
+    """Whether there is room for all but attention, in the split that leaves most; asked first, because it is quickly answered."""
+    asked = splits(world_size, topology, batch=training.batch, seq_len=training.seq_len)
+    held = [
+        memory_besides_attention(training, tokens_of_rank(training, split.data, split.sequence, "contiguous"), world_size).total
+        for split in asked
+    ]
+    return not held or min(held) <= topology.memory_bytes
 
 
 def would_fit(training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> list[str]:

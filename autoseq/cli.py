@@ -1,16 +1,17 @@
-"""The `autoseq` command: inspect, verify, demo, strategies, topology, doctor.
+"""The `autoseq` command: plan, inspect, verify, demo, strategies, topology, doctor.
 
 Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 misuse. A user's mistake never shows a traceback.
 """
 
-from functools import partial
 from importlib import metadata
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from autoseq.cli_errors import exit_codes
+from autoseq.cli_inspect import inspect
 from autoseq.cli_options import Batch, Inner, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+from autoseq.cli_plan import plan
 from autoseq.cli_topology import app as topology
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     epilog="Start with: autoseq demo",
 )  # fmt: skip
 app.add_typer(topology, name="topology")
+app.command(epilog="Example: autoseq plan hf:examples/llama_4_layers.json --seq-len 65536 --world-size 8 --topology 8xH100")(plan)
+app.command(epilog="Example: autoseq inspect examples/plain_gpt.py:tiny --seq-len 4096 --world-size 4 --html out.html")(inspect)
 
 
 def _version(asked: bool) -> None:
@@ -32,35 +35,6 @@ def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Options of the command itself."""
-
-
-@app.command(epilog="Example: autoseq inspect examples/plain_gpt.py:tiny --seq-len 4096 --world-size 4 --graph after")
-def inspect(
-    target: TargetText,
-    seq_len: SeqLen,
-    world_size: WorldSize,
-    batch: Batch = 1,
-    strategy: StrategyName = "auto",
-    layout: LayoutName = "auto",
-    ranks_per_node: RanksPerNode = None,
-    graph: Annotated[Literal["before", "after", "both"], typer.Option("--graph", help="Which graph to print.")] = "after",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead, without graphs.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Show what autoseq would do to a model: its attention, its communication, its graph. Needs no peers, GPU or weights."""
-    with exit_codes(verbose):
-        from autoseq.inspection import inspect_model
-        from autoseq.report import inspection_json, print_inspection, results
-        from autoseq.target import load_target
-
-        make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
-        found = inspect_model(
-            make, seq_len=seq_len, world_size=world_size, strategy=strategy, layout=layout, ranks_per_node=ranks_per_node
-        )
-        if as_json:
-            print(inspection_json(found))
-        else:
-            print_inspection(results(), found, graph)
 
 
 @app.command(epilog="Example: autoseq verify examples/plain_gpt.py:tiny --seq-len 37 --world-size 3 --strategy ring")

@@ -4,6 +4,7 @@ Before and after are one tree: each line holds an operator of the program as it 
 the compiler put between them is a row of its own. `html_tree` builds them, and `html_folding` folds repeated layers.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,23 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix product: two operations for each element of the result and each term of its sum. All else is small beside it."""
+
+    result: tuple[int, ...]
+    terms: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * math.prod(self.result) * self.terms
+
+    @property
+    def text(self) -> str:
+        """`2 · 16,384 · 688 · 256`."""
+        return " · ".join(f"{size:,}" for size in (2, *(size for size in self.result if size != 1), self.terms))
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """An operator: its value on one device and on one rank. Without the first the compiler put it there, without the second it left it out.
 
@@ -47,8 +65,8 @@ class Line:
     before: Value | None
     after: Value | None
     placement: str
-    flops_before: int
-    flops_after: int
+    product_before: "Product | None"
+    product_after: "Product | None"
     parameters: tuple[Parameter, ...]
 
 

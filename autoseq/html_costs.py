@@ -52,8 +52,8 @@ def totals(items: Sequence[Item]) -> Totals:
     for row, times in rows_of(items):
         for _ in range(times if row.sent.ops else 0):
             sent = sent + row.sent
-        before += times * sum(line.flops_before for line in row.lines)
-        after += times * sum(line.flops_after for line in row.lines)
+        before += times * sum(line.product_before.flops for line in row.lines if line.product_before)
+        after += times * sum(line.product_after.flops for line in row.lines if line.product_after)
     held = _copies(items).values()
     return Totals(sent, before, after, sum(each.value.num_bytes * copies for each, copies in held), sum(copies for _, copies in held))
 
@@ -79,6 +79,14 @@ def parameters_of(item: Item) -> list[Parameter]:
     """Those that the operators of an item read."""
     rows = [row for row, _ in rows_of([item])]
     return list({each.name: each for row in rows for line in row.lines for each in line.parameters}.values())
+
+
+def product_formulas(lines: Sequence[Line]) -> list[Formula]:
+    """Of the matrix products among some operators, on one device and on rank 0."""
+    return [
+        Formula(f"{line.op}, {where}", product.text, readable_flops(product.flops))
+        for line in lines for where, product in (("one device", line.product_before), ("rank 0", line.product_after)) if product
+    ]  # fmt: skip
 
 
 def message_formulas(sent: Sent) -> list[Formula]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.graph_text import call_text, operator_text, parameter_name, placement, shown_names, type_text
-from autoseq.html_blocks import Line, Parameter, Row, RowKind, Value
+from autoseq.graph_text import call_text, parameter_name, placement, shown_names, type_text
+from autoseq.html_blocks import Line, Parameter, Product, Row, RowKind, Value
 from autoseq.html_pairs import Entry, is_collective
 from autoseq.node_traffic import NOTHING_SENT, NodeTraffic
 from autoseq.passes.shard import Fallback
@@ -60,7 +60,7 @@ class Rows:
             call=call_text(node, self._names), shape_of_call=call_text(node, _Nameless()),
             source="" if source.startswith("(no") else source,
             before=_value(entry.before), after=_value(entry.after), placement=_placement(entry),
-            flops_before=matmul_flops(entry.before), flops_after=matmul_flops(entry.after), parameters=_parameters(written),
+            product_before=product(entry.before), product_after=product(entry.after), parameters=_parameters(written),
         )  # fmt: skip
 
 
@@ -68,9 +68,10 @@ def _op_text(entry: Entry) -> str:
     """`linear` of what the program says, `take_shard` of what the compiler put there."""
     if "attention" in entry.node.meta:
         return "attention"
-    if entry.before is None:
-        return str(getattr(entry.node.target, "__name__", entry.node.target)).split(".")[0]
-    return operator_text(entry.before.target).removeprefix("aten.").split(".")[0]
+    target = entry.node.target if entry.before is None else entry.before.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    return str(getattr(target, "__name__", target))
 
 
 class _Nameless(dict[fx.Node, str]):
@@ -120,13 +121,10 @@ _MATMULS: Mapping[Any, int] = {  # the operand whose last dim is contracted
 }  # fmt: skip
 
 
-def matmul_flops(node: fx.Node | None) -> int:
-    """Two for each product of a matrix product; what else an operator computes is small beside it."""
+def product(node: fx.Node | None) -> Product | None:
+    """The matrix product that a node is, or None."""
     if node is None or node.target not in _MATMULS:
-        return 0
+        return None
     operand = node.args[_MATMULS[node.target]]
     assert isinstance(operand, fx.Node)
-    elements = 1
-    for size in node.meta["val"].shape:
-        elements *= hint(size)
-    return 2 * elements * hint(operand.meta["val"].shape[-1])
+    return Product(tuple(hint(size) for size in node.meta["val"].shape), hint(operand.meta["val"].shape[-1]))

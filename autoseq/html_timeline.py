@@ -3,7 +3,7 @@
 What is shorter than a hair is drawn together with its neighbours of the same kind; the trace file has it all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autoseq.html_drawings import Drawing, Shape, rank_class
@@ -43,8 +43,7 @@ def timeline_drawing(timeline: Timeline) -> Drawing:
         shapes += [_bar("lane", 0, top + lane * _LANE, _WIDTH, _LANE - 1) for lane in range(2)]
         spans = [span for span in timeline.spans if span.rank == rank]
         for lane, of_lane in enumerate(([s for s in spans if s.lane == "compute"], [s for s in spans if s.lane in _LINKS])):
-            bars = _merged(of_lane, timeline.seconds, rank)
-            shapes += [_bar(kind, start, top + lane * _LANE, end - start, _LANE - 1) for kind, start, end in bars]
+            shapes += _paths(_merged(of_lane, timeline.seconds, rank), top + lane * _LANE)
     height = len(ranks) * (2 * _LANE + _GAP) - _GAP
     title = f"one predicted step of ranks {', '.join(map(str, ranks))}: what each computes, below it what it sends"
     return Drawing("timeline", title, _WIDTH, height, tuple(shapes))
@@ -83,6 +82,14 @@ def _merged(spans: Iterable[Span], total_s: float, rank: int) -> list[tuple[str,
         elif end - start >= _HAIR or not bars or start - bars[-1][2] >= _HAIR:
             bars.append((kind, start, max(end, start + _HAIR)))
     return bars
+
+
+def _paths(bars: Sequence[tuple[str, float, float]], y: float) -> Iterator[Shape]:
+    """All bars of a kind in one path, which takes a fraction of the bytes."""
+    for kind in dict.fromkeys(kind for kind, _, _ in bars):
+        own = [(start, end - start) for of_kind, start, end in bars if of_kind == kind]
+        steps = "".join(f"M{x:.1f} {y:g}h{width:.1f}v{_LANE - 1:g}h{-width:.1f}z" for x, width in own)
+        yield Shape("path", kind, (("d", steps),))
 
 
 def _bar(classes: str, x: float, y: float, width: float, height: float) -> Shape:

@@ -1,6 +1,6 @@
 """From a rewritten program to its tree of blocks: each node goes to the call of the module that made it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +9,7 @@ from torch import fx
 from autoseq.html_blocks import Block, Gradients, Item, Picture
 from autoseq.html_lines import Rows
 from autoseq.html_pairs import Entry, is_gather, paired
-from autoseq.node_traffic import NodeTraffic, Sent
+from autoseq.node_traffic import NOTHING_SENT, NodeTraffic, Sent
 from autoseq.passes.sizes import num_bytes
 from autoseq.passes.source import dotted
 from autoseq.program import Program
@@ -28,7 +28,8 @@ def picture(program: Program, traffic: NodeTraffic) -> Picture:
             continue
         home = homes[entry.node] = _home(entry, blocks, homes)
         home.items.append(entry)
-    return Picture(_closed(root, rows), tuple(_gradients(entry.node, traffic[entry.node]) for entry in gradients if entry.node in traffic))
+    summed = [_gradients(entry.node, traffic[entry.node]) for entry in gradients if entry.node in traffic]
+    return Picture(_closed(root, rows), tuple(_together(summed)))
 
 
 def _gradients(node: fx.Node, sent: Sent) -> Gradients:
@@ -36,6 +37,15 @@ def _gradients(node: fx.Node, sent: Sent) -> Gradients:
     values = val if isinstance(val, (list, tuple)) else [val]
     are_parameters = all(x.meta.get("is_parameter") for x in node.all_input_nodes)
     return Gradients(len(values), are_parameters, sum(map(num_bytes, values)), sent)
+
+
+def _together(gradients: Sequence[Gradients]) -> Iterator[Gradients]:
+    """All parameters, then all other values."""
+    for are_parameters in (True, False):
+        found = [each for each in gradients if each.are_parameters == are_parameters]
+        if found:
+            counts = sum(each.num_values for each in found), are_parameters, sum(each.num_bytes for each in found)
+            yield Gradients(*counts, sum((each.sent for each in found), NOTHING_SENT))
 
 
 @dataclass(slots=True, eq=False)

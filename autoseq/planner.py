@@ -7,6 +7,7 @@ seconds and their reasons.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import get_args
 
 from torch import fx
@@ -127,7 +128,7 @@ def _learned(captures: Sequence[fx.Node]) -> tuple[int, ...]:
 def make_plan(
     sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str, topology: Topology, reserved_bytes: int = 0
 ) -> Plan:  # fmt: skip
-    """Choose for every site: the fastest step, of equally fast ones the first in the registry and the contiguous layout.
+    """Choose for every site: the fastest step, of equally fast ones what sends fewer bytes, then the first in the registry; and the layout.
 
     What the attentions hold is to fit beside `reserved_bytes` in the memory of a rank of `topology`; where nothing does, the plan is the
     one that holds least, which `Plan.memory_bytes` tells. Raises StrategyError if the strategy asked for, or every one, cannot serve a
@@ -202,12 +203,31 @@ def _offers(sites: Sequence[NamedSite], P: int, names: Sequence[str], layout: La
 
 def offer(name: str, site: Site, P: int, layout: Layout, topology: Topology) -> Offer:
     """What a strategy takes for a site: of its slowest rank, and of the one that holds most."""
+    return _offer(name, _as_seen(name, site, P), P, layout, topology)
+
+
+def _as_seen(name: str, site: Site, P: int) -> Site:
+    """The site without a mesh, for a strategy that needs none: it is asked once for all meshes."""
+    plain = replace(site, mesh=())
+    return plain if STRATEGIES[name].cannot_serve(plain, P) is None else site
+
+
+@lru_cache(maxsize=4096)
+def _sent(name: str, site: Site, P: int, layout: Layout) -> tuple[Cost, int]:
+    """What rank 0 sends, and the bytes of the rank that sends most."""
+    of_ranks = {rank: STRATEGIES[name].cost(site, P, layout, rank) for rank in asked_ranks(P)}
+    return of_ranks[0], max(cost.step_bytes for cost in of_ranks.values())
+
+
+@lru_cache(maxsize=4096)
+def _offer(name: str, site: Site, P: int, layout: Layout, topology: Topology) -> Offer:
     strategy, ranks = STRATEGIES[name], asked_ranks(P)
     return Offer(
         name,
-        step_seconds(strategy, site, P, layout, topology, ranks),
+        float(f"{step_seconds(strategy, site, P, layout, topology, ranks):.6g}"),  # not decided by the order of a sum
         max(strategy.kept_bytes(site, P, layout, rank) for rank in ranks),
         max(strategy.buffer_bytes(site, P, layout, rank, way) for rank in ranks for way in WAYS),
+        _sent(name, site, P, layout)[1],
     )
 
 
@@ -220,9 +240,7 @@ def _site_plan(named: NamedSite, offers: Sequence[Offer], pick: int, P: int, lay
     best, site = offers[pick], named.site
     by_name = {each.strategy: each for each in offers}
     losers = tuple((name, _why_not(by_name.get(name), best, site, P, layout, name)) for name in names if name != best.strategy)
-    strategy = STRATEGIES[best.strategy]
-    busiest = max(strategy.cost(site, P, layout, rank).step_bytes for rank in asked_ranks(P))
-    return SitePlan(named, best.strategy, strategy.cost(site, P, layout), busiest, losers, tuple(offers))
+    return SitePlan(named, best.strategy, *_sent(best.strategy, _as_seen(best.strategy, site, P), P, layout), losers, tuple(offers))
 
 
 def _why_not(lost: Offer | None, best: Offer, site: Site, P: int, layout: Layout, name: str) -> str:

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import fx
 
-from autoseq.html_lines import matmul_flops
+from autoseq.html_lines import product
 from autoseq.node_traffic import NodeTraffic, Sent
 from autoseq.passes.sizes import num_bytes
 from autoseq.passes.source import dotted
@@ -96,7 +96,8 @@ def _part(node: fx.Node, sent: Sent | None, sites: Mapping[str, SitePlan]) -> _P
     tensors = made if isinstance(made, (list, tuple)) else [made]
     size = sum(num_bytes(x) for x in tensors if isinstance(x, torch.Tensor))
     moves_nothing = getattr(node.target, "__name__", "") in ("vary", "vary_many", "getitem")
-    return _Part(name, sent=sent, flops=matmul_flops(node), num_bytes=0 if moves_nothing else size)
+    multiplied = product(node)
+    return _Part(name, sent=sent, flops=multiplied.flops if multiplied else 0, num_bytes=0 if moves_nothing else size)
 
 
 class _Clock:

@@ -115,11 +115,12 @@ def stage_buffers(stages: int, there: tuple[int, int], home: tuple[int, int]) ->
     """
     (sent, came), (returned, landed) = there, home
     on_the_way, on_the_way_home = sent + came, returned + landed
-    most = min(stages, 2) * on_the_way
+    most = on_the_way
     for number in range(stages):
+        before = min(number, 1) * on_the_way_home + max(0, number - 1) * landed
         ahead = on_the_way if number + 1 < stages else 0
-        leaving = min(number + 1, 2) * on_the_way_home + max(0, number - 1) * landed
-        most = max(most, came + ahead + leaving)
+        posting = on_the_way + ahead + before if ahead else 0
+        most = max(most, posting, came + ahead + before + on_the_way_home)
     return most // stages
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from autoseq.html_blocks import Block, Fold, Item, Line, Parameter, Row, Value
+from autoseq.html_blocks import Block, Fold, Item, Line, Parameter, Product, Row, Value
 from autoseq.html_costs import fold_title, totals
 from autoseq.html_folding import fold
 
@@ -10,7 +10,7 @@ from autoseq.html_folding import fold
 def line(op: str = "linear", source: str = "model.py:3", parameter: str = "") -> Line:
     value = Value("f32[1, 8]", 32)
     held = (Parameter(parameter, value, True),) if parameter else ()
-    return Line(op, f"{op}(x)", f"{op}(·)", source, value, value, "Shard(1)", 100, 25, held)
+    return Line(op, f"{op}(x)", f"{op}(·)", source, value, value, "Shard(1)", Product((1, 8), 4), Product((1, 2), 4), held)
 
 
 def layer(number: int, op: str = "linear", kind: str = "Layer", parameter: bool = True) -> Block:
@@ -65,7 +65,7 @@ def test_totals_count_every_layer_of_a_fold() -> None:
     layers = [layer(i, "ab"[i % 2]) for i in range(6)]
     for items in (layers, fold(layers)):
         total = totals(items)
-        assert (total.flops_before, total.flops_after, total.parameter_bytes, total.num_parameters) == (600, 150, 6 * 32, 6)
+        assert (total.flops_before, total.flops_after, total.parameter_bytes, total.num_parameters) == (6 * 64, 6 * 16, 6 * 32, 6)
 
 
 def test_a_layer_that_is_called_again_holds_its_parameters_once() -> None:
@@ -74,7 +74,7 @@ def test_a_layer_that_is_called_again_holds_its_parameters_once() -> None:
     assert isinstance(folded, Fold)
     assert (folded.times, folded.copies, fold_title(folded)) == (4, 1, "layer")
     total = totals([folded])
-    assert (total.flops_before, total.num_parameters) == (400, 1)
+    assert (total.flops_before, total.num_parameters) == (4 * 64, 1)
 
 
 def test_layers_that_differ_in_a_constant_or_a_source_line_do_not_fold() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import autoseq.html_report
 import chromium
+import zoo
 from autoseq.dry_run import add_counts
 from autoseq.html_costs import totals
 from autoseq.html_report import html_page, inspect_pictures
@@ -69,6 +70,11 @@ class Nasty(nn.Module):
 
 def make_nasty() -> tuple[nn.Module, dict[str, Any]]:
     return Nasty(), {"x": torch.randn(1, 64, 16)}
+
+
+def make_zoo(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    entry = zoo.ZOO[name]
+    return entry.make(entry.attention[0]), entry.batch()
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,8 @@ def test_one_rank_has_a_page_too() -> None:
         pytest.param(make_nasty, "auto", 4, id="several strategies and a fallback"),
         pytest.param(partial(make_model, "llama", 1, 32), "ulysses", 3, id="heads that do not divide"),
         pytest.param(partial(make_model, "plain", 1, 37), "hybrid", 4, id="two levels, tied embeddings"),
+        pytest.param(partial(make_zoo, "t5"), "auto", 2, id="an encoder and a decoder"),
+        pytest.param(partial(make_zoo, "mixtral"), "auto", 2, id="experts"),
     ],
 )
 def test_what_rows_send_adds_up_to_what_a_step_sends(make: Callable[[], Made], strategy: str, world_size: int) -> None:
@@ -238,7 +246,7 @@ def test_details_follow_the_mouse_and_the_keyboard_and_a_click_keeps_them(page: 
     assert page.run("document.querySelector('#details').checkVisibility()")
     page.point_at('.row[aria-label="q_proj"] .before')
     assert page.run(title) == "q_proj"
-    assert "2 · elements of the result" in page.run("document.querySelector('#details').textContent")
+    assert "2 · 32 · 32 · 32" in page.run("document.querySelector('#details').textContent")
     page.run("document.querySelector('.row[aria-label=\"k_proj\"]').focus()")
     page.press("Tab")
     assert page.run("document.activeElement.matches('.row, summary')")

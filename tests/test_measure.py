@@ -18,7 +18,7 @@ from autoseq.planning.time_kernels import KernelEffort, seconds_of
 from autoseq.planning.time_links import Effort
 from autoseq.planning.topology import KINDS, Kind, Scope, Topology
 from autoseq.planning.topology_file import dump, parse_topology
-from autoseq.runtime.errors import OptionError, TopologyError
+from autoseq.runtime.errors import OptionError
 from ranks import run_ranks
 
 SIZES = (10**3, 10**5, 10**7)
@@ -36,17 +36,20 @@ def line(latency_s: float, units_per_s: float) -> list[Sample]:
         pytest.param([Sample(1000, 1e-3)], Line(1e-9, 1e6), id="one sample"),
         pytest.param([Sample(10, 1e-3), Sample(1000, 1e-3)], Line(1e-3, 2e7), id="times that do not grow"),
         pytest.param([Sample(10, 4e-3), Sample(1000, 1e-3)], Line(1.6e-3, 2e7), id="times that shrink"),
-        pytest.param([Sample(10, 1e-6), Sample(100, 9e-5)], Line(1e-9, 9.111e6), id="times that grow faster than the work"),
+        pytest.param([Sample(10, 1e-6), Sample(100, 9e-5)], Line(1e-9, 9.989e6), id="times that grow faster than the work"),
     ],
 )
 def test_a_line_has_a_latency_and_a_rate_above_zero(samples: list[Sample], expected: Line) -> None:
     assert fit_line(samples) == expected
 
 
-def test_small_messages_count_as_much_as_large_ones() -> None:
-    """An error of a tenth at the largest does not move the latency, which is a ten-thousandth of its time."""
-    fitted = fit_line([*line(1e-5, 1e8)[:2], Sample(10**7, 1.1 * (1e-5 + 0.1))])
-    assert fitted.latency_s == pytest.approx(1e-5, rel=0.15)
+@pytest.mark.parametrize("strange", range(5))
+def test_one_strange_time_does_not_move_the_line(strange: int) -> None:
+    """The machine did something else for a while; the latency is a ten-thousandth of the largest time, and still right."""
+    samples = [Sample(n, 1e-5 + n / 1e8) for n in (10**3, 10**4, 10**5, 10**6, 10**7)]
+    samples[strange] = Sample(samples[strange].units, 8 * samples[strange].seconds)
+    fitted = fit_line(samples)
+    assert (fitted.latency_s, fitted.units_per_s) == (pytest.approx(1e-5, rel=0.15), pytest.approx(1e8, rel=0.05))
 
 
 TIMES = dict[Scope, dict[Kind, list[Sample]]]
@@ -141,8 +144,8 @@ def test_ranks_of_a_launcher_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_that_cannot_be() -> None:
-    with pytest.raises(TopologyError, match=r"no dtype 'int8'; kernels are timed in bfloat16, float16, float32, float64"):
-        measure(Request(1, dtypes=("int8",)), torch.device("cpu"))
+    with pytest.raises(OptionError, match=r"no dtype 'flaot32' \(did you mean 'float32'\?\); kernels are timed in bfloat16, float16, float32"):
+        measuring.measure_here(Request(1, dtypes=("flaot32",)), 4)
     with pytest.raises(OptionError, match=r"4 ranks are not whole nodes of 3"):
         measuring.measure_here(Request(3), 4)
 
@@ -173,6 +176,7 @@ def test_a_gpu_by_itself() -> None:
 
 def test_slow_links_stop_at_the_size_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_links, "slowest", lambda seconds, device: seconds)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(time_links, "_TOO_LONG_S", 0.0)
     monkeypatch.setattr(time_links, "_message", lambda kind, group, num_bytes, device: (float, num_bytes))
     steps: list[int] = []

@@ -139,4 +139,5 @@ def test_faster_hardware_never_takes_longer(name: str) -> None:
 
 def test_of_many_ranks_some_are_asked() -> None:
     assert asked_ranks(3) == [0, 1, 2]
-    assert asked_ranks(4096)[:2] == [0, 273] and asked_ranks(4096)[-1] == 4095 and len(asked_ranks(4096)) == 16
+    assert asked_ranks(16) == list(range(16))
+    assert asked_ranks(4096) == [0, 2048, 4095]

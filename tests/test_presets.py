@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +114,17 @@ def test_the_option_takes_a_name_a_file_or_the_record(tmp_path: Path) -> None:
         Options(topology=8)  # type: ignore[arg-type]
     with pytest.raises(TopologyError, match="did you mean '8xH100'"):
         Options(topology="H100")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"launch_s": -1.0}, r"launch_us is a number above 0, not -1000000", id="negative"),
+        pytest.param({"memory_bytes_per_s": float("nan")}, r"memory_g?bytes_per_s is a number above 0, not NaN", id="NaN"),
+        pytest.param({"nodes": 2, "between": None}, r"between is null, but there are 2 nodes", id="nodes without a link"),
+        pytest.param({"ranks_per_node": "8"}, r"ranks_per_node is a whole number, 1 or more, not the text '8'", id="a text"),
+    ],
+)
+def test_a_record_is_held_to_what_a_file_is(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TopologyError, match=rf"^topology '8xH100': ({message})"):
+        Options(topology=replace(load_topology("8xH100"), **changes))

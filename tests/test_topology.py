@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autoseq.planning.topology import KINDS, KernelRates, Kind, Link, Rate, Scope, Topology
 from autoseq.runtime.errors import TopologyError
@@ -106,3 +109,29 @@ def test_a_topology_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(TWO)) == TWO
     assert hash(replace(TWO)) == hash(TWO)
     assert replace(TWO, nodes=3) != TWO
+
+
+COUNT = st.integers(1, 8)
+RATES = st.builds(Rate, st.floats(1e-7, 1e-2), st.floats(1e6, 1e12))
+LINKS = st.builds(Link, RATES, RATES, RATES, RATES, RATES, st.sampled_from(["full", "half"]), COUNT)
+
+
+@given(COUNT, COUNT, LINKS, LINKS, st.sampled_from(KINDS), st.sampled_from(get_args(Scope)), st.integers(0, 10**9), st.integers(0, 100))
+def test_more_takes_longer_and_faster_links_take_less(
+    R: int, nodes: int, inside: Link, between: Link, kind: Kind, scope: Scope, num_bytes: int, messages: int
+) -> None:
+    topology = replace(ONE, ranks_per_node=R, nodes=nodes, inside=inside, between=between)
+    P = topology.world_size
+
+    def seconds(hardware: Topology, num_bytes: int, messages: int) -> float:
+        return hardware.seconds(kind, num_bytes, messages, ranks=P, scope=scope)
+
+    taken = seconds(topology, num_bytes, messages)
+    assert (taken > 0) == (P > 1 and num_bytes + messages > 0)
+    assert seconds(topology, num_bytes + 1000, messages) >= taken
+    assert seconds(topology, num_bytes, messages + 1) >= taken
+    assert seconds(topology, 2 * num_bytes, 2 * messages) == pytest.approx(2 * taken)
+    fast = replace(inside, **{kind: Rate(inside.rate(kind).latency_s / 2, inside.rate(kind).bytes_per_s * 2)})
+    lanes = replace(between, lanes=between.lanes + 1)
+    assert seconds(replace(topology, inside=fast, between=lanes), num_bytes, messages) <= taken
+    assert seconds(topology.at(P), num_bytes, messages) == taken

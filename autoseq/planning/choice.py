@@ -17,6 +17,12 @@ class Offer:
     seconds: float
     kept_bytes: int
     buffer_bytes: int
+    sent_bytes: int = 0  # by the rank that sends most; decides where two take equally long
+
+    @property
+    def worth(self) -> tuple[float, int]:
+        """What is less is better."""
+        return self.seconds, self.sent_bytes
 
 
 Picks = tuple[int, ...]
@@ -46,11 +52,11 @@ def smallest(sites: Sequence[Sequence[Offer]]) -> Picks:
 def choose(sites: Sequence[Sequence[Offer]], limit_bytes: float) -> Picks | None:
     """A choice that fits and of which no site can take a faster offer that still fits; None if nothing fits.
 
-    Without a limit in the way it is each site's fastest offer, of equally fast ones the first. Otherwise the largest buffer is guessed,
-    time is traded for memory where a byte costs the fewest seconds, and what is left over is spent again. Finding the very best choice
-    is a knapsack problem, but what comes out fits whenever anything does.
+    Without a limit in the way it is each site's fastest offer, of equally fast ones what sends less, or the first. Otherwise the largest
+    buffer is guessed, time is traded for memory where a byte costs the fewest seconds, and what is left over is spent again. Finding the
+    very best choice is a knapsack problem, but what comes out fits whenever anything does.
     """
-    fastest = tuple(min(range(len(offers)), key=lambda i, of=offers: of[i].seconds) for offers in sites)
+    fastest = tuple(min(range(len(offers)), key=lambda i, of=offers: of[i].worth) for offers in sites)
     if needed_bytes(taken(sites, fastest)) <= limit_bytes:
         return fastest
     found = [_within(sites, buffer, limit_bytes) for buffer in _buffers(sites)]
@@ -83,7 +89,7 @@ def _within(sites: Sequence[Sequence[Offer]], buffer: int, limit_bytes: float) -
     if least is None or needed_bytes(taken(sites, least)) > limit_bytes:
         return None
     allowed = [_allowed(offers, buffer) for offers in sites]
-    picks = [min(able, key=lambda i, of=offers: of[i].seconds) for offers, able in zip(sites, allowed, strict=True)]
+    picks = [min(able, key=lambda i, of=offers: of[i].worth) for offers, able in zip(sites, allowed, strict=True)]
     while needed_bytes(taken(sites, tuple(picks))) > limit_bytes:
         swaps = [
             ((offers[i].seconds - offers[pick].seconds) / (offers[pick].kept_bytes - offers[i].kept_bytes), number, i)

@@ -26,16 +26,16 @@ from autoseq.planning.time_kernels import KernelEffort, KernelTimes, time_kernel
 from autoseq.planning.time_links import Effort, groups_of, time_messages
 from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Kind, Link, Rate, Scope, Topology
 from autoseq.planning.topology_file import dump, parse_topology
-from autoseq.runtime.errors import OptionError, TopologyError
+from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import on_nodes
 
 _CPU = (
-    Effort((1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22), 15),
+    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 15),
     KernelEffort((128, 256, 512, 1024), 4, 64, (128, 256, 512, 1024), (1 << 20, 1 << 23), 15),
 )
 _CUDA = (
-    Effort((1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27), 30),
+    Effort((1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 25, 1 << 27), 30),
     KernelEffort((1024, 2048, 4096, 8192), 16, 128, (2048, 4096, 8192), (1 << 24, 1 << 26), 30),
 )
 # A ring or exchange over all ranks tells of the link between nodes only where that is what it waits for.
@@ -53,9 +53,7 @@ class Request:
 
 
 def measure(request: Request, device: torch.device) -> Topology:
-    """Time this program's links and kernels; every rank calls it, and all get the same. Raises TopologyError for an unknown dtype."""
-    if unknown := [name for name in request.dtypes if name not in DTYPES]:
-        raise TopologyError(f"there is no dtype {unknown[0]!r}; kernels are timed in {', '.join(DTYPES)}")
+    """Time this program's links and kernels; every rank calls it, and all get the same."""
     group = group_from_mesh(None)
     scopes = _scopes(on_nodes(group, request.ranks_per_node))
     links, kernels = request.efforts or (_CUDA if device.type == "cuda" else _CPU)
@@ -198,13 +196,13 @@ def world_of_launcher() -> int:
 
 def measure_here(request: Request, world_size: int) -> Topology:
     """Start ranks on this machine and measure them. Raises what they raise."""
-    _check_divides(request, world_size)
+    _check(request, world_size)
     return run_ranks(_as_rank, world_size, request)[0]
 
 
 def measure_launched(request: Request) -> Topology:
     """Measure the ranks that a launcher started, of which this is one."""
-    _check_divides(request, world_of_launcher())
+    _check(request, world_of_launcher())
     local_rank, local_ranks = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     on_cuda = device_kind(max(1, local_ranks)) == "cuda"
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
@@ -217,8 +215,10 @@ def measure_launched(request: Request) -> Topology:
         dist.destroy_process_group()
 
 
-def _check_divides(request: Request, world_size: int) -> None:
+def _check(request: Request, world_size: int) -> None:
     """Before anything starts."""
+    if unknown := [name for name in request.dtypes if name not in DTYPES]:
+        raise OptionError(f"there is no dtype {unknown[0]!r}{did_you_mean(unknown[0], DTYPES)}; kernels are timed in {', '.join(DTYPES)}")
     if world_size % request.ranks_per_node:
         raise OptionError(f"{world_size} ranks are not whole nodes of {request.ranks_per_node}; --ranks-per-node must divide them")
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
+
+import sympy
 
 from autoseq.planning.topology import Topology
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import Exchange, Step, Way, flops
+from autoseq.runtime.timeline import Exchange, Phase, Step, Way, flops, steps
 
 Lane = Literal["compute", "inside", "across", "links"]
 LANES: dict[str, Lane] = {"inside": "inside", "across": "across", "flat": "links"}
@@ -26,6 +29,9 @@ _DTYPES = {1: "bfloat16", 2: "bfloat16", 4: "float32", 8: "float64"}
 _TOUCHED = 3
 
 MOST_SEGMENTS = 4096
+
+# Of more ranks than these, only three are asked.
+_MANY_RANKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +97,9 @@ def step_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, topolog
     return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in ways)
 
 
-def asked_ranks(P: int, most: int = 16) -> list[int]:
-    """All ranks, or of many the first, the last and some between."""
-    return sorted({round(i * (P - 1) / (most - 1)) for i in range(most)}) if most < P else list(range(P))
+def asked_ranks(P: int) -> list[int]:
+    """All ranks, or of many the first, the last and one between; the last has work whenever anyone has."""
+    return list(range(P)) if P <= _MANY_RANKS else [0, P // 2, P - 1]
 
 
 def _seconds(load: _Load) -> float:
@@ -125,7 +131,7 @@ def _load(
         work_s=_work_seconds(strategy, site, P, layout, rank, topology, way, dtype),
         exchange_s={name: exchange_seconds(exchange, site, P, topology) for name, exchange in exchanges.items()},
         lanes={name: LANES[exchange.scope] for name, exchange in exchanges.items()},
-        steps=strategy.steps(site, P, layout, rank, way),
+        steps=_steps(strategy, site, P, layout, rank, way),
     )
 
 
@@ -147,3 +153,25 @@ def exchange_seconds(exchange: Exchange, site: Site, P: int, topology: Topology)
     if scope == "inside" and site.mesh and site.mesh[1] > topology.ranks_per_node:
         scope, ranks = "flat", site.mesh[1]  # a node of the mesh that is several of the hardware
     return topology.seconds(exchange.kind, exchange.bytes, exchange.messages, ranks=ranks, scope=scope)
+
+
+def _steps(strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, way: Way) -> tuple[Step, ...]:
+    """`strategy.steps`, evaluated once for all ranks and sites to which it looks the same: that takes most of a prediction's time."""
+    if P == 1:
+        return strategy.steps(site, P, layout, rank, way)
+    phases, symbols = _phases(strategy, way)
+    sizes = strategy.sizes(site, P, layout, rank)
+    return _steps_at(phases, tuple((symbol, sizes[symbol]) for symbol in symbols))
+
+
+@lru_cache(maxsize=64)
+def _phases(strategy: Strategy, way: Way) -> tuple[tuple[Phase, ...], tuple[sympy.Symbol, ...]]:
+    """The phases, and what they depend on."""
+    phases = strategy.phases(way)
+    formulas = [formula for phase in phases for formula in (phase.work, phase.times, *(share for _, share in phase.sends))]
+    return phases, tuple(sorted(set[sympy.Symbol]().union(*(formula.free_symbols for formula in formulas)), key=str))
+
+
+@lru_cache(maxsize=4096)
+def _steps_at(phases: tuple[Phase, ...], sizes: tuple[tuple[sympy.Symbol, int], ...]) -> tuple[Step, ...]:
+    return steps(phases, dict(sizes))

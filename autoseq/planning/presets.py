@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from autoseq.planning.topology import Topology
-from autoseq.planning.topology_file import parse_topology
+from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import TopologyError, did_you_mean
 
 _NAME = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<ranks>\d+)x(?P<device>[A-Za-z]\w*)(?:-(?P<lanes>\d+)nic)?")
@@ -29,8 +29,9 @@ def names() -> list[str]:
 
 
 def load_topology(given: str | os.PathLike[str] | Topology) -> Topology:
-    """A topology by name or from a file; one that is given is returned. Raises TopologyError, in one line, if there is none."""
+    """A topology by name or from a file; one that is given is checked. Raises TopologyError, in one line, if it is none or wrong."""
     if isinstance(given, Topology):
+        parse_topology(dump(given), f"topology {given.name!r}")
         return given
     text = os.fspath(given)
     if isinstance(given, str) and (parts := _NAME.fullmatch(text)):

@@ -35,7 +35,7 @@ class Effort:
 
 
 def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort: Effort, advance: Callable[[], None]) -> list[Sample]:
-    """Times of one message of each size, the slowest rank's median, equal on all ranks of the program; all of them call this at once.
+    """Median times of one message of each size on the slowest rank, equal on all ranks of the program; all of them call this at once.
 
     `group` may be one of several that are timed side by side. Raises MessageError when a rank is lost.
     """
@@ -43,7 +43,7 @@ def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort
         sends: list[_Repeated] = []
         for num_bytes in effort.message_bytes:
             send, sent = _message(kind, group, num_bytes, device)
-            first = slowest(min(_timed(send, device) for _ in range(2)), device)
+            first = min(slowest([_timed(send, device) for _ in range(2)], device))
             sends.append(_Repeated(send, sent, min(effort.repeats, max(_LEAST_REPEATS, int(_ENOUGH_S / first)))))
             if first > _TOO_LONG_S:
                 break
@@ -51,8 +51,9 @@ def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort
         for turn in range(effort.repeats):
             for each in sends:
                 if turn < each.repeats:
+                    dist.barrier()  # or a small message waits for a large one before it
                     each.seconds.append(_timed(each.send, device))
-        samples = [Sample(each.sent, slowest(median(each.seconds), device)) for each in sends]
+        samples = [Sample(each.sent, median(slowest(each.seconds, device))) for each in sends]
     for _ in effort.message_bytes:
         advance()
     return samples
@@ -68,11 +69,11 @@ class _Repeated:
     seconds: list[float] = field(default_factory=list)
 
 
-def slowest(seconds: float, device: torch.device) -> float:
-    """The largest of all ranks of the program: nobody is done before the last."""
-    found = torch.tensor([seconds], dtype=torch.float64, device=device)
+def slowest(seconds: list[float], device: torch.device) -> list[float]:
+    """Of each message what the slowest rank of the program took: nobody is done before the last."""
+    found = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return float(found)
+    return found.tolist()
 
 
 def _timed(send: Callable[[], object], device: torch.device) -> float:

@@ -1,0 +1,56 @@
+"""`autoseq plan`: what would be fastest on some hardware, how fast, and why. Needs no peers, GPU or weights."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from autoseq.cli_errors import exit_codes
+from autoseq.cli_options import Batch, LayoutName, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+
+_TOPOLOGY_HELP = "The hardware: a name such as 8xH100 or 2x8xA800-4nic (autoseq topology list), or a JSON file."
+
+
+def plan(
+    target: TargetText,
+    seq_len: SeqLen,
+    topology: Annotated[str, typer.Option("--topology", metavar="NAME|FILE", help=_TOPOLOGY_HELP, show_default=False)],
+    world_size: WorldSize = 8,
+    batch: Batch = 1,
+    strategy: StrategyName = "auto",
+    layout: LayoutName = "auto",
+    memory_gib: Annotated[float | None, typer.Option("--memory-gib", min=0.001, help="Memory of a rank, if not the topology's.")] = None,
+    shard_parameters: Annotated[bool, typer.Option("--shard-parameters", help="Parameters, gradients and moments as under FSDP.")] = False,
+    sweep: Annotated[Literal["seq-len", "world-size"] | None, typer.Option("--sweep", help="Ask for other lengths or fewer ranks.")] = None,
+    formulas: Annotated[bool, typer.Option("--formulas", help="Print the cost model in symbols.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the sweep into this file (PNG, SVG or PDF).")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Predict a training step on any hardware: degrees, strategies, seconds, tokens a second, MFU, bytes and memory."""
+    with exit_codes(verbose):
+        from autoseq.options import Options
+        from autoseq.plan_model import look_at, plan_training
+        from autoseq.plan_report import plan_json, plot_sweep, print_plan
+        from autoseq.planning.presets import load_topology
+        from autoseq.report import results
+        from autoseq.runtime.errors import OptionError
+        from autoseq.target import load_target
+
+        if plot is not None and sweep is None:
+            raise OptionError("--plot draws a sweep; add --sweep seq-len or --sweep world-size")
+        Options(strategy=strategy, layout=layout)
+        hardware = load_topology(topology)
+        hardware.at(world_size)
+        make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
+        training = look_at(make, batch=batch, seq_len=seq_len, world_size=world_size, shard_parameters=shard_parameters)
+        found = plan_training(
+            training, world_size=world_size, topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib, over=sweep
+        )
+        if as_json:
+            print(plan_json(found))
+        else:
+            print_plan(results(), found, formulas=formulas)
+        if plot is not None:
+            plot_sweep(found, plot)

@@ -1,0 +1,70 @@
+"""`autoseq plan`: a model is looked at once, on a pretended group of ranks, and everything else follows by calculation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from autoseq.inspection import Made, with_programs
+from autoseq.options import Options
+from autoseq.planning.degrees import Candidate, candidates
+from autoseq.planning.model_cost import model_cost
+from autoseq.planning.sweep import Over, Point, sweep, would_fit
+from autoseq.planning.topology import Topology
+from autoseq.planning.training import Training
+from autoseq.runtime.errors import PlanError
+
+_LOOKED_AT_ON = 2  # ranks; a model's costs follow from its rows
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Plans for a model, the best first, and what was asked."""
+
+    training: Training
+    world_size: int
+    topology: Topology
+    candidates: tuple[Candidate, ...]
+    over: Over | None = None
+    points: tuple[Point, ...] = ()
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+
+def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False) -> Training:
+    """The attentions of a model and the costs of the rest. Raises as `inspect_model`."""
+    looked_at_on = min(world_size, _LOOKED_AT_ON)
+
+    def use(programs: object) -> Training:
+        sites = [planned.site for program in programs for planned in program.plan.sites]  # type: ignore[attr-defined]
+        return Training(tuple(sites), model_cost(programs, world_size=looked_at_on), batch, seq_len, shard_parameters)  # type: ignore[arg-type]
+
+    return with_programs(make, use, world_size=looked_at_on, options=Options())
+
+
+def plan_training(
+    training: Training, *, world_size: int, topology: Topology, strategy: str = "auto", layout: str = "auto",
+    memory_gib: float | None = None, over: Over | None = None,
+) -> Planned:  # fmt: skip
+    """The plans for a model on so many ranks. Raises PlanError, which says what would fit, if nothing does."""
+    if memory_gib is not None:
+        topology = replace(topology, memory_bytes=int(memory_gib * 2**30))
+    found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
+    if not found[0].fits:
+        raise PlanError(_nothing_fits(found[0], training, world_size, topology, strategy, layout))
+    points = sweep(training, world_size, topology, over, strategy=strategy, layout=layout) if over is not None else []
+    return Planned(training, world_size, topology, tuple(found), over, tuple(points))
+
+
+def _nothing_fits(least: Candidate, training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> str:
+    gib = 2**30
+    parts = [(name, getattr(least.memory, name)) for name in least.memory.__dataclass_fields__]
+    most = ", ".join(f"{name} {size / gib:.1f}" for name, size in sorted(parts, key=lambda part: -part[1]) if size)
+    others = would_fit(training, world_size, topology, strategy=strategy, layout=layout)
+    advice = f"What would fit: {'; or '.join(others)}" if others else "Nothing near it fits either: the model needs larger devices"
+    return (
+        f"no plan fits in {topology.memory_bytes / gib:.1f} GiB a rank: the smallest, {least.split} ranks (data × sequence), needs "
+        f"{least.memory.total / gib:.1f} ({most} GiB). {advice}"
+    )

@@ -1,0 +1,207 @@
+"""What `autoseq plan` prints and draws: tables for people, JSON for scripts, a plot of a sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from autoseq.plan_model import Planned
+from autoseq.planning.degrees import Candidate
+from autoseq.planning.sweep import Point, mix, overtakings
+from autoseq.planning.time_formulas import exchange_text, time_formula, work_formula
+from autoseq.planning.training import Training
+from autoseq.report import readable_bytes, table
+from autoseq.runtime.errors import OptionError
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.strategy_table import formula_text
+
+_SHOWN = 12
+
+
+def readable_seconds(seconds: float) -> str:
+    """`12.3 ms`."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
+    """The plans, what the best consists of, why other strategies lost, and the sweep."""
+    training, best = planned.training, planned.best
+    ranks = f"{planned.world_size:,} ranks of {planned.topology.name}"
+    limit = f"{planned.topology.memory_bytes / 2**30:.1f} GiB a rank"
+    out.print(f"{training.batch} × {training.seq_len:,} tokens a step on {ranks}, {limit}. Predicted, not measured.")
+    shown = planned.candidates[:_SHOWN]
+    of_all = f" ({len(shown)} of {len(planned.candidates)})" if len(shown) < len(planned.candidates) else ""
+    title = f"Plans, the fastest that fit first{of_all}"
+    out.print(table(
+        title, ["data × sequence", "strategies", "layout", ":step", ":tokens/s", ":MFU", ":sent a rank", ":memory a rank", ""],
+        [_row(each) for each in shown],
+    ))  # fmt: skip
+    out.print(table("A step of the first", ["", ":predicted", ":share"], _time_rows(best)))
+    out.print(table("Memory of a rank, with the first", ["", ":bytes", ""], _memory_rows(best)))
+    _print_sites(out, best)
+    if planned.points:
+        _print_sweep(out, planned)
+    if formulas:
+        print_formulas(out)
+
+
+def _row(each: Candidate) -> Sequence[object]:
+    return (
+        each.split, mix(each), each.plan.layout, readable_seconds(each.seconds), f"{each.tokens_per_s:,.0f}", f"{each.mfu:.1%}",
+        readable_bytes(each.sent_bytes), readable_bytes(each.memory.total), "" if each.fits else "does not fit",
+    )  # fmt: skip
+
+
+_TIMES = {
+    "attention_s": "attention and its messages", "products_s": "other matrix products", "traffic_s": "other kernels: memory and launches",
+    "exchanges_s": "steps that need other rows", "parameters_s": "gradients and parameters",
+}  # fmt: skip
+_MEMORY = {
+    "parameters": "parameters", "gradients": "gradients", "optimizer": "Adam's moments", "activations": "activations besides attention",
+    "attention": "attention: kept, and buffers of messages", "largest": "logits and their gradient, or another largest tensor twice",
+}  # fmt: skip
+
+
+def _time_rows(best: Candidate) -> list[Sequence[object]]:
+    parts = [(text, getattr(best.time, name)) for name, text in _TIMES.items()]
+    return [(text, readable_seconds(seconds), f"{seconds / best.seconds:.0%}") for text, seconds in parts if seconds]
+
+
+def _memory_rows(best: Candidate) -> list[Sequence[object]]:
+    parts = [(text, getattr(best.memory, name)) for name, text in _MEMORY.items()]
+    return [(text, f"{size:,}", readable_bytes(size)) for text, size in parts if size]
+
+
+def _print_sites(out: Console, best: Candidate) -> None:
+    """Sites that are alike share their lines."""
+    for _, same in groupby(best.plan.sites, key=lambda p: (p.site.site, p.strategy)):
+        group = list(same)
+        one = group[0]
+        names = one.site.name if len(group) == 1 else f"{one.site.name} … {group[-1].site.name} ({len(group)} ×)"
+        seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.busiest_bytes)} sent"
+        out.print(f"\n{names}, mask {one.site.mask}: {one.strategy}, {seconds}. Not taken:")
+        for name, reason in one.losers:
+            out.print(f"  {name}: {reason}")
+    for layout, reason in best.plan.refused:
+        out.print(f"\nLayout {layout} was not taken: {reason}")
+
+
+def _print_sweep(out: Console, planned: Planned) -> None:
+    names = [name for name in STRATEGIES if any(point.seconds.get(name) is not None for point in planned.points)]
+    rows = [_sweep_row(point, names) for point in planned.points]
+    header = {"seq-len": "tokens", "world-size": "ranks"}[planned.over or "seq-len"]
+    columns = [f":{header}", "fastest", "data × sequence", ":step", ":tokens/s", ":MFU", *(f":{name}" for name in names)]
+    out.print(table("Sweep: the fastest, and a step with all attention by one strategy", columns, rows))
+    found = overtakings(planned.points)
+    for value, before, after in found:
+        out.print(f"From {value:,} {header} on: {after} (before: {before})")
+    if not found:
+        out.print("No strategy overtakes another.")
+
+
+def _sweep_row(point: Point, names: Sequence[str]) -> Sequence[object]:
+    best = point.best
+    seconds = [readable_seconds(s) if (s := point.seconds[name]) is not None else "–" for name in names]
+    if best is None:
+        return (f"{point.value:,}", "nothing fits", "", "", "", "", *seconds)
+    shown = (mix(best), best.split, readable_seconds(best.seconds), f"{best.tokens_per_s:,.0f}", f"{best.mfu:.1%}")
+    return (f"{point.value:,}", *shown, *seconds)
+
+
+def print_formulas(out: Console) -> None:
+    """The cost model in symbols, strategy by strategy."""
+    out.print("\nThe cost model. T_work is what a rank computes, T_… what it sends; what stands in one Max goes on side by side.")
+    for way in ("forward", "backward"):
+        out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
+    out.print("  F flops a second of the kernel, L seconds a launch, M bytes a second of memory; pairs, launches and merged elements")
+    out.print("  are counted per rank from the mask.")
+    for name, strategy in STRATEGIES.items():
+        if name == "local":
+            continue
+        for way in ("forward", "backward"):
+            out.print(f"\n{name}, {way}: {formula_text(time_formula(strategy, way))}")
+            for line in exchange_text(strategy, way):
+                out.print(f"  {line}")
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def plan_json(planned: Planned) -> str:
+    """One object, as documented: scripts may rely on these names."""
+    training = planned.training
+    return json.dumps({
+        "world_size": planned.world_size, "batch": training.batch, "sequence_length": training.seq_len,
+        "topology": planned.topology.name, "memory_limit_bytes": planned.topology.memory_bytes,
+        "plans": [_candidate_json(each) for each in planned.candidates],
+        "attention": [
+            {
+                "name": p.site.name, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds, "bytes_per_rank": p.busiest_bytes,
+                "losers": [{"strategy": name, "seconds": _seconds_of(p.offers, name), "reason": reason} for name, reason in p.losers],
+            }
+            for p in planned.best.plan.sites
+        ],
+        "sweep": {
+            "over": planned.over,
+            "points": [
+                {"value": point.value, "best": point.best and _candidate_json(point.best), "seconds": point.seconds}
+                for point in planned.points
+            ],
+            "overtakings": [{"value": value, "before": old, "after": new} for value, old, new in overtakings(planned.points)],
+        } if planned.over else None,
+    }, indent=2)  # fmt: skip
+
+
+def _seconds_of(offers: Sequence[Any], name: str) -> float | None:
+    return next((offer.seconds for offer in offers if offer.strategy == name), None)
+
+
+def _candidate_json(each: Candidate) -> dict[str, Any]:
+    return {
+        "data": each.split.data, "sequence": each.split.sequence, "mesh": list(each.split.mesh), "layout": each.plan.layout,
+        "strategies": each.strategies, "step_seconds": each.seconds, "tokens_per_s": each.tokens_per_s, "mfu": each.mfu,
+        "bytes_per_rank": each.sent_bytes, "memory_bytes": each.memory.total, "fits": each.fits,
+        "seconds": {name: getattr(each.time, name) for name in each.time.__dataclass_fields__},
+        "memory": {name: getattr(each.memory, name) for name in each.memory.__dataclass_fields__},
+    }  # fmt: skip
+
+
+# The plot -------------------------------------------------------------------------------------------------------------
+
+
+def plot_sweep(planned: Planned, path: Path) -> None:
+    """A step's seconds by length or ranks, a line for each strategy. Raises OptionError without matplotlib or for another kind of file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError("--plot needs matplotlib: pip install 'autoseq[plot]'") from None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in STRATEGIES:
+        line = [(point.value, seconds) for point in planned.points if (seconds := point.seconds.get(name)) is not None]
+        if line:
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=3, linewidth=1, label=name)
+    best = [(point.value, point.best.seconds) for point in planned.points if point.best is not None]
+    axes.plot(*zip(*best, strict=True), color="black", linewidth=3, alpha=0.3, label="the plan")
+    axes.set(xscale="log", yscale="log", xlabel={"seq-len": "tokens of a sequence", "world-size": "ranks"}[planned.over or "seq-len"])
+    axes.set_xscale("log", base=2)
+    axes.set_ylabel("predicted seconds a step")
+    axes.set_title(f"{_what(planned.training)} on {planned.topology.name}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--plot {path}: {error}") from error
+
+
+def _what(training: Training) -> str:
+    return f"{training.cost.parameters / 1e9:.2g} billion parameters, {len(training.sites)} attentions, batch {training.batch}"

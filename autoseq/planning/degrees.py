@@ -1,0 +1,133 @@
+"""Into how many copies of the data and parts of the sequence a number of ranks is split, and on how many nodes a sequence lies.
+
+    ranks  =  data  ×  sequence,      sequence  =  nodes  ×  ranks in a node   (the mesh of strategies on two levels)
+
+The ranks of a sequence lie beside each other, so they fill a part of a node or whole nodes. Each copy of the data gets as many
+sequences as the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from autoseq.planner import Plan, make_plan
+from autoseq.planning.topology import Topology
+from autoseq.planning.training import Memory, StepTime, Training, memory_besides_attention, sent_bytes, step_time, tokens_of_rank
+from autoseq.runtime.errors import PlanError, StrategyError
+from autoseq.runtime.strategies import STRATEGIES
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`mesh` is () for a sequence whose ranks are all alike, else (nodes, ranks in a node)."""
+
+    data: int
+    sequence: int
+    mesh: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        mesh = f" ({self.mesh[0]} × {self.mesh[1]})" if self.mesh else ""
+        return f"{self.data} × {self.sequence}{mesh}"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A split with the plan for it, and what a step takes."""
+
+    split: Split
+    plan: Plan
+    time: StepTime
+    memory: Memory
+    sent_bytes: int
+    fits: bool
+    tokens_per_s: float
+    mfu: float  # matrix products of the model by what the devices could do at their peak
+
+    @property
+    def seconds(self) -> float:
+        return self.time.seconds
+
+    @property
+    def strategies(self) -> dict[str, int]:
+        """How many attentions each strategy has."""
+        return dict(Counter(planned.strategy for planned in self.plan.sites))
+
+
+def splits(world_size: int, topology: Topology, *, batch: int, seq_len: int) -> Iterator[Split]:
+    """All that are possible, few ranks of a sequence first. Inside a node a mesh may have any shape, several nodes are its first dim."""
+    R = topology.ranks_per_node
+    for P in divisors(world_size):
+        within = P <= R and R % P == 0
+        if batch % (world_size // P) or seq_len < P or not (within or P % R == 0):
+            continue
+        yield Split(world_size // P, P)
+        for ranks in divisors(P)[1:-1] if within else [R] if R > 1 else []:
+            yield Split(world_size // P, P, (P // ranks, ranks))
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def candidates(
+    training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto"
+) -> list[Candidate]:  # fmt: skip
+    """A plan for each split, the fastest that fit first; where steps take as long, the one with fewer ranks a sequence.
+
+    Raises StrategyError if no split can be served, PlanError if the batch cannot be split.
+    """
+    topology.at(world_size)
+    asked = list(splits(world_size, topology, batch=training.batch, seq_len=training.seq_len))
+    if not asked:
+        raise PlanError(
+            f"{world_size} ranks cannot share a batch of {training.batch} with {training.seq_len:,} tokens: the copies of the data must "
+            "divide the batch, a sequence needs a token for each of its ranks, and its ranks fill whole nodes of "
+            f"{topology.ranks_per_node} or a part of one. Change --batch or --world-size"
+        )
+    found: list[Candidate] = []
+    refusals: list[StrategyError] = []
+    for split in asked:
+        try:
+            found.append(candidate(training, split, topology, strategy=strategy, layout=layout))
+        except StrategyError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise refusals[-1]
+    useful = [each for each in found if not each.split.mesh or _uses_mesh(each.plan)]
+    order = {each.split: number for number, each in enumerate(found)}
+    return sorted(useful or found, key=lambda each: (not each.fits, each.seconds if each.fits else each.memory.total, order[each.split]))
+
+
+def candidate(training: Training, split: Split, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> Candidate:
+    """The plan for one split. Raises StrategyError if an attention cannot be served."""
+    W, P = split.data * split.sequence, split.sequence
+    of_copy = training.at(batch=training.batch // split.data)
+    # The grain of zigzag rows may add a few rows of padding; it is not known yet which layout it will be.
+    tokens = tokens_of_rank(training, split.data, P, "contiguous")
+    rest = memory_besides_attention(training, tokens, W)
+    plan = make_plan(
+        of_copy.on(split.mesh), group_size=P, strategy=strategy if P > 1 else "auto", layout=layout, topology=topology,
+        reserved_bytes=rest.total,
+    )  # fmt: skip
+    tokens = tokens_of_rank(training, split.data, P, plan.layout)
+    memory = replace(memory_besides_attention(training, tokens, W), attention=plan.memory_bytes())
+    time = step_time(training, plan, tokens, P, W, topology)
+    peak = topology.kernel_rates(_dtype(training)).peak_flops_per_s
+    return Candidate(
+        split, plan, time, memory, sent_bytes(training, plan, tokens, P, W),
+        fits=memory.total <= topology.memory_bytes,
+        tokens_per_s=training.tokens / time.seconds,
+        mfu=training.step_flops / (time.seconds * W * peak),
+    )  # fmt: skip
+
+
+def _dtype(training: Training) -> str:
+    """The dtype of most products."""
+    return max(training.cost.forward.flops, key=lambda pair: pair[1], default=("float32", 0))[0]
+
+
+def _uses_mesh(plan: Plan) -> bool:
+    """Whether some strategy of a plan needs the mesh: without one it could not serve."""
+    return any(STRATEGIES[p.strategy].cannot_serve(replace(p.site.site, mesh=()), 2) is not None for p in plan.sites)

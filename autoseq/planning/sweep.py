@@ -1,0 +1,106 @@
+"""The same question for many lengths or many ranks: what is fastest, how fast each strategy would be, and where one overtakes another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+from autoseq.planning.degrees import Candidate, candidates, splits
+from autoseq.planning.topology import Topology
+from autoseq.planning.training import Training, memory_besides_attention, tokens_of_rank
+from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
+from autoseq.runtime.strategies import STRATEGIES
+
+Over = Literal["seq-len", "world-size"]
+
+_HALVINGS, _DOUBLINGS = 4, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One length or number of ranks. `seconds`: of a step with every attention by one strategy, None where it cannot serve or fit."""
+
+    value: int
+    best: Candidate | None
+    seconds: dict[str, float | None]
+
+
+def values_of(over: Over, *, seq_len: int, world_size: int, topology: Topology) -> list[int]:
+    """Powers of two around the length, or up to the number of ranks as far as they fill a part of a node or whole nodes."""
+    if over == "seq-len":
+        return [n for k in range(-_HALVINGS, _DOUBLINGS + 1) if (n := round(seq_len * 2.0**k)) >= world_size]
+    R = topology.ranks_per_node
+    counts = sorted({world_size} | {2**k for k in range(world_size.bit_length())})
+    return [n for n in counts if n <= world_size and (R % n == 0 if n <= R else n % R == 0)]
+
+
+def sweep(
+    training: Training, world_size: int, topology: Topology, over: Over, *, strategy: str = "auto", layout: str = "auto"
+) -> list[Point]:  # fmt: skip
+    """A point for each value; a value that nothing serves or fits has no best."""
+    points = []
+    for value in values_of(over, seq_len=training.seq_len, world_size=world_size, topology=topology):
+        asked, ranks = (training.at(seq_len=value), world_size) if over == "seq-len" else (training, value)
+        best = _best(asked, ranks, topology, strategy, layout)
+        seconds = {name: _best(asked, ranks, topology, name, layout) for name in STRATEGIES} if strategy == "auto" else {}
+        points.append(Point(value, best, {name: found and found.seconds for name, found in seconds.items()}))
+    return points
+
+
+def overtakings(points: Sequence[Point]) -> list[tuple[int, str, str]]:
+    """(value, what was taken before, what is from there on)."""
+    found = []
+    served = [point for point in points if point.best is not None]
+    for before, after in pairwise(served):
+        old, new = (mix(point.best) for point in (before, after) if point.best is not None)
+        if old != new:
+            found.append((after.value, old, new))
+    return found
+
+
+def mix(candidate: Candidate) -> str:
+    """`26× halo, 6× ring`, or the name of the only strategy."""
+    taken = candidate.strategies
+    return next(iter(taken)) if len(taken) == 1 else ", ".join(f"{count}× {name}" for name, count in taken.items())
+
+
+def _best(training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> Candidate | None:
+    try:
+        if not _may_fit(training, world_size, topology):
+            return None
+        found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
+    except (PlanError, StrategyError):
+        return None
+    served = [each for each in found if strategy == "auto" or set(each.strategies) == {strategy}]
+    return served[0] if served and served[0].fits else None
+
+
+def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
+    """Whether there is room for all but attention, in the split that leaves most; asked first, because it is quickly answered."""
+    asked = splits(world_size, topology, batch=training.batch, seq_len=training.seq_len)
+    held = [
+        memory_besides_attention(training, tokens_of_rank(training, split.data, split.sequence, "contiguous"), world_size).total
+        for split in asked
+    ]
+    return not held or min(held) <= topology.memory_bytes
+
+
+def would_fit(training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> list[str]:
+    """What can be changed, one thing at a time, so that some plan fits."""
+    found = []
+    if not training.shard_parameters and _best(replace(training, shard_parameters=True), world_size, topology, strategy, layout):
+        found.append("parameters sharded over all ranks (--shard-parameters)")
+    for k in range(1, 12):
+        if training.seq_len >> k and _best(training.at(seq_len=training.seq_len >> k), world_size, topology, strategy, layout):
+            found.append(f"a sequence of {training.seq_len >> k:,} tokens")
+            break
+    for k in range(1, 8):
+        try:
+            if _best(training, world_size << k, topology, strategy, layout):
+                found.append(f"{world_size << k} ranks")
+                break
+        except AutoSeqError:
+            break
+    return found

@@ -1,0 +1,64 @@
+"""The cost model in symbols: how a strategy's seconds come from what it sends and computes and from what a topology says.
+
+    T_work = 2 pairs (D + V) / F + launches L + 3 a merged / M          F flops a second of the attention kernel, L seconds a launch,
+    T_keys = messages latency + bytes / rate                            M bytes a second of memory; latency and rate of a link
+
+The same phases as `prediction` evaluates, so a test can hold one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import sympy
+
+from autoseq.planning.prediction import LANES, Lane
+from autoseq.runtime.strategy import D, Site, Strategy, V, a
+from autoseq.runtime.timeline import Exchanges, Way
+
+WORK = sympy.Symbol("T_work", nonnegative=True)
+PAIRS, LAUNCHES, MERGED = sympy.symbols("pairs launches merged", nonnegative=True, integer=True)
+FLOPS_PER_S, LAUNCH_S, MEMORY_BYTES_PER_S = sympy.symbols("F L M", positive=True)
+
+_SAMPLE = Site(
+    batch=1, q_len=64, k_len=64, heads=8, kv_heads=8, head_dim=8, value_dim=8, element_bytes=2, max_ahead=0, max_behind=7, mesh=(2, 2)
+)  # fmt: skip
+
+
+def exchange_seconds(name: str) -> sympy.Symbol:
+    """The seconds of all messages of an exchange by themselves."""
+    return sympy.Symbol(f"T_{name}", nonnegative=True)
+
+
+def time_formula(strategy: Strategy, way: Way) -> sympy.Expr:
+    """Seconds of a pass on several ranks, in the symbols of the strategy, WORK, and those of its exchanges."""
+    lanes = _lanes(strategy, way)
+    total = sympy.Integer(0)
+    for phase in strategy.phases(way):
+        busy: dict[Lane, sympy.Expr] = {"compute": phase.work * WORK}
+        for name, share in phase.sends:
+            busy[lanes[name]] = busy.get(lanes[name], sympy.Integer(0)) + share * exchange_seconds(name)
+        total += phase.times * sympy.Max(*(part for part in busy.values() if part != 0), 0)
+    return total
+
+
+def work_formula(way: Way) -> sympy.Expr:
+    """What WORK is: products, launches, and results that are merged in memory."""
+    widths = D + V if way == "forward" else 3 * D + 2 * V
+    return 2 * PAIRS * widths / FLOPS_PER_S + LAUNCHES * LAUNCH_S + 3 * a * MERGED / MEMORY_BYTES_PER_S
+
+
+def exchange_text(strategy: Strategy, way: Way) -> Iterator[str]:
+    """What each exchange consists of, in words."""
+    where = {"flat": "among all ranks", "inside": "inside a node", "across": "between nodes"}
+    for name, exchange in _sample(strategy, way).items():
+        bytes_formula = strategy.formulas()[f"{way}_bytes"] if len(_sample(strategy, way)) == 1 else f"bytes_{name}"
+        yield f"T_{name}: {exchange.kind} {where[exchange.scope]}, messages · latency + ({bytes_formula}) / rate"
+
+
+def _sample(strategy: Strategy, way: Way) -> Exchanges:
+    return strategy.exchanges(_SAMPLE, 4, "contiguous", 0, way)
+
+
+def _lanes(strategy: Strategy, way: Way) -> dict[str, Lane]:
+    return {name: LANES[exchange.scope] for name, exchange in _sample(strategy, way).items()}

@@ -1,0 +1,174 @@
+"""A whole training step on many ranks: attention as it was planned, the rest of the model, and the reduction of gradients.
+
+    step  =  forward  +  backward  +  gradient reduction
+    one way  =  products at their rate  +  the rest's memory traffic  +  launches  +  attention  +  exchanges of steps that need other rows
+
+Nothing of these overlaps but what a strategy overlaps inside an attention; with sharded parameters, they are gathered under the
+computation, as FSDP does. Sharded parameters come back once in the forward and once in the backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from autoseq.planner import NamedSite, Plan
+from autoseq.planning.model_cost import Collective, ModelCost
+from autoseq.planning.topology import Topology
+from autoseq.runtime.layout import local_length
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.timeline import Way, flops
+
+OPTIMIZER_BYTES = 8
+"""Of each parameter: the two float32 moments of Adam."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model with the batch and length that a step is to have in all."""
+
+    sites: tuple[NamedSite, ...]
+    cost: ModelCost
+    batch: int
+    seq_len: int
+    shard_parameters: bool = False
+
+    def at(self, *, batch: int | None = None, seq_len: int | None = None) -> Training:
+        """The same model with another batch or length: all lengths of its attentions change in proportion."""
+        batch, seq_len = batch or self.batch, seq_len or self.seq_len
+
+        def length(n: int) -> int:
+            return max(1, n * seq_len // self.seq_len)
+
+        def site(named: NamedSite) -> NamedSite:
+            old = named.site
+            per_batch = old.batch // self.batch or 1
+            return replace(named, site=replace(old, batch=per_batch * batch, q_len=length(old.q_len), k_len=length(old.k_len)))
+
+        return replace(self, sites=tuple(map(site, self.sites)), batch=batch, seq_len=seq_len)
+
+    def on(self, mesh: tuple[int, ...]) -> list[NamedSite]:
+        """The attentions on a mesh of so many nodes and ranks, or on a flat one."""
+        return [replace(named, site=replace(named.site, mesh=mesh)) for named in self.sites]
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    @cached_property
+    def step_flops(self) -> int:
+        """Of matrix products, without what is computed again: the backward's are twice the forward's."""
+        products = sum(number for way in (self.cost.forward, self.cost.backward) for _, number in way.flops)
+        per_site = Counter(named.site for named in self.sites)
+        attention = 0
+        for site, count in per_site.items():
+            pairs = STRATEGIES["local"].work(site, 1, "contiguous", 0, "forward").pairs
+            attention += count * 3 * flops(pairs, site.head_dim, site.value_dim, "forward")
+        return products * self.tokens // self.cost.tokens + attention
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that a rank holds at the end of the forward, when it holds most."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int  # what autograd keeps besides attention
+    attention: int  # what attention keeps, and the buffers of its messages
+    largest: int  # twice the largest tensor: the logits, and their gradient
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Predicted seconds of a step, by what they go into."""
+
+    attention_s: float
+    products_s: float
+    traffic_s: float  # memory traffic and launches of the rest
+    exchanges_s: float
+    parameters_s: float  # reduction of gradients; with sharded parameters, what of their traffic nothing hides
+
+    @property
+    def seconds(self) -> float:
+        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+def tokens_of_rank(training: Training, data: int, P: int, plan_layout: str) -> int:
+    """Rows times batch of one rank, padding included."""
+    return training.batch // data * local_length(training.seq_len, P, plan_layout)  # type: ignore[arg-type]
+
+
+def memory_besides_attention(training: Training, tokens: int, world_size: int) -> Memory:
+    """What a rank with so many tokens holds, attention not counted."""
+    cost, parts = training.cost, world_size if training.shard_parameters else 1
+    return Memory(
+        parameters=cost.parameter_bytes // parts,
+        gradients=cost.gradient_bytes // parts,
+        optimizer=OPTIMIZER_BYTES * cost.parameters // parts,
+        activations=cost.kept_bytes * tokens // cost.tokens,
+        attention=0,
+        largest=2 * cost.largest_bytes * tokens // cost.tokens,
+    )
+
+
+def step_time(training: Training, plan: Plan, tokens: int, P: int, world_size: int, topology: Topology) -> StepTime:
+    """Predicted seconds on ranks with so many tokens each."""
+    cost = training.cost
+    share = tokens / cost.tokens
+    products, traffic = dict[Way, float](), dict[Way, float]()
+    for way in ("forward", "backward"):
+        spent = cost.way(way)
+        products[way] = sum(number * share / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, number in spent.flops)
+        moved = spent.fixed_bytes + spent.growing_bytes * share
+        traffic[way] = moved / topology.memory_bytes_per_s + spent.launches * topology.launch_s
+    exchanges = sum(_collective_seconds(each, P, topology, share) for each in cost.exchanged) if P > 1 else 0.0
+    return StepTime(
+        attention_s=plan.seconds(),
+        products_s=sum(products.values()),
+        traffic_s=sum(traffic.values()),
+        exchanges_s=exchanges,
+        parameters_s=_parameter_seconds(training, world_size, topology, products, traffic),
+    )
+
+
+def sent_bytes(training: Training, plan: Plan, tokens: int, P: int, world_size: int) -> int:
+    """What the busiest rank sends in a step."""
+    share = tokens / training.cost.tokens
+    exchanged = sum(round(each.full_bytes * share) * (P - 1) // P for each in training.cost.exchanged)
+    if training.shard_parameters:
+        whole = 2 * training.cost.parameter_bytes + training.cost.gradient_bytes
+        return plan.step_bytes() + exchanged + whole * (world_size - 1) // world_size
+    reduced = sum(2 * each.full_bytes * (world_size - 1) // world_size for each in _reduced(training.cost))
+    return plan.step_bytes() + exchanged + reduced
+
+
+def _reduced(cost: ModelCost) -> Sequence[Collective]:
+    """Gradients, reduced over all ranks; a model that was looked at on one rank did not reduce any."""
+    return cost.reduced or (Collective("all_reduce", cost.gradient_bytes, 1),)
+
+
+def _parameter_seconds(
+    training: Training, W: int, topology: Topology, products: dict[Way, float], traffic: dict[Way, float]
+) -> float:  # fmt: skip
+    if W == 1:
+        return 0.0
+    cost, hardware = training.cost, topology.at(W)
+    if not training.shard_parameters:
+        return sum(hardware.seconds("all_reduce", 2 * (W - 1) / W * each.full_bytes, each.messages, ranks=W) for each in _reduced(cost))
+    messages = max(1, sum(each.messages for each in _reduced(cost)))
+    gather = hardware.seconds("all_gather", (W - 1) / W * cost.parameter_bytes, messages, ranks=W)
+    scatter = hardware.seconds("reduce_scatter", (W - 1) / W * cost.gradient_bytes, messages, ranks=W)
+    busy: dict[Way, float] = {way: products[way] + traffic[way] for way in products}
+    return max(0.0, gather - busy["forward"]) + max(0.0, gather + scatter - busy["backward"])
+
+
+def _collective_seconds(each: Collective, P: int, topology: Topology, share: float) -> float:
+    sent = each.full_bytes * share * (P - 1) / P
+    return topology.at(P).seconds(each.kind, sent, each.messages, ranks=P)  # type: ignore[arg-type]

@@ -1,0 +1,38 @@
+"""The files that `autoseq inspect` writes beside what it prints."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from autoseq.cli import app
+from test_inspect import EXAMPLE
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["inspect", EXAMPLE, "--seq-len", "64", "--world-size", "4", *arguments])
+
+
+def test_inspect_writes_a_page_and_a_trace_and_says_so(tmp_path: Path) -> None:
+    page, trace = tmp_path / "out.html", tmp_path / "out.json"
+    result = run("--html", str(page), "--trace", str(trace), "--topology", "8xH100")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith(f"Wrote {page}\nWrote {trace}\n")
+    assert "Graph" not in result.stdout  # the page has it
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+    assert json.loads(trace.read_text("utf-8"))["otherData"]["ranks"] == 4
+    assert "8xH100" in page.read_text("utf-8")
+
+
+def test_json_stays_one_object_beside_a_page(tmp_path: Path) -> None:
+    result = run("--html", str(tmp_path / "out.html"), "--json")
+    assert json.loads(result.stdout)["world_size"] == 4
+
+
+@pytest.mark.parametrize("option", ["--html", "--trace"])
+def test_a_place_that_cannot_be_written_is_a_message(option: str, tmp_path: Path) -> None:
+    for path, message in ((tmp_path, "this is a folder"), (tmp_path / "no" / "out", "there is no folder")):
+        result = run(option, str(path))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr

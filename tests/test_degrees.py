@@ -1,0 +1,193 @@
+"""Whole steps and degrees: splits that the hardware can have, times and memory that add up, and what would fit when nothing does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoseq.plan_model import plan_training
+from autoseq.planner import NamedSite, make_plan
+from autoseq.planning.degrees import Split, candidates, splits
+from autoseq.planning.model_cost import Collective, ModelCost, PassCost
+from autoseq.planning.presets import load_topology
+from autoseq.planning.sweep import overtakings, sweep
+from autoseq.planning.topology import KernelRates, Link, Rate, Topology
+from autoseq.planning.training import Training
+from autoseq.runtime.errors import PlanError, StrategyError, TopologyError
+from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Site
+
+H100 = load_topology("8xH100")
+
+
+def training(*, batch: int = 8, seq_len: int = 8192, layers: int = 2, sharded: bool = False, window: int | None = None) -> Training:
+    """Some layers of the size of Llama 3 8B's."""
+    site = Site(
+        batch=batch, q_len=seq_len, k_len=seq_len, heads=32, kv_heads=8, head_dim=128, value_dim=128, element_bytes=2,
+        max_ahead=0, max_behind=window,
+    )  # fmt: skip
+    weights = 218_000_000 * layers
+    cost = ModelCost(
+        tokens=1024,
+        forward=PassCost((("bfloat16", 2 * 1024 * weights),), 0, 1024 * 400_000 * layers, 20 * layers),
+        backward=PassCost((("bfloat16", 4 * 1024 * weights),), 2 * weights, 1024 * 700_000 * layers, 40 * layers),
+        reduced=(Collective("all_reduce", 2 * weights, layers),),
+        exchanged=(),
+        parameters=weights, parameter_bytes=2 * weights, gradient_bytes=2 * weights,
+        kept_bytes=1024 * 200_000 * layers, largest_bytes=1024 * 28_672,
+    )  # fmt: skip
+    return Training(tuple(NamedSite(f"layers.{i}", "model.py:1", "k <= q", site) for i in range(layers)), cost, batch, seq_len, sharded)
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+SPLITS = {
+    "one rank": (1, 1, [Split(1, 1)]),
+    "one sequence on a node": (8, 1, [Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]),
+    "copies of the data divide the batch": (
+        8, 2, [Split(2, 4), Split(2, 4, (2, 2)), Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]
+    ),
+    "a sequence fills whole nodes": (16, 1, [Split(1, 16), Split(1, 16, (2, 8))]),
+    "a sequence that fills neither a part of a node nor whole nodes": (6, 1, []),
+    "a batch that no number of copies divides": (8, 3, [Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "batch", "expected"), SPLITS.values(), ids=SPLITS)
+def test_which_splits_there_are(ranks: int, batch: int, expected: list[Split]) -> None:
+    assert list(splits(ranks, H100, batch=batch, seq_len=8192)) == expected
+
+
+def test_a_sequence_has_a_token_for_each_rank() -> None:
+    assert [split.sequence for split in splits(8, H100, batch=8, seq_len=3)] == [1, 2]
+
+
+# Whole steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_the_data_are_fastest_where_they_fit() -> None:
+    found = candidates(training(batch=8), 8, H100)
+    assert found[0].split == Split(8, 1)
+    assert found[0].strategies == {"local": 2}
+    assert [each.fits for each in found] == sorted((each.fits for each in found), reverse=True)
+    fitting = [each.seconds for each in found if each.fits]
+    assert fitting == sorted(fitting)
+
+
+def test_sharded_parameters_take_less_memory_and_not_less_time() -> None:
+    whole, sharded = (candidates(training(sharded=sharded), 8, H100)[0] for sharded in (False, True))
+    assert sharded.memory.parameters == whole.memory.parameters // 8
+    assert sharded.memory.optimizer == whole.memory.optimizer // 8
+    assert sharded.sent_bytes >= whole.sent_bytes
+
+
+def test_mfu_counts_each_product_once() -> None:
+    (best, *_) = candidates(training(batch=1), 1, H100)
+    weights, tokens = 436_000_000, 8192
+    pairs = 32 * 8192 * 8193 // 2
+    flops = 6 * weights * tokens + 2 * 3 * 2 * pairs * 256
+    assert best.mfu == pytest.approx(flops / best.seconds / H100.kernels["bfloat16"].peak_flops_per_s)
+    assert best.tokens_per_s == pytest.approx(tokens / best.seconds)
+
+
+def test_a_model_with_windows_gets_a_mix() -> None:
+    full, windowed = training(batch=1, seq_len=65536), training(batch=1, seq_len=65536, window=512)
+    mixed = replace(full, sites=(full.sites[0], *(replace(named, name=f"{named.name} in a window") for named in windowed.sites)))
+    slow = replace(H100, inside=Link(*[Rate(1e-5, 1e8)] * 5))
+    best = candidates(mixed, 4, slow)[0]
+    chosen = {planned.site.name: planned.strategy for planned in best.plan.sites}
+    assert chosen["layers.0 in a window"] == chosen["layers.1 in a window"] == "halo"
+    assert chosen["layers.0"] != "halo"
+
+
+def test_what_cannot_be_split_is_an_error_that_says_why() -> None:
+    with pytest.raises(PlanError, match=r"6 ranks cannot share a batch of 1 .*whole nodes of 8 or a part of one\. Change --batch"):
+        candidates(training(batch=1), 6, H100)
+    with pytest.raises(TopologyError, match="12 ranks"):
+        candidates(training(batch=1), 12, H100)
+
+
+def test_a_limit_that_nothing_fits_says_what_would() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan_training(training(batch=1, seq_len=65536), world_size=4, topology=H100, memory_gib=8)
+    message = str(caught.value)
+    assert "no plan fits in 8.0 GiB a rank: the smallest, 1 × 4" in message
+    assert "What would fit: " in message
+    # What it names does fit.
+    assert "--shard-parameters" in message or "tokens" in message or "ranks" in message
+
+
+def test_a_strategy_that_serves_no_split_is_an_error() -> None:
+    with pytest.raises(StrategyError, match="strategy 'halo' cannot serve"):
+        candidates(training(batch=1), 8, H100, strategy="halo")
+
+
+def test_a_sweep_has_a_point_for_each_value_and_finds_where_strategies_overtake() -> None:
+    points = sweep(training(batch=1, layers=1), 8, H100, "seq-len")
+    assert [point.value for point in points] == [8192 * 2**k // 16 for k in range(9)]
+    for point in points:
+        assert point.best is not None
+        alone = [seconds for seconds in point.seconds.values() if seconds is not None]
+        assert point.best.seconds <= min(alone) * (1 + 1e-12)
+        assert point.seconds["halo"] is None and point.seconds["ring"] is not None
+    for value, before, after in overtakings(points):
+        assert value in [point.value for point in points] and before != after
+
+
+def test_a_sweep_of_ranks_asks_for_those_that_fill_nodes() -> None:
+    points = sweep(training(batch=1, layers=1), 16, load_topology("2x8xA800-4nic"), "world-size", strategy="ulysses")
+    assert [point.value for point in points] == [1, 2, 4, 8, 16]
+
+
+# Properties -----------------------------------------------------------------------------------------------------------
+
+
+def rates() -> st.SearchStrategy[Rate]:
+    return st.builds(Rate, st.sampled_from([0.0, 1e-6, 1e-4]), st.sampled_from([1e8, 1e9, 1e10, 4e11]))
+
+
+def links() -> st.SearchStrategy[Link]:
+    return st.builds(Link, *[rates()] * 5, duplex=st.sampled_from(["full", "half"]), lanes=st.integers(1, 4))
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    kernels = {"bfloat16": KernelRates(*[draw(st.sampled_from([1e11, 1e14]))] * 4)}
+    memory = draw(st.sampled_from([10**6, 10**7, 10**8, 10**9, 10**12]))
+    return Topology("drawn", draw(st.sampled_from([2, 4, 8])), 1, draw(links()), draw(links()), kernels, memory, 1e11, 1e-6)
+
+
+@st.composite
+def drawn_sites(draw: st.DrawFn, P: int) -> Site:
+    length, kv_heads = draw(st.sampled_from([64, 500, 4096])), draw(st.sampled_from([1, 2, 3]))
+    window = draw(st.sampled_from([None, 0, 37, 999]))
+    mesh = draw(st.sampled_from([(), (2, P // 2)])) if P >= 4 else ()
+    return Site(
+        batch=draw(st.integers(1, 2)), q_len=length, k_len=length, heads=kv_heads * draw(st.integers(1, 4)), kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([16, 64])), value_dim=draw(st.sampled_from([16, 64])), element_bytes=2,
+        max_ahead=draw(st.sampled_from([0, 0, None])) if window is None else 0, max_behind=window, mesh=mesh,
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_no_strategy_beats_the_choice_and_no_choice_exceeds_memory_that_something_fits_in(data: st.DataObject) -> None:
+    P = data.draw(st.sampled_from([2, 4, 8]))
+    topology = data.draw(topologies())
+    named = [NamedSite(f"site {i}", "model.py:1", "a mask", data.draw(drawn_sites(P))) for i in range(data.draw(st.integers(1, 2)))]
+    chosen = make_plan(named, group_size=P, strategy="auto", layout="auto", topology=topology)
+    assert chosen == make_plan(list(named), group_size=P, strategy="auto", layout="auto", topology=topology)
+    single = len(named) == 1
+    for layout in ("contiguous", "zigzag"):
+        for name, strategy in STRATEGIES.items():
+            if any(strategy.cannot_serve(each.site, P) or strategy.cannot_lay_out(layout) for each in named):  # type: ignore[arg-type]
+                continue
+            other = make_plan(named, group_size=P, strategy=name, layout=layout, topology=topology)
+            if other.memory_bytes() <= topology.memory_bytes:
+                assert chosen.memory_bytes() <= topology.memory_bytes
+                assert not single or chosen.seconds() <= other.seconds()
+            elif chosen.memory_bytes() > topology.memory_bytes:
+                assert chosen.memory_bytes() <= other.memory_bytes()

@@ -1,0 +1,111 @@
+"""`autoseq plan` from the command line: what it prints, its JSON, its plot, and messages for mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from autoseq.cli import app
+from autoseq.planning.prediction import LANES, pass_time
+from autoseq.planning.prediction import exchange_seconds as seconds_of
+from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
+from autoseq.runtime.strategies import STRATEGIES
+from test_prediction import SITE, topology
+
+TINY = "examples/plain_gpt.py:tiny"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    plot = tmp_path_factory.mktemp("plots") / "sweep.png"
+    shown = run(TINY, "--seq-len", "512", "--world-size", "4", "--batch", "2", "--topology", "4xA10", "--sweep", "seq-len",
+                "--plot", str(plot), "--json")  # fmt: skip
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    return json.loads(shown.stdout), plot
+
+
+def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
+    found, _ = swept
+    assert list(found) == [
+        "world_size", "batch", "sequence_length", "topology", "memory_limit_bytes", "plans", "attention", "sweep"
+    ]  # fmt: skip
+    assert (found["world_size"], found["batch"], found["sequence_length"], found["topology"]) == (4, 2, 512, "4xA10")
+    best, *others = found["plans"]
+    assert set(best) == {
+        "data", "sequence", "mesh", "layout", "strategies", "step_seconds", "tokens_per_s", "mfu", "bytes_per_rank", "memory_bytes",
+        "fits", "seconds", "memory",
+    }  # fmt: skip
+    assert all(each["data"] * each["sequence"] == 4 for each in found["plans"])
+    assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
+    assert best["memory_bytes"] == sum(best["memory"].values())
+    assert best["tokens_per_s"] == pytest.approx(1024 / best["step_seconds"])
+    assert all(best["step_seconds"] <= each["step_seconds"] for each in others if each["fits"])
+
+
+def test_every_loser_has_a_reason_and_its_seconds_where_it_could_serve(swept: tuple[dict, Path]) -> None:
+    for site in swept[0]["attention"]:
+        assert {loser["strategy"] for loser in site["losers"]} | {site["strategy"]} == set(STRATEGIES)
+        assert all(loser["reason"] for loser in site["losers"])
+        assert all(loser["seconds"] is None or loser["seconds"] >= site["seconds"] for loser in site["losers"])
+
+
+def test_the_sweep_has_points_and_the_plot_is_a_picture(swept: tuple[dict, Path]) -> None:
+    found, plot = swept
+    assert [point["value"] for point in found["sweep"]["points"]] == [512 * 2**k // 16 for k in range(9)]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_and_formulas() -> None:
+    shown = run(TINY, "--seq-len", "4096", "--world-size", "16", "--topology", "2x8xH100-4nic", "--formulas")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    for expected in (
+        "1 × 4,096 tokens a step on 16 ranks of 2x8xH100-4nic", "Predicted, not measured", "data × sequence", "MFU", "Not taken:",
+        "whole sequence on one rank", "T_work = ", "ring, forward: ", "T_keys: send among all ranks",
+    ):  # fmt: skip
+        assert expected in shown.stdout
+
+
+MISTAKES = {
+    "an unknown topology": (["--topology", "8xH10"], 2, r"nothing is known of H10|there is no topology"),
+    "ranks that do not fill nodes": (["--topology", "8xH100", "--world-size", "12"], 2, "12 ranks"),
+    "ranks that a sequence cannot have": (["--topology", "8xH100", "--world-size", "6"], 1, "6 ranks cannot share a batch of 1"),
+    "an unknown strategy": (["--topology", "8xH100", "--strategy", "rings"], 2, "did you mean 'ring'"),
+    "a plot of nothing": (["--topology", "8xH100", "--plot", "out.png"], 2, "--plot draws a sweep; add --sweep"),
+    "memory that nothing fits in": (["--topology", "8xH100", "--memory-gib", "0.001"], 1, "no plan fits in 0.0 GiB a rank"),
+    "a strategy that cannot serve": (["--topology", "8xH100", "--strategy", "halo"], 1, "'halo' cannot serve"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_a_message_and_an_exit_status(arguments: list[str], status: int, message: str) -> None:
+    shown = run(TINY, "--seq-len", "64", *arguments)
+    assert shown.exit_code == status
+    assert re.search(message, shown.stderr), shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
+# Formulas -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
+def test_the_formula_gives_the_predicted_seconds(name: str, way: str) -> None:
+    strategy, hardware = STRATEGIES[name], topology(ranks_per_node=2)
+    site = replace(SITE, q_len=4096, k_len=4096, heads=8, kv_heads=8, head_dim=64, value_dim=64, mesh=(2, 2), max_ahead=0, max_behind=99)
+    layout = "contiguous"
+    found = pass_time(strategy, site, 4, layout, 1, hardware, way)  # type: ignore[arg-type]
+    exchanges = strategy.exchanges(site, 4, layout, 1, way)  # type: ignore[arg-type]
+    assert {exchange.scope for exchange in exchanges.values()} <= set(LANES)
+    messages = {exchange_seconds(each): seconds_of(exchange, site, 4, hardware) for each, exchange in exchanges.items()}
+    formula = time_formula(strategy, way)  # type: ignore[arg-type]
+    assert float(formula.subs({WORK: found.work_s} | messages | strategy.sizes(site, 4, layout, 1))) == pytest.approx(found.seconds)

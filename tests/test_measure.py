@@ -144,7 +144,7 @@ def test_ranks_of_a_launcher_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_that_cannot_be() -> None:
-    with pytest.raises(OptionError, match=r"no dtype 'flaot32' \(did you mean 'float32'\?\); kernels are timed in bfloat16, float16, float32"):
+    with pytest.raises(OptionError, match=r"no dtype 'flaot32' \(did you mean 'float32'\?\); kernels are timed in bfloat16, float16"):
         measuring.measure_here(Request(1, dtypes=("flaot32",)), 4)
     with pytest.raises(OptionError, match=r"4 ranks are not whole nodes of 3"):
         measuring.measure_here(Request(3), 4)

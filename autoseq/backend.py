@@ -28,6 +28,7 @@ from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
 from autoseq.runtime.nodes import on_nodes
+from autoseq.structured_trace import trace_program
 
 log = logging.getLogger("autoseq")
 
@@ -82,6 +83,7 @@ def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, gro
             leave_gradients_unsummed(gm, group=group.name)
             gm.recompile()
         return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group), None, names, group, options, None)
+    trace_program(program)
     compiled = _inner(program.gm, program.inputs, options, group)
     return _Runner(compiled, program, names, group, options, CallShapes(group, digest, names, program.inputs))
 

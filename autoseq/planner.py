@@ -90,6 +90,12 @@ class Plan:
         sites = [f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}, {p.seconds:.3g} s" for p in self.sites]
         return [head, f"topology {self.topology}", *sites, total]
 
+    def reasons(self) -> list[str]:
+        """Why other layouts and strategies were not taken; sites that lost them alike are told once."""
+        layouts = [f"not layout {layout}: {reason}" for layout, reason in self.refused]
+        told = {(p.strategy, p.losers): p.site.name for p in reversed(self.sites)}
+        return layouts + [f"{name}: not {lost}: {reason}" for (_, losers), name in reversed(told.items()) for lost, reason in losers]
+
 
 def find_sites(gm: fx.GraphModule, mesh: tuple[int, ...] = ()) -> list[NamedSite]:
     """The attention sites of a graph, their names made unique in the graph itself. `mesh` is that of `Site`.

@@ -210,3 +210,5 @@ def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
         log.warning("%s", line)
     for line in program.plan.lines():
         log.info("%s", line)
+    for line in program.plan.reasons():
+        log.debug("%s", line)

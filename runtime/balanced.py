@@ -67,6 +67,10 @@ class Balanced(Visiting):
         """In numbers of shards, which depend on the rank: see `visits`."""
         return visits.formulas()
 
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        """In numbers of shards; of its own block and of what a causal mask lets no whole shard see, half is left out."""
+        return visits.work_formulas()
+
     def cannot_serve(self, site: Site, group_size: int) -> str | None:
         if site.max_ahead != 0:
             return "helpers are for causal masks, in which early ranks have less to do; this mask is not causal"

@@ -77,6 +77,9 @@ class BidirectionalRing(Strategy):
         one_way = Ring().formulas()
         return one_way | {name: 2 * one_way[name] for name in ("forward_messages", "backward_messages")}
 
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        return _KEYS.work_formulas()
+
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         return _moves(site, group_size, layout).sent(site, group_size, layout, rank)
 

@@ -33,6 +33,7 @@ from autoseq.runtime.lanes import (
     Lane,
     cheapest_lane,
     common_lanes,
+    keeps_last_keys,
     key_bytes,
     lane_rows,
     own_keys,
@@ -189,6 +190,9 @@ class DoubleRing(Strategy):
             "forward_messages": across + inside,
             "backward_messages": 2 * (across + inside) - 1,
         }
+
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        return keeps_last_keys(super().work_formulas())
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         node, place = divmod(rank, site.mesh[1])

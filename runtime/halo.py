@@ -115,6 +115,13 @@ class Halo(Visiting):
             "backward_messages": messages,
         }
 
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        """With a whole window around every query."""
+        P, s, t, K = strategy.P, strategy.s, strategy.t, strategy.K
+        rows = sympy.Min(CHUNKS * (BEHIND + AHEAD), (P - 1) * t)
+        kept = strategy.saved_formula(strategy.H, K, s, t) + strategy.B * rows * K * (strategy.D + strategy.V) * strategy.e
+        return {"pairs": strategy.B * strategy.H * s * sympy.Min(1 + BEHIND + AHEAD, P * t), "kept_bytes": kept}
+
     def cannot_serve(self, site: Site, group_size: int) -> str | None:
         for bound, side in ((site.max_behind, "behind"), (site.max_ahead, "ahead of")):
             if bound is None:

@@ -124,6 +124,14 @@ class _Hybrid(Strategy):
         traded |= {name: traded[name] * sympy.Min(1, OWN_KV_HEADS) for name in ("forward_messages", "backward_messages")}
         return {name: formula + traded[name] for name, formula in _exchange_formulas(along).items()}
 
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        """Those of what trades rows, for a share of the heads and the rows of all ranks that this one trades heads with."""
+        along = (strategy.N, strategy.R)[self.heads_along]
+        whole = {strategy.s: strategy.s * along, strategy.t: strategy.t * along, strategy.P: (strategy.R, strategy.N)[self.heads_along]}
+        ours = whole | {strategy.H: OWN_HEADS, strategy.K: OWN_KV_HEADS}
+        found: dict[str, Any] = {name: formula.xreplace(ours) for name, formula in self.trade.strategy.work_formulas().items()}
+        return found
+
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         along = (strategy.N, strategy.R)[self.heads_along]
         exchanged = evaluated(_exchange_formulas(along), self.sizes(site, group_size, layout, rank))

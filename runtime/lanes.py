@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from autoseq.runtime import strategy
 from autoseq.runtime.attention_op import AttentionOp, as_many_as_own, attention_op
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
@@ -134,6 +135,12 @@ def ring_phases(way: Way, ranks: sympy.Expr, prefix: str = "") -> tuple[Phase, .
     if way == "forward":
         return pipeline(ranks - 1, keys, None, first_work=1 / ranks)
     return homeward_pipeline(ranks - 1, keys, grads, last_work=1 / ranks)
+
+
+def keeps_last_keys(formulas: dict[str, sympy.Expr]) -> dict[str, sympy.Expr]:
+    """Formulas of work, for a strategy that also keeps as much of what came as it has of keys itself."""
+    came = strategy.B * strategy.K * strategy.t * (strategy.D + strategy.V) * strategy.e
+    return formulas | {"kept_bytes": formulas["kept_bytes"] + came}
 
 
 def key_bytes(site: Site, P: int, layout: Layout) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from autoseq.runtime.lanes import (
     Lane,
     Lanes,
     cheapest_lane,
+    keeps_last_keys,
     key_bytes,
     lanes_cost,
     lanes_exchanges,
@@ -70,6 +71,9 @@ class Ring(Strategy):
             "forward_messages": hops,
             "backward_messages": 2 * hops - 1,
         }
+
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        return keeps_last_keys(super().work_formulas())
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
         return lanes_cost(self.lanes, site, group_size, layout, rank)

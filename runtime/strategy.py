@@ -128,6 +128,11 @@ def saved_bytes(site: Site, s: int, t: int) -> int:
     return site.batch * (queries + site.kv_heads * t * (site.head_dim + site.value_dim) * site.element_bytes)
 
 
+def saved_formula(heads: sympy.Expr, kv_heads: sympy.Expr, queries: sympy.Expr, keys: sympy.Expr) -> sympy.Expr:
+    """The same in symbols, of so many heads and rows."""
+    return B * (heads * queries * ((D + V) * e + a) + kv_heads * keys * (D + V) * e)
+
+
 def task_of(rows: Rows, participant: int, keys: Iterable[Sequence[Chunk]], heads: range, kv_heads: int) -> Task:
     """A participant's own queries, and what comes of the keys."""
     spans = rows.q_holdings.spans(participant, rows.s, rows.q_len)
@@ -154,11 +159,11 @@ def cost_of(forward: Exchanges, backward: Exchanges) -> Cost:
 
 
 @lru_cache(maxsize=64)
-def _phases_of(strategy: Strategy, way: Way) -> tuple[tuple[Phase, ...], frozenset[sympy.Symbol]]:
+def _phases_of(strategy: Strategy, way: Way) -> tuple[tuple[Phase, ...], frozenset[sympy.Basic]]:
     """With the symbols that are in them."""
     phases = strategy.phases(way)
     formulas = [formula for phase in phases for formula in (phase.work, phase.times, *(share for _, share in phase.sends))]
-    return phases, frozenset[sympy.Symbol]().union(*(formula.free_symbols for formula in formulas))
+    return phases, frozenset[sympy.Basic]().union(*(formula.free_symbols for formula in formulas))
 
 
 @lru_cache(maxsize=1024)
@@ -181,6 +186,10 @@ class Strategy(ABC):
     @abstractmethod
     def formulas(self) -> dict[str, sympy.Expr]:
         """Cost's fields as formulas in this module's symbols, for P > 1 and a mask that leaves nothing out."""
+
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        """The pairs of a pass, and the bytes kept for the backward, as `formulas`: of own rows and all keys, if nothing better is known."""
+        return {"pairs": B * H * s * P * t, "kept_bytes": saved_formula(H, K, s, t)}
 
     def cannot_serve(self, site: Site, group_size: int) -> str | None:
         """Why this strategy cannot compute the site exactly on `group_size` ranks, or None."""

@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 from torch import Tensor
 
+from autoseq.runtime import strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.extrapolation import Case
 from autoseq.runtime.groups import SequenceGroup, group_of
@@ -51,7 +52,7 @@ from autoseq.runtime.stages import (
     queries_of,
     stage_buffers,
 )
-from autoseq.runtime.strategy import Site, Strategy, rows_of_site, saved_bytes
+from autoseq.runtime.strategy import Site, Strategy, rows_of_site, saved_bytes, saved_formula
 from autoseq.runtime.timeline import WAYS, Exchanges, Phase, Way, pipeline
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task
@@ -184,6 +185,10 @@ class Ulysses(Strategy):
             **{f"{way}_bytes": sum(head_formulas(way).values(), start=sympy.Integer(0)) for way in WAYS},
             **{f"{way}_messages": 2 * STAGES for way in WAYS},
         }
+
+    def work_formulas(self) -> dict[str, sympy.Expr]:
+        s, t = (strategy.P * rows for rows in (strategy.s, strategy.t))
+        return {"pairs": strategy.B * OWN_HEADS * s * t, "kept_bytes": saved_formula(OWN_HEADS, OWN_KV_HEADS, s, t)}
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
         return {}

@@ -244,6 +244,14 @@ QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED = sympy.symbols("n_q m_q h_q", nonne
 _SYMBOLS = ((KEYS_SENT, KEYS_AGAIN, KEYS_HOSTED), (QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED))
 
 
+def work_formulas() -> dict[str, sympy.Expr]:
+    """`Strategy.work_formulas` where whole shards visit: of a rank's own keys and of all its guests."""
+    met = 1 + KEYS_HOSTED + QUERIES_HOSTED
+    s, t, H, K = strategy.s, strategy.t, strategy.H, strategy.K
+    kept = strategy.saved_formula(H, K, s, t) + strategy.B * K * t * (strategy.D + strategy.V) * strategy.e
+    return {"pairs": strategy.B * H * s * t * met, "kept_bytes": kept}
+
+
 def formulas() -> dict[str, sympy.Expr]:
     """The fields of `Cost` where whole shards visit, in the symbols of this module and of `strategy`."""
     keys = strategy.B * strategy.t * strategy.K * (strategy.D + strategy.V)

@@ -25,6 +25,13 @@ def test_inspect_writes_a_page_and_a_trace_and_says_so(tmp_path: Path) -> None:
     assert "8xH100" in page.read_text("utf-8")
 
 
+def test_an_unknown_topology_is_a_message() -> None:
+    result = run("--topology", "8xH1000")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "8xH1000" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_json_stays_one_object_beside_a_page(tmp_path: Path) -> None:
     result = run("--html", str(tmp_path / "out.html"), "--json")
     assert json.loads(result.stdout)["world_size"] == 4

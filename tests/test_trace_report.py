@@ -3,15 +3,16 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from autoseq.html_timeline import busy, timeline_drawing
-from autoseq.inspection import with_programs
+from autoseq.inspection import Made, with_programs
 from autoseq.node_traffic import node_traffic
 from autoseq.options import Options
 from autoseq.planning.model_cost import ModelCost, model_cost
@@ -20,18 +21,19 @@ from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.step_timeline import Span, Timeline, step_timeline
 from autoseq.trace_report import trace_json
-from test_inspect import make_model
+from test_inspect import make_model, make_one
 
 Step = tuple[Timeline, Program, ModelCost]
 TOPOLOGY = load_topology("2x8xA800-4nic")
 
 
-def step(length: int, P: int, hardware: Topology = TOPOLOGY, **options: Any) -> Step:
+def step(length: int, P: int, hardware: Topology = TOPOLOGY, make: Callable[[], Made] | None = None, **options: Any) -> Step:
     def look(programs: Sequence[Program]) -> Step:
         cost = model_cost(programs, world_size=P)
         return step_timeline(programs, [node_traffic(each, P) for each in programs], cost, hardware, P), programs[0], cost
 
-    return with_programs(partial(make_model, "plain", 1, length), look, world_size=P, options=Options(topology=hardware, **options))
+    make = make or partial(make_model, "plain", 1, length)
+    return with_programs(make, look, world_size=P, options=Options(topology=hardware, **options))
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +48,30 @@ def events(timeline: Timeline) -> list[dict[str, Any]]:
 # The clock ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_step_is_its_attention_its_other_work_and_its_other_messages(ring: Step) -> None:
-    timeline, program, cost = ring
-    hardware = TOPOLOGY.at(4)
+SORTS = partial(make_one, lambda y: torch.sort(y, dim=1).values)
+
+
+@pytest.mark.parametrize(
+    ("P", "asked"),
+    [
+        pytest.param(4, {"length": 64, "strategy": "ring", "layout": "contiguous"}, id="uneven ranks"),
+        pytest.param(4, {"length": 16, "make": SORTS, "strategy": "gather_kv"}, id="a step on gathered values"),
+        pytest.param(16, {"length": 64, "strategy": "hybrid", "ranks_per_node": 8}, id="two levels"),
+    ],
+)
+def test_the_step_is_its_attention_its_other_work_and_its_other_messages(P: int, asked: dict[str, Any]) -> None:
+    timeline, program, cost = step(P=P, **asked)
+    hardware = TOPOLOGY.at(P)
     rest = 0.0
     for spent in (cost.forward, cost.backward):
         rest += sum(number / hardware.kernel_rates(dtype).matmul_flops_per_s for dtype, number in spent.flops)
         rest += (spent.fixed_bytes + spent.growing_bytes) / hardware.memory_bytes_per_s + spent.launches * hardware.launch_s
-    others = [*cost.reduced, *cost.exchanged]
     passes = {"all_reduce": 2}
-    sent = [(each.kind, passes.get(each.kind, 1) * each.full_bytes * 3 / 4, each.messages) for each in others]
-    messages = sum(hardware.seconds(kind, size, count, ranks=4) for kind, size, count in sent)  # type: ignore[arg-type]
-    assert timeline.seconds == pytest.approx(program.plan.seconds() + rest + messages, rel=1e-6)
+    messages = 0.0
+    for each in (*cost.reduced, *cost.exchanged):
+        num_bytes = passes.get(each.kind, 1) * each.full_bytes * (P - 1) / P
+        messages += hardware.seconds(each.kind, num_bytes, each.messages, ranks=P)  # type: ignore[arg-type]
+    assert timeline.seconds == pytest.approx(program.plan.seconds() + rest + messages, rel=1e-5)  # plans hold six digits
     assert max(span.start_s + span.seconds for span in timeline.spans) == pytest.approx(timeline.seconds)
 
 
@@ -73,7 +87,7 @@ def test_every_site_is_attended_forward_then_backward_in_reverse(ring: Step) -> 
 def test_uneven_work_shows_as_gaps_of_the_ranks_that_have_less(ring: Step) -> None:
     shares = {each.rank: each.attends for each in busy(ring[0])}
     assert shares[0] < shares[3]  # causal, on contiguous rows
-    only_products = replace(TOPOLOGY, launch_s=0.0, memory_bytes_per_s=1e30)
+    only_products = replace(TOPOLOGY, launch_s=1e-15, memory_bytes_per_s=1e30)
     balanced, _, _ = step(64, 4, only_products, strategy="ring", layout="zigzag")
     zigzag = [each.attends for each in busy(balanced)]
     assert max(zigzag) == pytest.approx(min(zigzag))

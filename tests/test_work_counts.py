@@ -14,6 +14,7 @@ from autoseq.runtime import work_counts
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import values_of
 from autoseq.runtime.timeline import WAYS, Work
 from autoseq.runtime.work_counts import pairs_within
 from dense_attention import Case
@@ -125,6 +126,23 @@ def test_merged_elements_of_one_rank() -> None:
     found = {way: works("ring", case, 2, "contiguous", way)[0].merged_elements for way in WAYS}
     rows = keys = 2 * TILE
     assert found == {"forward": 2 * 4 * rows * (16 + 1), "backward": 2 * (4 * rows * 8 + 2 * keys * (8 + 16))}
+
+
+def test_formulas_of_work_are_what_is_counted() -> None:
+    """Without a mask; of windows and causal masks they are upper bounds."""
+    for P, mesh in MESHES.items():
+        for name in NAMES:
+            strategy = STRATEGIES[name]
+            for case in (Case(16 * P, 16 * P, kv_heads=2), Case(16 * P, 16 * P, heads=6, kv_heads=3, mask="none"), EXACT["a window"]):
+                site = site_of(case, mesh)
+                if strategy.cannot_serve(site, P) is not None:
+                    continue
+                for rank in range(P):
+                    sizes = strategy.sizes(site, P, "contiguous", rank)
+                    found = values_of(strategy.work_formulas(), sizes)
+                    pairs = strategy.work(site, P, "contiguous", rank, "forward").pairs
+                    assert (found["pairs"] == pairs if case.mask == "none" else found["pairs"] >= pairs), (name, P, rank)
+                    assert found["kept_bytes"] == strategy.kept_bytes(site, P, "contiguous", rank), (name, P, rank)
 
 
 LONG = {

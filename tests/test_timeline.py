@@ -9,19 +9,35 @@ from typing import get_args
 
 import pytest
 import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attention_job import layouts_of, site_of
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.mask import Mask
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from autoseq.runtime.timeline import WAYS, Phase, flops, homeward_pipeline, nested, pipeline, steps
+from autoseq.runtime.work_counts import pairs_within
 from dense_attention import Case
-from test_costs import CASES
 
 MESHES: dict[int, tuple[int, ...]] = {2: (), 3: (), 4: (2, 2), 6: (2, 3)}
 NAMES = [name for name in STRATEGIES if name != "local"]
 
 WIDE = Site(batch=1, q_len=4096, k_len=4096, heads=8, kv_heads=4, head_dim=64, value_dim=64, element_bytes=4)
+CASES = {
+    "even": Case(16, 16, batch=2, mask="none"),
+    "more ranks than KV heads": Case(16, 16, heads=8, kv_heads=1, dtype=torch.bfloat16, mask="none"),
+    "uneven heads": Case(16, 16, heads=9, kv_heads=3, mask="none"),
+    "some ranks without heads": Case(16, 16, heads=2, kv_heads=1, mask="none"),
+    "cross attention, padded": Case(7, 21, value_dim=5, mask="none"),
+    "few queries": Case(8, 64, kv_heads=2, mask="none", dtype=torch.bfloat16),
+    "causal, padded": Case(13, 13),
+    "a window": Case(32, 32, mask="window"),
+    "a window on both sides, other lengths": Case(24, 19, mask="window on both sides"),
+    "rows without keys that are worth a mean of all": Case(16, 16, mask="only the future", empty_rows="uniform"),
+}
 SITES = {name: site_of(case) for name, case in CASES.items()} | {
     "a prefix": site_of(Case(24, 24, mask="prefix", kv_heads=2)),
     "segments that a tensor tells": site_of(Case(23, 23, batch=2, mask="segments")),
@@ -65,6 +81,37 @@ def test_phases_leave_nothing_out() -> None:
             for of, exchange in exchanges.items():
                 share = sum(step.times * part for step in found for to, part in step.sends if to == of)
                 assert not exchange.bytes or share == pytest.approx(1), (name, case, P, layout, way, of)
+
+
+@st.composite
+def sites(draw: st.DrawFn) -> Site:
+    """Any lengths, heads and bounds, on two nodes of two ranks; also long enough for several stages."""
+    kv_heads, scale = draw(st.integers(1, 6)), draw(st.sampled_from([1, 1, 512]))
+    q_len, k_len = draw(st.integers(1, 40)) * scale, draw(st.integers(1, 40)) * scale
+    bounds = [draw(st.none() | st.integers(-3, 30)) for _ in range(2)]
+    return Site(
+        batch=draw(st.integers(1, 2)), q_len=q_len, k_len=draw(st.sampled_from([q_len, k_len])), heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads, head_dim=64, value_dim=draw(st.sampled_from([64, 32])), element_bytes=draw(st.sampled_from([2, 4, 8])),
+        max_ahead=bounds[0], max_behind=bounds[1], mesh=(2, 2), empty_rows=draw(st.sampled_from(["zero", "uniform"])),
+    )  # fmt: skip
+
+
+@given(sites(), st.sampled_from(get_args(Layout)))
+@settings(max_examples=60, deadline=None)
+def test_of_any_site_nothing_is_left_out(site: Site, layout: Layout) -> None:
+    """Exchanges are the costs of every rank and strategy, and between all ranks each pair is computed once."""
+    queries, keys = (0, 0, site.q_len), (0, 0, site.k_len)
+    pairs = site.batch * site.heads * pairs_within(Mask(site.max_ahead, site.max_behind), queries, keys)
+    for name in NAMES:
+        strategy = STRATEGIES[name]
+        if strategy.cannot_serve(site, 4) is not None or layout not in layouts_of(name):
+            continue
+        for way in WAYS:
+            for rank in range(4):
+                sent, cost = strategy.exchanges(site, 4, layout, rank, way), strategy.cost(site, 4, layout, rank)
+                assert sum(each.bytes for each in sent.values()) == getattr(cost, f"{way}_bytes"), name
+                assert sum(each.messages for each in sent.values()) == getattr(cost, f"{way}_messages"), name
+            assert sum(strategy.work(site, 4, layout, rank, way).pairs for rank in range(4)) == pairs, name
 
 
 def test_one_rank_sends_nothing_and_only_works() -> None:

@@ -18,6 +18,7 @@ from autoseq.options import Options
 from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology import Topology
+from autoseq.planning.training import Training, step_time, tokens_of_rank
 from autoseq.program import Program
 from autoseq.step_timeline import Span, Timeline, step_timeline
 from autoseq.trace_report import trace_json
@@ -59,19 +60,13 @@ SORTS = partial(make_one, lambda y: torch.sort(y, dim=1).values)
         pytest.param(16, {"length": 64, "strategy": "hybrid", "ranks_per_node": 8}, id="two levels"),
     ],
 )
-def test_the_step_is_its_attention_its_other_work_and_its_other_messages(P: int, asked: dict[str, Any]) -> None:
+def test_the_step_is_as_long_as_a_plan_says(P: int, asked: dict[str, Any]) -> None:
     timeline, program, cost = step(P=P, **asked)
-    hardware = TOPOLOGY.at(P)
-    rest = 0.0
-    for spent in (cost.forward, cost.backward):
-        rest += sum(number / hardware.kernel_rates(dtype).matmul_flops_per_s for dtype, number in spent.flops)
-        rest += (spent.fixed_bytes + spent.growing_bytes) / hardware.memory_bytes_per_s + spent.launches * hardware.launch_s
-    passes = {"all_reduce": 2}
-    messages = 0.0
-    for each in (*cost.reduced, *cost.exchanged):
-        num_bytes = passes.get(each.kind, 1) * each.full_bytes * (P - 1) / P
-        messages += hardware.seconds(each.kind, num_bytes, each.messages, ranks=P)  # type: ignore[arg-type]
-    assert timeline.seconds == pytest.approx(program.plan.seconds() + rest + messages, rel=1e-5)  # plans hold six digits
+    sites = tuple(planned.site for planned in program.plan.sites)
+    training = Training(sites, cost, batch=1, seq_len=asked["length"])
+    tokens = tokens_of_rank(training, 1, P, program.plan.layout)
+    predicted = step_time(training, program.plan, tokens, P, P, TOPOLOGY.at(P))
+    assert timeline.seconds == pytest.approx(predicted.seconds, rel=1e-5)  # plans hold six digits
     assert max(span.start_s + span.seconds for span in timeline.spans) == pytest.approx(timeline.seconds)
 
 

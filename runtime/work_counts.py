@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ import torch
 
 from autoseq.runtime import blocks, runs
 from autoseq.runtime.blocks import Block, Chunk
+from autoseq.runtime.formula import SYMBOLS, parse
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.score_facts import additive_terms
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from autoseq.runtime.strategy import Site
 
 # Tiles of one task that are looked at one by one; of more, those of some rows stand for all.
-MOST_TILES = 2**13
-_FEWEST_SAMPLES = 16
+MOST_TILES = 2**12
+_FEWEST_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,24 @@ class Sizes:
 
 def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
     """What a rank's tasks come to."""
+    return reduce(add, (_of_site(site, _from_first_head(task, site), way) for task in tasks), NO_WORK)
+
+
+def _from_first_head(task: Task, site: Site) -> Task:
+    """The same for heads that come earlier, if the mask is the same for all: ranks and stages ask for the same then."""
+    if site.predicate and SYMBOLS["h"] in parse(site.predicate).free_symbols:
+        return task
+    ratio = site.heads // site.kv_heads
+    first = task.heads.start % ratio
+    return replace(task, heads=range(first, first + len(task.heads)))
+
+
+@lru_cache(maxsize=4096)
+def _of_site(site: Site, task: Task, way: Way) -> Work:
     sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads, bool(site.learned))
     empty_rows = cast(EmptyRows, site.empty_rows)
     problem = Problem(site.mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
-    return reduce(add, (work_of(task, problem, sizes, way) for task in tasks), NO_WORK)
+    return work_of(task, problem, sizes, way)
 
 
 def work_of(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention_job import Run, axes_of, call_keywords, shard
-from autoseq.runtime import blocks, blockwise
+from autoseq.runtime import blocks, blockwise, work_counts
 from autoseq.runtime.strategies import STRATEGIES
 
 TILE = 4
@@ -21,7 +21,12 @@ def small_tiles() -> Iterator[None]:
     """Tiles of a few rows, so that short sequences have many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "TILE", TILE)
-        yield
+        # What was counted in tiles of another size says nothing here, nor what is counted here later.
+        work_counts._of_site.cache_clear()
+        try:
+            yield
+        finally:
+            work_counts._of_site.cache_clear()
 
 
 def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[tuple[int, int]]:

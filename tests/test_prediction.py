@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sympy
@@ -53,7 +54,7 @@ class Scripted(Strategy):
 SITE = Site(batch=1, q_len=64, k_len=64, heads=4, kv_heads=4, head_dim=1, value_dim=1, element_bytes=4)
 
 
-def sends(**shares: object) -> tuple[tuple[str, sympy.Expr], ...]:
+def sends(**shares: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((name, sympy.sympify(share)) for name, share in shares.items())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd import Function
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
@@ -289,7 +290,7 @@ def _counted(program: Program, world_size: int) -> _Counted:
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor))
+    return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
 def _storage(x: Tensor) -> int:

@@ -169,7 +169,8 @@ def _phases(strategy: Strategy, way: Way) -> tuple[tuple[Phase, ...], tuple[symp
     """The phases, and what they depend on."""
     phases = strategy.phases(way)
     formulas = [formula for phase in phases for formula in (phase.work, phase.times, *(share for _, share in phase.sends))]
-    return phases, tuple(sorted(set[sympy.Symbol]().union(*(formula.free_symbols for formula in formulas)), key=str))
+    found = {symbol for formula in formulas for symbol in formula.free_symbols if isinstance(symbol, sympy.Symbol)}
+    return phases, tuple(sorted(found, key=str))
 
 
 @lru_cache(maxsize=4096)

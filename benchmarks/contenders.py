@@ -55,7 +55,7 @@ def contenders(work: Work, seat: Seat, names: tuple[str, ...]) -> Iterator[Conte
     for name, strategy in STRATEGIES.items():
         if name != "local" and (not names or name in names):
             reason = strategy.cannot_serve(work.site(seat.mesh), seat.world_size)
-            yield (name, reason) if reason else _strategy(name, work, seat)
+            yield (name, reason) if reason else served_by(name, work, seat, layout_for(name, work))
     for name, make in PEERS.items():
         if not names or name in names:
             try:
@@ -82,8 +82,8 @@ def _shares(work: Work, seat: Seat) -> Iterator[Contender]:
         yield Contender(name, "compute", attention, leaves, grad[:, :heads].contiguous(), scale=H / P / heads)
 
 
-def _strategy(name: str, work: Work, seat: Seat) -> Contender:
-    layout = layout_for(name, work)
+def served_by(name: str, work: Work, seat: Seat, layout: Layout) -> Contender:
+    """A strategy on this rank's rows in that layout."""
     attention = strategy_call(name, work, group_from_mesh(None).name, layout, _axes(seat))
     return _on_rows(name, "autoseq", attention, work, seat, layout)
 

@@ -54,7 +54,7 @@ def measure(seat: Seat, work: Work, names: tuple[str, ...], rounds: int, link_by
             records.append(Record(made[0], "absent", why_not=made[1]))
             continue
         timed.append((Record(made.name, made.kind, made.scale, made.layout), made.step))
-        _check(timed[-1][0], made, answer, seat, work)
+        check_numbers(timed[-1][0], made, answer, seat, work)
     for record, step in timed:
         count(record, step, seat)
     for _ in range(rounds):
@@ -119,7 +119,7 @@ def _link(seat: Seat, size: int) -> Callable[[], object]:
     return exchange
 
 
-def _check(record: Record, made: Contender, answer: tuple[Tensor, ...] | None, seat: Seat, work: Work) -> None:
+def check_numbers(record: Record, made: Contender, answer: tuple[Tensor, ...] | None, seat: Seat, work: Work) -> None:
     """One step, which also warms up, held to one device's numbers."""
     results = made.step()
     if answer is None or made.layout is None:

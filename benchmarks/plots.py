@@ -11,13 +11,7 @@ from results import Comparison, Result
 
 def plot(found: Sequence[Comparison], file: Path) -> None:
     """Write a PNG. Raises SystemExit where matplotlib is absent."""
-    try:
-        import matplotlib  # pyright: ignore[reportMissingImports] (optional)
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] (optional)
-
+    plt = pyplot()
     figure, (times, ratios) = plt.subplots(1, 2, figsize=(13, 5))
     names = dict.fromkeys(result.name for each in found for result in each.results if not result.why_not)
     for i, name in enumerate(names):
@@ -35,6 +29,18 @@ def plot(found: Sequence[Comparison], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib's, for files only. Raises SystemExit where it is absent."""
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports] (optional)
+    except ImportError:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports] (optional)
+
+    return plt
 
 
 _LINES = {"peer": "--", "one device": ":"}

@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -36,6 +36,8 @@ from autoseq.runtime.errors import FallbackError, NoAttentionError, NoSequenceEr
 from autoseq.runtime.groups import SequenceGroup
 
 log = logging.getLogger("autoseq")
+
+_NO_LIMIT = 1 << 62
 
 GRADIENT_BUCKET_BYTES = 64 << 20
 """Parameter gradients are reduced in messages of up to this many bytes."""
@@ -90,10 +92,12 @@ def build_program(
             return None
         raise NoAttentionError(_no_attention(gm, left_whole))
     _check_lengths(sites, group)
+    topology, reserved = topology_of(options, group), _parameter_bytes(normal, fake)
     plan = make_plan(
-        sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology_of(options, group),
-        reserved_bytes=_parameter_bytes(normal, fake),
+        sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology, reserved_bytes=reserved
     )  # fmt: skip
+    if plan.memory_bytes() + reserved > topology.memory_bytes:
+        log.warning("%s", _too_large(plan, topology, reserved))
     before = fx.Graph()
     before.graph_copy(normal.graph, {}, return_output_node=True)
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
@@ -129,8 +133,19 @@ def _rewrite_passes(options: Options, group: SequenceGroup, plan: Plan) -> tuple
 
 
 def topology_of(options: Options, group: SequenceGroup) -> Topology:
-    """The one that was asked for, or what is known of this machine."""
-    return options.topology if isinstance(options.topology, Topology) else found_topology(group.size)
+    """The one that was asked for, or what is known of this machine, whose memory is a limit only if it is a GPU's."""
+    if isinstance(options.topology, Topology):
+        return options.topology
+    found = found_topology(group.size)
+    return found if torch.cuda.is_available() else replace(found, memory_bytes=_NO_LIMIT)
+
+
+def _too_large(plan: Plan, topology: Topology, reserved: int) -> str:
+    return (
+        f"no choice of strategies fits in the memory of topology {topology.name}, {topology.memory_bytes:,} bytes a rank: attention holds "
+        f"{plan.memory_bytes():,} at least, parameters and gradients {reserved:,}. More ranks or a shorter sequence would fit "
+        "(autoseq plan says which)"
+    )
 
 
 def _parameter_bytes(gm: fx.GraphModule, inputs: Sequence[object]) -> int:

@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 import models
+from autoseq.planning.presets import load_topology
 from autoseq.runtime.strategies import STRATEGIES
 
 SCRIPT = """
@@ -63,3 +65,11 @@ def test_tlparse_gets_the_graphs_and_the_plan(traced: list[logging.LogRecord]) -
     plan = json.loads(artifacts["autoseq_plan"])
     assert [site["strategy"] for site in plan["sites"]] == ["local", "local"]
     assert set(plan["sites"][0]["losers"]) == set(STRATEGIES) - {"local"}
+
+
+def test_a_topology_whose_memory_nothing_fits_in_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = replace(load_topology("8xH100"), memory_bytes=1000)
+    torch._dynamo.reset()
+    compiled = torch.compile(models.make("plain", layers=1), backend="autoseq", options={"inner": "aot_eager", "topology": tiny})
+    compiled(**models.batch("plain", batch_size=1, length=16))
+    assert "no choice of strategies fits in the memory of topology 8xH100, 1,000 bytes a rank: attention holds" in caplog.text

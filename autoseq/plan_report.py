@@ -13,7 +13,7 @@ from rich.console import Console
 from autoseq.plan_model import Planned
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
-from autoseq.planning.time_formulas import exchange_text, time_formula, work_formula
+from autoseq.planning.time_formulas import exchange_text, phase_formulas, work_formula
 from autoseq.planning.training import Training
 from autoseq.report import readable_bytes, table
 from autoseq.runtime.errors import OptionError
@@ -118,7 +118,8 @@ def _sweep_row(point: Point, names: Sequence[str]) -> Sequence[object]:
 
 def print_formulas(out: Console) -> None:
     """The cost model in symbols, strategy by strategy."""
-    out.print("\nThe cost model. T_work is what a rank computes, T_… what it sends; what stands in one Max goes on side by side.")
+    out.print("\nThe cost model. A pass takes as long as its phases, each so many times; what stands in one Max goes on side by side.")
+    out.print("  T_work is what a rank computes by itself, T_… what it sends.")
     for way in ("forward", "backward"):
         out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
     out.print("  F flops a second of the kernel, L seconds a launch, M bytes a second of memory; pairs, launches and merged elements")
@@ -127,9 +128,14 @@ def print_formulas(out: Console) -> None:
         if name == "local":
             continue
         for way in ("forward", "backward"):
-            out.print(f"\n{name}, {way}: {formula_text(time_formula(strategy, way))}")
+            out.print(f"\n{name}, {way}:")
+            for times, seconds in phase_formulas(strategy, way):
+                often = "" if times == 1 else f"({formula_text(times)}) times "
+                out.print(f"  {often}{formula_text(seconds)}")
             for line in exchange_text(strategy, way):
                 out.print(f"  {line}")
+        work = {of: formula_text(formula) for of, formula in strategy.work_formulas().items()}
+        out.print(f"  without a mask: pairs = {work['pairs']}, kept for the backward {work['kept_bytes']} bytes")
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

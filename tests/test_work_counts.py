@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from attention_job import Run, runs_of, site_of
+from autoseq.plan_report import print_formulas
 from autoseq.runtime import work_counts
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.mask import Mask
@@ -17,6 +20,7 @@ from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import values_of
 from autoseq.runtime.timeline import WAYS, Work
 from autoseq.runtime.work_counts import pairs_within
+from autoseq.strategy_table import formula_text
 from dense_attention import Case
 from ranks import run_ranks
 from work_job import TILE, count_calls, small_tiles
@@ -107,7 +111,7 @@ def test_what_a_predicate_may_leave_is_counted(P: int) -> None:
 @pytest.mark.parametrize("P", MESHES)
 def test_launches_are_the_calls_that_are_made(P: int) -> None:
     """In small tiles, forward and backward, on every rank."""
-    runs = all_runs(EXACT | DECIDED_LATE, P)
+    runs = all_runs(EXACT | DECIDED_LATE if MESHES[P] else BOUNDS, P)
     per_rank = run_ranks(count_calls, P, list(runs.values()), MESHES[P], timeout_s=300)
     with small_tiles():
         for i, (name, (strategy, layout, case)) in enumerate(runs.items()):
@@ -143,6 +147,14 @@ def test_formulas_of_work_are_what_is_counted() -> None:
                     pairs = strategy.work(site, P, "contiguous", rank, "forward").pairs
                     assert (found["pairs"] == pairs if case.mask == "none" else found["pairs"] >= pairs), (name, P, rank)
                     assert found["kept_bytes"] == strategy.kept_bytes(site, P, "contiguous", rank), (name, P, rank)
+
+
+def test_formulas_of_work_are_printed() -> None:
+    out = Console(file=io.StringIO(), width=400)
+    print_formulas(out)
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    for name in NAMES:
+        assert f"pairs = {formula_text(STRATEGIES[name].work_formulas()['pairs'])}, kept" in shown, name
 
 
 LONG = {

@@ -22,7 +22,7 @@ from autoseq.html_costs import totals
 from autoseq.html_report import html_page, inspect_pictures
 from autoseq.inspection import Made
 from autoseq.options import Options
-from test_inspect import make_model
+from test_inspect import OneAttention, break_graph, make_model
 
 EVIL = "<script>document['title']='owned'</script><img src=x onerror=\"document['title']='owned'\">"
 TARGET = "</title><script>document.title='owned'</script>"
@@ -173,6 +173,17 @@ def test_what_rows_send_adds_up_to_what_a_step_sends(make: Callable[[], Made], s
     for summed in picture.gradients:
         total = add_counts(total, summed.sent.step)
     assert total == found.inspection.collectives
+
+
+def test_a_model_in_several_parts_is_drawn_part_by_part() -> None:
+    def make() -> Made:
+        return nn.Sequential(OneAttention(break_graph), OneAttention()), {"input": torch.randn(1, 16, 8)}
+
+    found = inspect_pictures(make, seq_len=16, world_size=2, options=Options())
+    page = html_page(found, "two parts")
+    assert "Part 1 of 2" in words(page)
+    assert "Part 2 of 2" in words(page)
+    assert page.count('class="row attention') == 2
 
 
 def test_the_templates_are_installed_with_the_package() -> None:

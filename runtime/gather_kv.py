@@ -217,8 +217,10 @@ class GatherKV(Strategy):
         return gather_tasks(site, group_size, layout, rank)
 
     def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
-        stages = num_key_stages(site, group_size, layout)
-        return 0 if group_size == 1 else gather_buffers(site, group_size, local_length(site.k_len, group_size, layout), stages, way)
+        if group_size == 1:
+            return 0
+        t, stages = local_length(site.k_len, group_size, layout), num_key_stages(site, group_size, layout)
+        return gather_buffers(site, group_size, t, stages, self.exchanges(site, group_size, layout, rank, way))
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
         return opaque_traffic(site, self.cost(site, group_size, layout))
@@ -261,14 +263,20 @@ def gather_tasks(
     return tasks
 
 
-def gather_buffers(site: Site, P: int, t: int, stages: int, way: Way) -> int:
-    """The most that buffers hold where each of P participants has t rows of keys: with a mask there is as much room as without."""
+def gather_buffers(site: Site, P: int, t: int, stages: int, sent: Exchanges) -> int:
+    """The most that buffers hold in a pass that sends so much, where each of P participants has t rows of keys.
+
+    With a mask there is as much room for what comes as without, and what leaves is packed, one's own part among it.
+    """
     elements = site.batch * site.kv_heads * t * (site.head_dim + site.value_dim)
     keys, grads = elements * site.element_bytes, elements * accumulator_bytes(site)
+    backward = sent.get("gradients")
     if takes_all(site.mask):
-        return stage_buffers(stages, (keys, P * keys), (P * grads, grads) if way == "backward" else (0, 0))
-    # Each sends what the others need, at most all of it to all of them, and its own part lies between.
-    return stage_buffers(stages, (P * keys, P * keys), (2 * P * grads, P * grads) if way == "backward" else (0, 0))
+        return stage_buffers(stages, (keys, P * keys), (P * grads, grads) if backward else (0, 0))
+    there = (sent["keys"].bytes + keys, P * keys)
+    if backward is None:
+        return stage_buffers(stages, there, (0, 0))
+    return stage_buffers(stages, there, (backward.bytes + grads, P * grads)) + P * grads // stages
 
 
 def num_key_stages(

@@ -57,7 +57,7 @@ class RowTrade:
     kinds: Callable[[Site, Cost], dict[str, Traffic]]
     exchanges: Callable[[Share, Way, Scope], Exchanges]
     tasks: Callable[[Share, Way], list[Task]]
-    buffers: Callable[[Share, Way], int]
+    buffers: Callable[[Share, Way, Exchanges], int]
     kept: Callable[[Share], int]
 
 
@@ -220,7 +220,8 @@ class _Hybrid(Strategy):
         along = (strategy.N, strategy.R)[self.heads_along]
         sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
         heads = head_buffers(way, sizes | {strategy.P: sizes[along]})
-        return max(*map(sum, heads), self.trade.buffers(self._share(site, layout, rank), way))
+        sent = self.exchanges(site, group_size, layout, rank, way)
+        return max(*map(sum, heads), self.trade.buffers(self._share(site, layout, rank), way, sent))
 
 
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
@@ -261,7 +262,7 @@ def _ring_keys(share: Share) -> tuple[int, int]:
     return elements * share.site.element_bytes, elements * strategy.accumulator_bytes(share.site)
 
 
-def _ring_buffers(share: Share, way: Way) -> int:
+def _ring_buffers(share: Share, way: Way, _: Exchanges) -> int:
     return ring_buffers(*_ring_keys(share), share.participants, way)
 
 
@@ -279,9 +280,9 @@ def _gather_tasks(share: Share, way: Way) -> list[Task]:
     return gather_kv.gather_tasks(*asked, share.places, share.heads.start, share.heads_per_kv)
 
 
-def _gather_buffers(share: Share, way: Way) -> int:
+def _gather_buffers(share: Share, _: Way, sent: Exchanges) -> int:
     asked = (share.site, share.participants, share.layout, share.places, share.heads.start, share.heads_per_kv)
-    return gather_kv.gather_buffers(share.site, share.participants, share.rows[1], gather_kv.num_key_stages(*asked), way)
+    return gather_kv.gather_buffers(share.site, share.participants, share.rows[1], gather_kv.num_key_stages(*asked), sent)
 
 
 def _gather_kept(share: Share) -> int:

@@ -67,7 +67,7 @@ def _follow(held: Held, storage: torch.UntypedStorage) -> None:
 
 BUFFERS = (
     "split_heads", "split_rows", "all_to_all_single", "pack_rows", "all_gather_into_tensor", "reduce_scatter_tensor",
-    "gathered_attention_backward",
+    "gathered_attention_backward", "send_rows", "send_gradients",
 )  # fmt: skip
 
 

@@ -89,6 +89,17 @@ def test_a_mask_makes_buffers_no_larger(strategy: str) -> None:
             assert found.forward <= forward and found.backward <= backward
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_gathering_what_a_mask_leaves(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for everything, and what leaves is packed inside of an operator: no more than that is held, and not much less."""
+    runs: list[Run] = [("gather_kv", "zigzag", case) for case in STAGED.values()]
+    per_rank = run_ranks(hold_in_stages, 2, runs, number)
+    in_stages(monkeypatch, number)
+    for rank, held in enumerate(per_rank):
+        for run, found, expected in zip(runs, held, told(runs, 2, (), rank), strict=True):
+            assert all(most / 2 <= seen <= most for seen, most in zip(found, expected[:2], strict=True)), (run, rank)
+
+
 STAGED = {
     "heads of several ranks": Case(48, 48, heads=12, kv_heads=12, dtype=torch.float32),
     "grouped heads": Case(48, 48, heads=24, kv_heads=12, dtype=torch.bfloat16),

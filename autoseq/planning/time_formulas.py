@@ -32,14 +32,18 @@ def exchange_seconds(name: str) -> sympy.Symbol:
 
 def time_formula(strategy: Strategy, way: Way) -> sympy.Expr:
     """Seconds of a pass on several ranks, in the symbols of the strategy, WORK, and those of its exchanges."""
+    return sum((times * seconds for times, seconds in phase_formulas(strategy, way)), start=sympy.Integer(0))
+
+
+def phase_formulas(strategy: Strategy, way: Way) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:
+    """How often each phase comes, and its seconds: those of the longest of what goes on side by side."""
     lanes = _lanes(strategy, way)
-    total = sympy.Integer(0)
     for phase in strategy.phases(way):
         busy: dict[Lane, sympy.Expr] = {"compute": phase.work * WORK}
         for name, share in phase.sends:
             busy[lanes[name]] = busy.get(lanes[name], sympy.Integer(0)) + share * exchange_seconds(name)
-        total += phase.times * sympy.Max(*(part for part in busy.values() if part != 0), 0)
-    return total
+        parts = [part for part in busy.values() if part != 0]
+        yield phase.times, sympy.Max(*parts) if parts else sympy.Integer(0)
 
 
 def work_formula(way: Way) -> sympy.Expr:

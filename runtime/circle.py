@@ -94,6 +94,11 @@ class Route:
         keys = [self.first_keys(after, kept), *(self.keys_at(after, hop) for hop in range(2, self.size))]
         return _messages(keys), _messages(self.grads_at(rank, hop) for hop in range(1, self.size))
 
+    def came_home(self, rank: int) -> int:
+        """Rows of gradients that `rank` gets in a backward: those found before each of its hops, and those of its own keys."""
+        before = (self.grads[self.origin(rank, hop)][hop - 1] for hop in range(1, self.size))
+        return sum(map(runs.count, (*before, self.grads[rank][-1])))
+
 
 def _messages(sets: Iterable[Runs]) -> list[int]:
     return [runs.count(rows) for rows in sets if rows]

@@ -35,6 +35,7 @@ from autoseq.runtime.lanes import (
     common_lanes,
     keeps_last_keys,
     key_bytes,
+    key_row_elements,
     lane_rows,
     own_keys,
     ring_phases,
@@ -222,14 +223,18 @@ class DoubleRing(Strategy):
         rows, needs = rows_of_site(site, group_size, layout), needs_of_site(site, group_size, layout)
         routes, direction = _routes(site, group_size, layout), WAYS.index(way)
         across, keys = routes.across[place][direction], [rows.keys(rank)]
+        circles = [across]
         for hop in range(nodes):
             origin = across.origin(node, hop)
             inside = routes.inside[node][origin][direction]
+            circles.append(inside)
             here = {inside.origin(place, step): inside.keys_at(place, step) for step in range(1, ranks)}
             here[place] = across.keys_at(node, hop)
             holders = [(origin * ranks + at, held) for at, held in here.items()]
             keys += [part_of(rows.keys(holder), held) for holder, held in holders if holder != rank and needs[rank][holder]]
-        return [task_of(rows, rank, keys, range(site.heads), site.kv_heads)]
+        at = [node, *[place] * nodes]
+        came_home = sum(circle.came_home(me) for circle, me in zip(circles, at, strict=True)) if way == "backward" else 0
+        return [task_of(rows, rank, keys, range(site.heads), site.kv_heads, came_home * key_row_elements(site))]
 
     def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         return super().kept_bytes(site, group_size, layout, rank) + (key_bytes(site, group_size, layout)[0] if group_size > 1 else 0)

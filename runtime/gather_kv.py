@@ -214,7 +214,7 @@ class GatherKV(Strategy):
         return pipeline(STAGES, "keys", "gradients" if way == "backward" else None)
 
     def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
-        return gather_tasks(site, group_size, layout, rank)
+        return gather_tasks(site, group_size, layout, rank, way)
 
     def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
         if group_size == 1:
@@ -249,17 +249,20 @@ def gather_exchanges(
 
 
 def gather_tasks(
-    site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), first_head: int = 0, heads_per_kv: int | None = None
-) -> list[Task]:
-    """What `rank` computes: a stage's queries meet the keys of everybody that came."""
+    site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), first_head: int = 0,
+    heads_per_kv: int | None = None,
+) -> list[Task]:  # fmt: skip
+    """What `rank` computes: a stage's queries meet the keys of everybody that came. A reduce-scatter adds up gradients by itself."""
     rows, tasks = rows_of_site(site, P, layout, places), []
     for stage in _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []:
         heads = range(first_head + stage.heads[0], first_head + stage.heads[1])
-        keys = [tuple(rows.keys(holder)) for holder in range(P)]
+        keys, came_home = [tuple(rows.keys(holder)) for holder in range(P)], 0
         if not takes_all(site.mask):
-            needs = needs_of_site(site, P, layout, places, heads)[rank]
-            keys = [part_of(held, needed) for held, needed in zip(keys, needs, strict=True)]
-        tasks.append(task_of(rows, rank, keys, heads, num_heads(stage.kv_heads)))
+            needs = needs_of_site(site, P, layout, places, heads)
+            keys = [part_of(held, needed) for held, needed in zip(keys, needs[rank], strict=True)]
+            came_home = sum(runs.count(of_one[rank]) for of_one in needs) if way == "backward" else 0
+        elements = site.batch * num_heads(stage.kv_heads) * (site.head_dim + site.value_dim)
+        tasks.append(task_of(rows, rank, keys, heads, num_heads(stage.kv_heads), came_home * elements))
     return tasks
 
 

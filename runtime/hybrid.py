@@ -277,7 +277,7 @@ def _gather_exchanges(share: Share, way: Way, scope: Scope) -> Exchanges:
 
 def _gather_tasks(share: Share, way: Way) -> list[Task]:
     asked = (share.site, share.participants, share.layout, share.number)
-    return gather_kv.gather_tasks(*asked, share.places, share.heads.start, share.heads_per_kv)
+    return gather_kv.gather_tasks(*asked, way, share.places, share.heads.start, share.heads_per_kv)
 
 
 def _gather_buffers(share: Share, _: Way, sent: Exchanges) -> int:

@@ -121,12 +121,18 @@ def lanes_task(
 ) -> Task:
     """What `rank` computes: its queries meet its own keys, and at every hop those that it needs some of."""
     needs, rows = needs_of_site(site, P, layout, places, heads), rows_of_site(site, P, layout, places)
-    keys = [rows.keys(rank)]
+    keys, came_home = [rows.keys(rank)], 0
     for lane in lanes(needs, site.element_bytes, accumulator_bytes(site)):
         route = lane[WAYS.index(way)]
+        came_home += route.came_home(rank) if way == "backward" else 0
         here = [(route.origin(rank, hop), route.keys_at(rank, hop)) for hop in range(1, P)]
         keys += [part_of(rows.keys(origin), held) for origin, held in here if needs[rank][origin]]
-    return task_of(rows, rank, keys, heads or range(site.heads), site.kv_heads)
+    return task_of(rows, rank, keys, heads or range(site.heads), site.kv_heads, came_home * key_row_elements(site))
+
+
+def key_row_elements(site: Site) -> int:
+    """Of one row of keys and values, of the whole batch."""
+    return site.batch * site.kv_heads * (site.head_dim + site.value_dim)
 
 
 def ring_phases(way: Way, ranks: sympy.Expr, prefix: str = "") -> tuple[Phase, ...]:

@@ -133,12 +133,14 @@ def saved_formula(heads: sympy.Expr, kv_heads: sympy.Expr, queries: sympy.Expr, 
     return B * (heads * queries * ((D + V) * e + a) + kv_heads * keys * (D + V) * e)
 
 
-def task_of(rows: Rows, participant: int, keys: Iterable[Sequence[Chunk]], heads: range, kv_heads: int) -> Task:
+def task_of(
+    rows: Rows, participant: int, keys: Iterable[Sequence[Chunk]], heads: range, kv_heads: int, came_home: int = 0
+) -> Task:
     """A participant's own queries, and what comes of the keys."""
     spans = rows.q_holdings.spans(participant, rows.s, rows.q_len)
     padded = sum(valid < all_of_it for *_, valid, all_of_it in spans)
     grid = tuple(chunk for holder in range(len(rows.k_holdings.chunks)) for chunk in rows.keys(holder))
-    return Task(tuple(rows.queries(participant)), tuple(map(tuple, keys)), heads, kv_heads, grid, padded)
+    return Task(tuple(rows.queries(participant)), tuple(map(tuple, keys)), heads, kv_heads, grid, padded, came_home)
 
 
 def needs_two_dims(site: Site) -> str | None:

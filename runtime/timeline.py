@@ -65,7 +65,7 @@ class Work:
     """What one rank computes in one pass.
 
     `pairs` are those of a query and a key, for each batch element and query head, that the mask leaves; `launches` calls of a kernel;
-    `merged_elements` what their results add to in memory: out and lse forward, dq, dk and dv backward.
+    `merged_elements` what their results, and those that come home, add to in memory: out and lse forward, dq, dk and dv backward.
     """
 
     pairs: int

@@ -26,7 +26,7 @@ class Visiting(Strategy):
         return self.manner.exchanges(site, group_size, layout, rank, way)
 
     def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> list[Task]:
-        return self.manner.tasks(site, group_size, layout, rank)
+        return self.manner.tasks(site, group_size, layout, rank, way)
 
     def kept_elements(self, site: Site, P: int, layout: Layout) -> int:
         """At most, of what comes: as much as a participant has of keys and values itself."""

@@ -188,14 +188,15 @@ class Manner:
             for host, guest in pairs
         ]  # fmt: skip
 
-    def tasks(self, site: Site, P: int, layout: Layout, rank: int) -> list[Task]:
+    def tasks(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> list[Task]:
         """What `rank` computes for itself, and for each guest whose queries come."""
+        came_home = sum(each.back for each in self._rounds(site, P, layout, rank, way)) // accumulator_bytes(site)
         visits, rows = self.of_site(site, P, layout), rows_of_site(site, P, layout)
         own, heads = tuple(rows.keys(rank)), range(site.heads)
         keys = [own, *(part_of(rows.keys(guest), visits.keys[rank][guest]) for guest in range(P))]
         guests = (part_of(rows.queries(guest), visits.queries[rank][guest]) for guest in range(P))
         return [
-            task_of(rows, rank, filter(None, keys), heads, site.kv_heads),
+            task_of(rows, rank, filter(None, keys), heads, site.kv_heads, came_home),
             *(Task(queries, (own,), heads, site.kv_heads, own) for queries in guests if queries),
         ]
 

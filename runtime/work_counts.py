@@ -36,7 +36,7 @@ class Task:
     """Some queries and what comes of the keys, one piece after the other.
 
     `heads` are global, `grid` are the chunks by which predicates are decided, and `padded` is how often a row stands in for padding: a
-    forward computes that too.
+    forward computes that too. `came_home` are elements of results and gradients that come from others and are added.
     """
 
     queries: tuple[Chunk, ...]
@@ -45,6 +45,7 @@ class Task:
     kv_heads: int
     grid: tuple[Chunk, ...]
     padded: int = 0
+    came_home: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _of_site(site: Site, task: Task, way: Way) -> Work:
     sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads, bool(site.learned))
     empty_rows = cast(EmptyRows, site.empty_rows)
     problem = Problem(site.mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
-    return work_of(task, problem, sizes, way)
+    return work_of(task, problem, sizes, way) + Work(0, 0, task.came_home)
 
 
 def work_of(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:

@@ -125,11 +125,11 @@ def test_launches_are_the_calls_that_are_made(P: int) -> None:
 
 
 def test_merged_elements_of_one_rank() -> None:
-    """Out and lse of each block's rows forward; dq of its rows and dk, dv of its keys backward."""
+    """Out and lse of each block's rows forward; dq of its rows and dk, dv of its keys backward, which come home from the other rank."""
     case = Case(4 * TILE, 4 * TILE, mask="none", heads=4, kv_heads=2, head_dim=8, value_dim=16)
     found = {way: works("ring", case, 2, "contiguous", way)[0].merged_elements for way in WAYS}
     rows = keys = 2 * TILE
-    assert found == {"forward": 2 * 4 * rows * (16 + 1), "backward": 2 * (4 * rows * 8 + 2 * keys * (8 + 16))}
+    assert found == {"forward": 2 * 4 * rows * (16 + 1), "backward": 2 * 4 * rows * 8 + 3 * 2 * keys * (8 + 16)}
 
 
 def test_formulas_of_work_are_what_is_counted() -> None:

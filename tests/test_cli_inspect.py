@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
-from test_inspect import EXAMPLE
+from inspected_models import EXAMPLE
 
 
 def run(*arguments: str) -> Result:

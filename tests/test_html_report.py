@@ -22,7 +22,7 @@ from autoseq.html_costs import totals
 from autoseq.html_report import html_page, inspect_pictures
 from autoseq.inspection import Made
 from autoseq.options import Options
-from test_inspect import OneAttention, break_graph, make_model
+from inspected_models import OneAttention, break_graph, make_model
 
 EVIL = "<script>document['title']='owned'</script><img src=x onerror=\"document['title']='owned'\">"
 TARGET = "</title><script>document.title='owned'</script>"

@@ -16,7 +16,7 @@ from autoseq.program import Program
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from autoseq.runtime.traffic import Traffic
-from test_inspect import OneAttention, make_model
+from inspected_models import OneAttention, make_model
 
 P, NODES = 4, 2
 SITE = Site(

@@ -15,7 +15,7 @@ from autoseq.planning.prediction import LANES, pass_time
 from autoseq.planning.prediction import exchange_seconds as seconds_of
 from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
 from autoseq.runtime.strategies import STRATEGIES
-from test_prediction import SITE, topology
+from unit_hardware import SITE, topology
 
 TINY = "examples/plain_gpt.py:tiny"
 

@@ -10,24 +10,15 @@ import pytest
 import sympy
 
 from autoseq.planning.prediction import asked_ranks, pass_seconds, pass_time, step_seconds
-from autoseq.planning.topology import KernelRates, Link, Rate, Topology
+from autoseq.planning.topology import KernelRates
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
 from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Way, Work
+from unit_hardware import SITE, link, topology
 
 HALF = sympy.Rational(1, 2)
 WORK, IN_MESSAGES = 4.0, 6.0
-
-
-def link(latency_s: float = 0.0, bytes_per_s: float = 1.0) -> Link:
-    return Link(*[Rate(latency_s, bytes_per_s)] * 5)
-
-
-def topology(**changes: object) -> Topology:
-    """One flop, one byte over a link and one byte of memory a second."""
-    plain = Topology("unit", 4, 1, link(), link(), {"float32": KernelRates(1, 1, 1, 1)}, 1 << 40, 1.0, 0.0)
-    return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 class Scripted(Strategy):
@@ -49,9 +40,6 @@ class Scripted(Strategy):
 
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
         return Work(pairs=1, launches=0, merged_elements=0)  # of one key and one value column: 4 flops forward
-
-
-SITE = Site(batch=1, q_len=64, k_len=64, heads=4, kv_heads=4, head_dim=1, value_dim=1, element_bytes=4)
 
 
 def sends(**shares: Any) -> tuple[tuple[str, Any], ...]:

@@ -52,7 +52,8 @@ def asked() -> Iterator[tuple[str, str, Site, int, Layout]]:
         on_mesh = replace(site, mesh=mesh)
         for name in NAMES:
             if STRATEGIES[name].cannot_serve(on_mesh, P) is None:
-                yield from ((name, case, on_mesh, P, layout) for layout in layouts_of(name))
+                for layout in layouts_of(name):
+                    yield name, case, on_mesh, P, layout
 
 
 def test_exchanges_add_up_to_the_cost() -> None:

@@ -22,7 +22,7 @@ from autoseq.planning.training import Training, step_time, tokens_of_rank
 from autoseq.program import Program
 from autoseq.step_timeline import Span, Timeline, step_timeline
 from autoseq.trace_report import trace_json
-from test_inspect import make_model, make_one
+from inspected_models import make_model, make_one
 
 Step = tuple[Timeline, Program, ModelCost]
 TOPOLOGY = load_topology("2x8xA800-4nic")

@@ -68,7 +68,8 @@ def main(
     places = _matching(_places(rate, nodes, world_size), wanted, lambda place: place.kind)
     names = _matching(list(ATTENTIONS), wanted, lambda name: name)
     named = [(name, Work(n, head_dim=head_dim, window=window, **ATTENTIONS[name])) for name in names for n in seq_len]
-    asked = Asked(tuple(work for _, work in named), tuple(name for name in wanted if name in STRATEGIES), rounds, quick, check)
+    strategies = tuple(name for name in wanted if name in STRATEGIES and name != LOCAL)  # "local" is a place here
+    asked = Asked(tuple(work for _, work in named), strategies, rounds, quick, check)
     if (reason := why_not()) and any(place.rate for place in places):
         errors.print(f"no slow network can be emulated here: {reason}. What needs one is left out.", highlight=False)
         places = [place for place in places if not place.rate]

@@ -14,7 +14,7 @@ from autoseq.runtime.strategies import STRATEGIES
 from plan_cases import Candidate, Place, candidates, choice, prediction, slowest_rank
 from plan_choice import main
 from plan_results import judge, summary
-from rank_processes import Seat
+from rank_processes import RankFailed, Seat
 from slow_network import why_not
 from work import Work
 
@@ -51,6 +51,22 @@ def test_ranks_measure_predict_choose_and_time(tmp_path: Path, capsys: pytest.Ca
 
 def _as_registered(candidate: Candidate) -> tuple[int, bool]:
     return list(STRATEGIES).index(candidate.strategy), candidate.layout == "zigzag"
+
+
+def test_a_place_that_is_called_like_a_strategy_picks_no_strategy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def run(fn: Any, world_size: int, job: Any, **where: Any) -> None:
+        asked.append((world_size, job.strategies, where["ranks_per_node"], where["network"], [work.heads for work in job.works]))
+        raise RankFailed("a rank is tired")
+
+    monkeypatch.setattr("plan_choice.run_ranks", run)
+    with pytest.raises(SystemExit) as ended:
+        main(seq_len=[64], world_size=[2], only=["local", "gqa", "ring"])
+    assert ended.value.code == 1 and asked == [(2, ("ring",), 2, None, [8])]
+    assert "local, 2 ranks: a rank is tired" in capsys.readouterr().err
 
 
 def test_without_a_network_the_rest_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

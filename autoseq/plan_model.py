@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from autoseq.inspection import Made, with_programs
@@ -12,7 +12,9 @@ from autoseq.planning.model_cost import model_cost
 from autoseq.planning.sweep import Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
+from autoseq.program import Program
 from autoseq.runtime.errors import PlanError
+from autoseq.runtime.layout import local_length
 
 _LOOKED_AT_ON = 2  # ranks; a model's costs follow from its rows
 
@@ -37,9 +39,12 @@ def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: i
     """The attentions of a model and the costs of the rest. Raises as `inspect_model`."""
     looked_at_on = min(world_size, _LOOKED_AT_ON)
 
-    def use(programs: object) -> Training:
-        sites = [planned.site for program in programs for planned in program.plan.sites]  # type: ignore[attr-defined]
-        return Training(tuple(sites), model_cost(programs, world_size=looked_at_on), batch, seq_len, shard_parameters)  # type: ignore[arg-type]
+    def use(programs: Sequence[Program]) -> Training:
+        sites = [planned.site for program in programs for planned in program.plan.sites]
+        # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
+        tokens = batch * local_length(seq_len, looked_at_on, programs[0].plan.layout)
+        cost = replace(model_cost(programs, world_size=looked_at_on), tokens=tokens)
+        return Training(tuple(sites), cost, batch, seq_len, shard_parameters)
 
     return with_programs(make, use, world_size=looked_at_on, options=Options())
 

@@ -183,7 +183,8 @@ class _Counted(CountCollectives):
             self._made_again |= {_storage(x) for x in makes}
         if self._is_fixed(func, reads, makes):
             self._fixed |= {_storage(x) for x in makes}
-        self.largest_bytes = max(self.largest_bytes, *(_bytes(x) for x in makes))
+        else:
+            self.largest_bytes = max(self.largest_bytes, *(_bytes(x) for x in makes))
 
     def _is_fixed(self, func: Any, reads: Sequence[Tensor], makes: Sequence[Tensor]) -> bool:
         """Whether what an operator makes does not grow with the tokens: a gradient of a parameter, or made of what is fixed."""

@@ -186,11 +186,13 @@ def _candidate_json(each: Candidate) -> dict[str, Any]:
 def plot_sweep(planned: Planned, path: Path) -> None:
     """A step's seconds by length or ranks, a line for each strategy. Raises OptionError without matplotlib or for another kind of file."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         raise OptionError("--plot needs matplotlib: pip install 'autoseq[plot]'") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=[colormaps["tab20"](i / 19) for i in range(20)])
     for name in STRATEGIES:
         line = [(point.value, seconds) for point in planned.points if (seconds := point.seconds.get(name)) is not None]
         if line:
@@ -210,4 +212,4 @@ def plot_sweep(planned: Planned, path: Path) -> None:
 
 
 def _what(training: Training) -> str:
-    return f"{training.cost.parameters / 1e9:.2g} billion parameters, {len(training.sites)} attentions, batch {training.batch}"
+    return f"{training.cost.parameters / 1e6:,.3g} million parameters, {len(training.sites)} attentions, batch {training.batch}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sympy
 
-from autoseq.planning.prediction import asked_ranks, pass_seconds, pass_time, step_seconds
+from autoseq.planning.prediction import asked_ranks, exchange_seconds, pass_seconds, pass_time, step_seconds
 from autoseq.planning.topology import KernelRates
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -69,6 +69,34 @@ def test_links_of_two_kinds_carry_messages_side_by_side_and_one_link_one_after_t
     same = Scripted(*both, scopes={"a": "inside", "b": "inside"})
     assert pass_seconds(apart, replace(SITE, mesh=(2, 2)), 4, "contiguous", 0, nodes, "forward") == IN_MESSAGES
     assert pass_seconds(same, replace(SITE, mesh=(2, 2)), 4, "contiguous", 0, nodes, "forward") == 2 * IN_MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ranks_per_node", "seconds"),
+    [
+        # Six ranks a node of the mesh on nodes of four: in parts of two ranks and one card, whose two ranks send through it in turn.
+        pytest.param((2, 6), 4, 6 * 2 * (6 - 2) / (6 - 1), id="more than a node, not whole ones"),
+        pytest.param((4, 3), 4, 6 * 1 * (3 - 1) / (3 - 1), id="less than a node, and some in two"),
+        pytest.param((2, 8), 4, 6 * 2 * (8 - 4) / (8 - 1), id="whole nodes"),
+        pytest.param((4, 2), 4, 6, id="halves of a node"),
+        pytest.param((2, 3), 6, 6, id="all in one node"),
+    ],
+)
+def test_nodes_of_a_mesh_that_are_no_nodes_of_the_hardware_cross(mesh: tuple[int, int], ranks_per_node: int, seconds: float) -> None:
+    P = mesh[0] * mesh[1]
+    hardware = topology(ranks_per_node=ranks_per_node, between=replace(link(), lanes=2)).at(P)
+    exchange = Exchange("all_to_all", "inside", int(IN_MESSAGES), 1)
+    assert exchange_seconds(exchange, replace(SITE, mesh=mesh), P, hardware) == pytest.approx(seconds)
+
+
+def test_every_strategy_is_priced_on_every_mesh_and_hardware() -> None:
+    for P, R in ((12, 4), (12, 3), (12, 6), (8, 8), (12, 1)):
+        hardware = topology(ranks_per_node=R, between=link()).at(P)
+        for mesh in ((nodes, P // nodes) for nodes in range(2, P) if P % nodes == 0):
+            site = replace(SITE, heads=P, kv_heads=P, q_len=4 * P, k_len=4 * P, mesh=mesh)
+            serving = [each for each in STRATEGIES.values() if each.cannot_serve(site, P) is None]
+            assert {"hybrid", "double_ring"} <= {each.name for each in serving}
+            assert all(step_seconds(each, site, P, "contiguous", hardware, [0]) > 0 for each in serving)
 
 
 def test_segments_fill_the_lanes_and_end_with_the_pass() -> None:

@@ -8,6 +8,7 @@ What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -150,8 +151,10 @@ def exchange_seconds(exchange: Exchange, site: Site, P: int, topology: Topology)
     if not exchange.messages:
         return 0.0
     scope, ranks = exchange.scope, P
-    if scope == "inside" and site.mesh and site.mesh[1] > topology.ranks_per_node:
-        scope, ranks = "flat", site.mesh[1]  # a node of the mesh that is several of the hardware
+    if scope == "inside" and site.mesh and topology.ranks_per_node < P and topology.ranks_per_node % site.mesh[1]:
+        # Some node of the mesh lies in several of the hardware: its ranks are those of a sequence over these, or over whole parts of them.
+        scope, ranks = "flat", site.mesh[1]
+        topology = topology.cut_into(math.gcd(ranks, topology.ranks_per_node))
     return topology.seconds(exchange.kind, exchange.bytes, exchange.messages, ranks=ranks, scope=scope)
 
 

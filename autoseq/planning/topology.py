@@ -135,6 +135,13 @@ class Topology:
         self._between(world_size)
         return replace(self, nodes=world_size // self.ranks_per_node)
 
+    def cut_into(self, ranks_per_node: int) -> Topology:
+        """Nodes that are a part of these, each with its share of the network cards, one at least."""
+        if self.between is None:
+            return replace(self, ranks_per_node=ranks_per_node)
+        lanes = max(1, self.between.lanes * ranks_per_node // self.ranks_per_node)
+        return replace(self, ranks_per_node=ranks_per_node, between=replace(self.between, lanes=lanes))
+
     def kernel_rates(self, dtype: str) -> KernelRates:
         """Those of a dtype such as "float32", or of the nearest one that the topology tells of."""
         if dtype not in _STAND_INS:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import fx
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -33,7 +34,7 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.topology import Topology
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import FallbackError, NoAttentionError, NoSequenceError
-from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.groups import SequenceGroup, process_group
 
 log = logging.getLogger("autoseq")
 
@@ -136,7 +137,7 @@ def topology_of(options: Options, group: SequenceGroup) -> Topology:
     """The one that was asked for, or what is known of this machine, whose memory is a limit only if it is a GPU's."""
     if isinstance(options.topology, Topology):
         return options.topology
-    found = found_topology(group.size)
+    found = found_topology(group.size, dist.get_process_group_ranks(process_group(group.name)) if group.name else None)
     return found if torch.cuda.is_available() else replace(found, memory_bytes=_NO_LIMIT)
 
 

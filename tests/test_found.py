@@ -44,6 +44,45 @@ def test_a_launcher_tells_the_ranks_of_a_node(local: str, world_size: int, nodes
     assert found_topology(world_size).world_size == world_size
 
 
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "nodes"),
+    [
+        pytest.param([0, 8, 16, 24], 1, 4, id="one of each node"),
+        pytest.param([1, 3, 5, 7], 4, 1, id="within a node"),
+        pytest.param([8, 9, 10, 11, 12, 13, 14, 15], 8, 1, id="the second node"),
+        pytest.param([0, 4, 8, 12], 2, 2, id="two of each"),
+        pytest.param([5, 6, 7, 8, 9, 10], 3, 2, id="across an edge"),
+        pytest.param([6, 7, 8, 9, 10, 11], 2, 3, id="unequally many"),
+    ],
+)
+def test_the_ranks_of_a_part_of_the_program_lie_where_the_launcher_put_them(
+    ranks: list[int], per_node: int, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    topology = found_topology(len(ranks), ranks)
+    assert (topology.ranks_per_node, topology.nodes) == (per_node, nodes)
+
+
+def test_ranks_of_a_node_that_are_not_asked_about_use_their_share_of_its_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(monkeypatch, "NVIDIA H100", NO_NVML, tuple(Card(f"mlx5_{i}", "infiniband", 25e9) for i in range(8)))
+    for ranks, lanes in (([0, 8, 16, 24], 1), ([0, 4, 8, 12], 2), (list(range(16)), 8)):
+        between = found_topology(len(ranks), ranks).between
+        assert between is not None
+        assert between.lanes == lanes
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("local", [None, 1, 2, 3, 4, 6, 8])
+def test_hardware_is_found_for_any_number_of_ranks(cuda: bool, local: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus(monkeypatch, "NVIDIA A10", NO_NVML)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    for world_size in range(1, 33):
+        assert found_topology(world_size).world_size == world_size
+
+
 def on_gpus(monkeypatch: pytest.MonkeyPatch, name: str, nvlink: NVLinks, cards: tuple[Card, ...] = (), **other: object) -> None:
     device = {"name": name, "major": 9, "minor": 0, "total_memory": 77 * 2**30, "multi_processor_count": 100, **other}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

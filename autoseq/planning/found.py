@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +30,17 @@ _OPERATIONS = {(7, 0): (1024, 128), (8, 0): (2048, 128), (8, 6): (1024, 256), (9
 _ON_PCI_EXPRESS = ("4xA10", "4xL20")
 
 
-def found_topology(world_size: int) -> Topology:
-    """The hardware under `world_size` ranks, as far as it can be told without trying it."""
-    per_node = _ranks_per_node(world_size)
-    base = _cuda(per_node) if _on_cuda() else _cpu(per_node)
-    return replace(base, ranks_per_node=per_node).at(world_size)
+def found_topology(world_size: int, ranks: Sequence[int] | None = None) -> Topology:
+    """The hardware under `world_size` ranks, as far as it can be told without trying it; it serves any number of them.
+
+    `ranks` are theirs among all ranks of the program, where they are not its first ones.
+    """
+    members = range(world_size) if ranks is None else ranks
+    local = _local_ranks() or max(members) + 1
+    sharing = min(local, max(members) + 1)  # ranks that may be on the first node, of this group or not
+    base = _cuda(sharing) if _on_cuda() else _cpu(sharing)
+    # Other ranks of a node use their share of its cards.
+    return base.cut_into(_ranks_per_node(members, local)).at(world_size)
 
 
 def _on_cuda() -> bool:
@@ -41,11 +49,15 @@ def _on_cuda() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_backend() != "gloo"
 
 
-def _ranks_per_node(world_size: int) -> int:
-    """As a launcher says, else a rank for each device; nodes are equally large."""
+def _local_ranks() -> int:
+    """How many ranks a node has, as a launcher says, else a rank for each device; 0 where nobody says. Nodes are equally large."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    local = int(told) if told.isdecimal() and int(told) > 0 else torch.cuda.device_count() if _on_cuda() else world_size
-    return world_size if world_size <= local else math.gcd(world_size, local)
+    return int(told) if told.isdecimal() and int(told) > 0 else torch.cuda.device_count() if _on_cuda() else 0
+
+
+def _ranks_per_node(members: Sequence[int], local: int) -> int:
+    """How many of these ranks lie in one block of `local`; where blocks have unequally many, the most that cuts all of them."""
+    return math.gcd(*Counter(rank // local for rank in members).values())
 
 
 # GPUs ----------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`autoseq plan`: a model is looked at once, on a pretended group of ranks, and everything else follows by calculation."""
+"""`autoseq plan`: a model is looked at on a pretended group of ranks, and everything else follows by calculation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from autoseq.inspection import Made, with_programs
 from autoseq.options import Options
+from autoseq.planner import NamedSite
 from autoseq.planning.degrees import Candidate, candidates
-from autoseq.planning.model_cost import model_cost
+from autoseq.planning.gathered import gathers
+from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.sweep import Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
@@ -16,7 +18,7 @@ from autoseq.program import Program
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import local_length
 
-_LOOKED_AT_ON = 2  # ranks; a model's costs follow from its rows
+_LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +39,21 @@ class Planned:
 
 def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False) -> Training:
     """The attentions of a model and the costs of the rest. Raises as `inspect_model`."""
-    looked_at_on = min(world_size, _LOOKED_AT_ON)
 
-    def use(programs: Sequence[Program]) -> Training:
-        sites = [planned.site for program in programs for planned in program.plan.sites]
-        # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
-        tokens = batch * local_length(seq_len, looked_at_on, programs[0].plan.layout)
-        cost = replace(model_cost(programs, world_size=looked_at_on), tokens=tokens)
-        return Training(tuple(sites), cost, batch, seq_len, shard_parameters)
+    def look(ranks: int, layout: str = "auto") -> tuple[tuple[NamedSite, ...], ModelCost, str]:
+        def use(programs: Sequence[Program]) -> tuple[tuple[NamedSite, ...], ModelCost, str]:
+            sites = tuple(planned.site for program in programs for planned in program.plan.sites)
+            # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
+            taken = programs[0].plan.layout
+            tokens = batch * local_length(seq_len, ranks, taken)
+            return sites, model_cost(programs, world_size=ranks, tokens=tokens), taken
 
-    return with_programs(make, use, world_size=looked_at_on, options=Options())
+        return with_programs(make, use, world_size=ranks, options=Options(layout=layout))
+
+    sites, cost, layout = look(min(world_size, _LOOKED_AT_ON))
+    shortest = min(min(named.site.q_len, named.site.k_len) for named in sites)
+    more = look(_AND_ON, layout)[1] if gathers(cost) and shortest >= _AND_ON else None
+    return Training(sites, cost, batch, seq_len, shard_parameters, more)
 
 
 def plan_training(

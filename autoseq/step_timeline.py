@@ -113,7 +113,7 @@ class _Clock:
         self._products_s, self._traffic_s = dict[Way, float](), dict[Way, float]()
         for way in WAYS:
             spent = cost.way(way)
-            self._products_s[way] = sum(n / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, n in spent.flops)
+            self._products_s[way] = sum(n / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, n in spent.flops + spent.again)
             moved_s = (spent.fixed_bytes + spent.growing_bytes) / topology.memory_bytes_per_s
             self._traffic_s[way] = moved_s + spent.launches * topology.launch_s
         self._known: dict[tuple[object, ...], tuple[float, list[tuple[Segment, ...]]]] = {}

@@ -31,12 +31,12 @@ def training(*, batch: int = 8, seq_len: int = 8192, layers: int = 2, sharded: b
     )  # fmt: skip
     weights = 218_000_000 * layers
     cost = ModelCost(
-        tokens=1024,
+        tokens=1024, ranks=1,
         forward=PassCost((("bfloat16", 2 * 1024 * weights),), 0, 1024 * 400_000 * layers, 20 * layers),
         backward=PassCost((("bfloat16", 4 * 1024 * weights),), 2 * weights, 1024 * 700_000 * layers, 40 * layers),
         reduced=(Collective("all_reduce", 2 * weights, layers),),
         exchanged=(),
-        parameters=weights, parameter_bytes=2 * weights, gradient_bytes=2 * weights,
+        parameters=weights, trained=weights, parameter_bytes=2 * weights, gradient_bytes=2 * weights,
         kept_bytes=1024 * 200_000 * layers, largest_bytes=1024 * 28_672,
     )  # fmt: skip
     return Training(tuple(NamedSite(f"layers.{i}", "model.py:1", "k <= q", site) for i in range(layers)), cost, batch, seq_len, sharded)
@@ -91,6 +91,23 @@ def test_mfu_counts_each_product_once() -> None:
     flops = 6 * weights * tokens + 2 * 3 * 2 * pairs * 256
     assert best.mfu == pytest.approx(flops / best.seconds / H100.kernels["bfloat16"].peak_flops_per_s)
     assert best.tokens_per_s == pytest.approx(tokens / best.seconds)
+
+
+def test_what_is_computed_again_takes_time_and_is_no_use() -> None:
+    plain = training(batch=1)
+    backward = plain.cost.backward
+    once_more = replace(plain, cost=replace(plain.cost, backward=replace(backward, again=plain.cost.forward.flops)))
+    assert once_more.step_flops == plain.step_flops
+    (of_plain, *_), (of_more, *_) = candidates(plain, 1, H100), candidates(once_more, 1, H100)
+    assert of_more.time.products_s == pytest.approx(of_plain.time.products_s * 4 / 3)
+    assert of_more.mfu == pytest.approx(of_plain.mfu * of_plain.seconds / of_more.seconds)
+
+
+def test_what_is_frozen_has_no_moments() -> None:
+    whole = training(batch=1)
+    adapters = replace(whole, cost=replace(whole.cost, trained=1000, gradient_bytes=2000))
+    held = candidates(adapters, 1, H100)[0].memory
+    assert (held.parameters, held.gradients, held.optimizer) == (whole.cost.parameter_bytes, 2000, 8 * 1000)
 
 
 def test_a_model_with_windows_gets_a_mix() -> None:

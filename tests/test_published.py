@@ -72,11 +72,12 @@ def llama_3_8b(tokens: int) -> Training:
     """As `autoseq plan` counts it in bfloat16: products of 15.0 GFLOP a token forward, memory traffic of 12.4 and 18.3 MB a token."""
     parameters = 8_030_261_312
     cost = ModelCost(
-        tokens=1,
+        tokens=1, ranks=1,
         forward=PassCost((("bfloat16", 15_009_316_864),), 1_051_205_952, 12_425_512, 669),
         backward=PassCost((("bfloat16", 30_018_633_728),), 3_735_560_248, 18_253_602, 1071),
         reduced=(Collective("all_reduce", 2 * parameters, 164),), exchanged=(),
-        parameters=parameters, parameter_bytes=2 * parameters, gradient_bytes=2 * parameters, kept_bytes=6_575_892, largest_bytes=513_024,
+        parameters=parameters, trained=parameters, parameter_bytes=2 * parameters, gradient_bytes=2 * parameters,
+        kept_bytes=6_575_892, largest_bytes=513_024,
     )  # fmt: skip
     named = NamedSite("layers", "", "k <= q", site(tokens, 32, 8))
     return Training(tuple(replace(named, name=f"layers.{i}") for i in range(32)), cost, batch=1, seq_len=tokens)

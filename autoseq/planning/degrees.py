@@ -106,13 +106,13 @@ def candidate(training: Training, split: Split, topology: Topology, *, strategy:
     of_copy = training.at(batch=training.batch // split.data)
     # The grain of zigzag rows may add a few rows of padding; it is not known yet which layout it will be.
     tokens = tokens_of_rank(training, split.data, P, "contiguous")
-    rest = memory_besides_attention(training, tokens, W)
+    rest = memory_besides_attention(training, tokens, P, W)
     plan = make_plan(
         of_copy.on(split.mesh), group_size=P, strategy=strategy if P > 1 else "auto", layout=layout, topology=topology,
         reserved_bytes=rest.total,
     )  # fmt: skip
     tokens = tokens_of_rank(training, split.data, P, plan.layout)
-    memory = replace(memory_besides_attention(training, tokens, W), attention=plan.memory_bytes())
+    memory = replace(memory_besides_attention(training, tokens, P, W), attention=plan.memory_bytes())
     time = step_time(training, plan, tokens, P, W, topology)
     peak = topology.kernel_rates(_dtype(training)).peak_flops_per_s
     return Candidate(

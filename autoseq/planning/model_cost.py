@@ -1,14 +1,15 @@
 """What a model costs one rank besides its attention: products, memory that is read and written, collectives, and what is kept.
 
 Counted in a dry run of the rewritten program (`autoseq/dry_run.py`), forward and backward, with a stand-in for each attention that
-computes and sends nothing: what attention costs, its strategies say. One count serves any length and any number of ranks, since
-everything it holds is either fixed or grows with the rows that a rank has.
+computes and sends nothing: what attention costs, its strategies say. One count serves any length and, where no step sees all rows, any
+number of ranks, since everything it holds is either fixed or grows with the rows that a rank has (`gathered` has the other models).
 
 Memory traffic is counted as Inductor fuses it: what a pointwise operator makes is written only if something else than pointwise
 operators and reductions reads it, or the backward does; matrix products hide theirs. That is a model of the compiler, not a measurement.
 """
 
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,16 @@ _MAKES_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empt
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """One way, for the tokens of a rank: `flops` of products by dtype grow with them, `fixed_bytes` of memory traffic do not."""
+    """One way, for the tokens of a rank: `flops` of products by dtype grow with them, `fixed_bytes` of memory traffic do not.
+
+    `again` are products of the forward that the backward computes once more (checkpointed layers), not among `flops`.
+    """
 
     flops: tuple[tuple[str, int], ...]
     fixed_bytes: int
     growing_bytes: int
     launches: int
+    again: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +57,20 @@ class Collective:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """A model besides its attention, on a rank with so many tokens (rows times batch).
+    """A model besides its attention, on a rank with so many tokens (rows times batch), of a sequence on so many ranks.
 
     `reduced` are all-reduces, whose size does not depend on the tokens: gradients, and sums of losses. `exchanged` are the
     collectives of steps that needed other rows, which grow with them. `kept_bytes` (what autograd saves) and `largest_bytes` grow.
     """
 
     tokens: int
+    ranks: int
     forward: PassCost
     backward: PassCost
     reduced: tuple[Collective, ...]
     exchanged: tuple[Collective, ...]
     parameters: int
+    trained: int  # of the parameters: those that want a gradient
     parameter_bytes: int
     gradient_bytes: int
     kept_bytes: int
@@ -73,20 +80,26 @@ class ModelCost:
         return self.forward if way == "forward" else self.backward
 
 
-def model_cost(programs: Sequence[Program], *, world_size: int) -> ModelCost:
-    """What the programs of one model cost rank 0 of `world_size`, attention left out."""
+def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | None = None) -> ModelCost:
+    """What the programs of one model cost rank 0 of `world_size`, attention left out.
+
+    `tokens` are what the costs are said to be of; if not given, the rows of the longest attention.
+    """
     counted = [_counted(program, world_size) for program in programs]
-    site = programs[0].plan.sites[0].site.site
-    tokens = site.batch * local_length(site.q_len, world_size, programs[0].plan.layout)
+    if tokens is None:
+        sites = [(planned.site.site, program.plan.layout) for program in programs for planned in program.plan.sites]
+        tokens = max(site.batch * local_length(max(site.q_len, site.k_len), world_size, layout) for site, layout in sites)
     owned = _parameters(programs)
     collectives = _collectives([each.counts for each in counted], world_size)
     return ModelCost(
         tokens=tokens,
+        ranks=world_size,
         forward=_pass_cost(counted, "forward"),
         backward=_pass_cost(counted, "backward"),
         reduced=tuple(each for each in collectives if each.kind == "all_reduce"),
         exchanged=tuple(each for each in collectives if each.kind != "all_reduce"),
         parameters=sum(x.numel() for x in owned),
+        trained=sum(x.numel() for x in owned if x.requires_grad),
         parameter_bytes=sum(_bytes(x) for x in owned),
         gradient_bytes=sum(_bytes(x) for x in owned if x.requires_grad),
         kept_bytes=sum(each.kept_bytes for each in counted),
@@ -109,12 +122,14 @@ def _is_owned(node: fx.Node, value: object) -> bool:
 
 
 def _pass_cost(counted: Sequence["_Counted"], way: Way) -> PassCost:
-    flops: dict[str, int] = {}
+    flops, again = (Counter[str](), Counter[str]())
     for each in counted:
-        for dtype, number in each.flops[way].items():
-            flops[dtype] = flops.get(dtype, 0) + number
+        flops.update(each.flops[way])
+        if way == "backward":
+            again.update(each.again_flops)
     moved = [each.moved(way) for each in counted]
-    return PassCost(tuple(sorted(flops.items())), *(sum(numbers) for numbers in zip(*moved, strict=True)))
+    fixed, growing, launches = (sum(numbers) for numbers in zip(*moved, strict=True))
+    return PassCost(tuple(sorted(flops.items())), fixed, growing, launches, again=tuple(sorted(again.items())))
 
 
 def _collectives(counts: Sequence[Counts], P: int) -> list[Collective]:
@@ -149,7 +164,8 @@ class _Counted(CountCollectives):
 
     def __init__(self, world_size: int, owned: Sequence[Tensor]) -> None:
         super().__init__(world_size)
-        self.flops: dict[Way, dict[str, int]] = {"forward": {}, "backward": {}}
+        self.flops: dict[Way, Counter[str]] = {"forward": Counter(), "backward": Counter()}
+        self.again_flops = Counter[str]()
         self.way: Way = "forward"
         self.again = False  # what runs now runs once more in the backward
         self.kept_bytes = self.largest_bytes = 0
@@ -175,9 +191,9 @@ class _Counted(CountCollectives):
         for way in ways:
             product = func.overloadpacket in flop_registry
             if product:
-                dtype = str(makes[0].dtype).removeprefix("torch.")
-                number = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-                self.flops[way][dtype] = self.flops[way].get(dtype, 0) + int(number)
+                once_more = self.again and way == "backward"
+                flops = self.again_flops if once_more else self.flops[way]
+                flops[str(makes[0].dtype).removeprefix("torch.")] += int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
             self._ops.append(_Op(way, product, pointwise or func._opname in _REDUCTIONS, pointwise, reads, makes))
         if self.again:
             self._made_again |= {_storage(x) for x in makes}

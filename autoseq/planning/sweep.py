@@ -81,7 +81,9 @@ def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
     """Whether there is room for all but attention, in the split that leaves most; asked first, because it is quickly answered."""
     asked = splits(world_size, topology, batch=training.batch, seq_len=training.seq_len)
     held = [
-        memory_besides_attention(training, tokens_of_rank(training, split.data, split.sequence, "contiguous"), world_size).total
+        memory_besides_attention(
+            training, tokens_of_rank(training, split.data, split.sequence, "contiguous"), split.sequence, world_size
+        ).total
         for split in asked
     ]
     return not held or min(held) <= topology.memory_bytes

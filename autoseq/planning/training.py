@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autoseq.planner import NamedSite, Plan
+from autoseq.planning.gathered import cost_on
 from autoseq.planning.model_cost import Collective, ModelCost
 from autoseq.planning.topology import Topology
 from autoseq.runtime.layout import local_length
@@ -22,18 +23,22 @@ from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import Way, flops
 
 OPTIMIZER_BYTES = 8
-"""Of each parameter: the two float32 moments of Adam."""
+"""Of each parameter that is trained: the two float32 moments of Adam."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model with the batch and length that a step is to have in all."""
+    """A model with the batch and length that a step is to have in all.
+
+    `cost_on_more` is a look at it on more ranks than `cost`, for a model with steps that see all rows.
+    """
 
     sites: tuple[NamedSite, ...]
     cost: ModelCost
     batch: int
     seq_len: int
     shard_parameters: bool = False
+    cost_on_more: ModelCost | None = None
 
     def at(self, *, batch: int | None = None, seq_len: int | None = None) -> Training:
         """The same model with another batch or length: all lengths of its attentions change in proportion."""
@@ -53,6 +58,10 @@ class Training:
         """The attentions on a mesh of so many nodes and ranks, or on a flat one."""
         return [replace(named, site=replace(named.site, mesh=mesh)) for named in self.sites]
 
+    def cost_on(self, P: int) -> ModelCost:
+        """The cost for `cost.tokens` tokens of a rank, where a sequence is on P ranks."""
+        return cost_on(P, self.cost, self.cost_on_more)
+
     @property
     def tokens(self) -> int:
         return self.batch * self.seq_len
@@ -60,13 +69,14 @@ class Training:
     @cached_property
     def step_flops(self) -> int:
         """Of matrix products, without what is computed again: the backward's are twice the forward's."""
-        products = sum(number for way in (self.cost.forward, self.cost.backward) for _, number in way.flops)
+        alone = self.cost_on(1)
+        products = sum(number for way in (alone.forward, alone.backward) for _, number in way.flops)
         per_site = Counter(named.site for named in self.sites)
         attention = 0
         for site, count in per_site.items():
             pairs = STRATEGIES["local"].work(site, 1, "contiguous", 0, "forward").pairs
             attention += count * 3 * flops(pairs, site.head_dim, site.value_dim, "forward")
-        return products * self.tokens // self.cost.tokens + attention
+        return products * self.tokens // alone.tokens + attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +115,13 @@ def tokens_of_rank(training: Training, data: int, P: int, plan_layout: str) -> i
     return training.batch // data * local_length(training.seq_len, P, plan_layout)  # type: ignore[arg-type]
 
 
-def memory_besides_attention(training: Training, tokens: int, world_size: int) -> Memory:
+def memory_besides_attention(training: Training, tokens: int, P: int, world_size: int) -> Memory:
     """What a rank with so many tokens holds, attention not counted."""
-    cost, parts = training.cost, world_size if training.shard_parameters else 1
+    cost, parts = training.cost_on(P), world_size if training.shard_parameters else 1
     return Memory(
         parameters=cost.parameter_bytes // parts,
         gradients=cost.gradient_bytes // parts,
-        optimizer=OPTIMIZER_BYTES * cost.parameters // parts,
+        optimizer=OPTIMIZER_BYTES * cost.trained // parts,
         activations=cost.kept_bytes * tokens // cost.tokens,
         attention=0,
         largest=2 * cost.largest_bytes * tokens // cost.tokens,
@@ -120,12 +130,13 @@ def memory_besides_attention(training: Training, tokens: int, world_size: int) -
 
 def step_time(training: Training, plan: Plan, tokens: int, P: int, world_size: int, topology: Topology) -> StepTime:
     """Predicted seconds on ranks with so many tokens each."""
-    cost = training.cost
+    cost = training.cost_on(P)
     share = tokens / cost.tokens
     products, traffic = dict[Way, float](), dict[Way, float]()
     for way in ("forward", "backward"):
         spent = cost.way(way)
-        products[way] = sum(number * share / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, number in spent.flops)
+        multiplied = spent.flops + spent.again
+        products[way] = sum(number * share / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, number in multiplied)
         moved = spent.fixed_bytes + spent.growing_bytes * share
         traffic[way] = moved / topology.memory_bytes_per_s + spent.launches * topology.launch_s
     exchanges = sum(_collective_seconds(each, P, topology, share) for each in cost.exchanged) if P > 1 else 0.0
@@ -140,12 +151,12 @@ def step_time(training: Training, plan: Plan, tokens: int, P: int, world_size: i
 
 def sent_bytes(training: Training, plan: Plan, tokens: int, P: int, world_size: int) -> int:
     """What the busiest rank sends in a step."""
-    share = tokens / training.cost.tokens
-    exchanged = sum(round(each.full_bytes * share) * (P - 1) // P for each in training.cost.exchanged)
+    cost = training.cost_on(P)
+    exchanged = sum(each.full_bytes * tokens * (P - 1) // (P * cost.tokens) for each in cost.exchanged)
     if training.shard_parameters:
-        whole = 2 * training.cost.parameter_bytes + training.cost.gradient_bytes
+        whole = 2 * cost.parameter_bytes + cost.gradient_bytes
         return plan.step_bytes() + exchanged + whole * (world_size - 1) // world_size
-    reduced = sum(2 * each.full_bytes * (world_size - 1) // world_size for each in _reduced(training.cost))
+    reduced = sum(2 * each.full_bytes * (world_size - 1) // world_size for each in _reduced(cost))
     return plan.step_bytes() + exchanged + reduced
 
 

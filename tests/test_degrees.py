@@ -51,7 +51,8 @@ SPLITS = {
         8, 2, [Split(2, 4), Split(2, 4, (2, 2)), Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]
     ),
     "a sequence fills whole nodes": (16, 1, [Split(1, 16), Split(1, 16, (2, 8))]),
-    "a sequence that fills neither a part of a node nor whole nodes": (6, 1, []),
+    "a part of a node": (6, 1, [Split(1, 6), Split(1, 6, (3, 2)), Split(1, 6, (2, 3))]),
+    "an odd part of a node": (3, 3, [Split(3, 1), Split(1, 3)]),
     "a batch that no number of copies divides": (8, 3, [Split(1, 8), Split(1, 8, (4, 2)), Split(1, 8, (2, 4))]),
 }  # fmt: skip
 
@@ -121,8 +122,9 @@ def test_a_model_with_windows_gets_a_mix() -> None:
 
 
 def test_what_cannot_be_split_is_an_error_that_says_why() -> None:
-    with pytest.raises(PlanError, match=r"6 ranks cannot share a batch of 1 .*whole nodes of 8 or a part of one\. Change --batch"):
-        candidates(training(batch=1), 6, H100)
+    with pytest.raises(PlanError, match=r"8 ranks cannot share a batch of 1 .*whole nodes of 8 or a part of one\. --batch 4 would work"):
+        candidates(training(batch=1, seq_len=3), 8, H100)
+    assert candidates(training(batch=4, seq_len=3), 8, H100)
     with pytest.raises(TopologyError, match="12 ranks"):
         candidates(training(batch=1), 12, H100)
 
@@ -157,6 +159,11 @@ def test_a_sweep_has_a_point_for_each_value_and_finds_where_strategies_overtake(
 def test_a_sweep_of_ranks_asks_for_those_that_fill_nodes() -> None:
     points = sweep(training(batch=1, layers=1), 16, load_topology("2x8xA800-4nic"), "world-size", strategy="ulysses")
     assert [point.value for point in points] == [1, 2, 4, 8, 16]
+
+
+def test_a_sweep_of_a_part_of_a_node() -> None:
+    points = sweep(training(batch=1, layers=1), 6, H100, "world-size", strategy="ring")
+    assert [(point.value, point.best is not None) for point in points] == [(1, False), (2, True), (4, True), (6, True)]
 
 
 # Properties -----------------------------------------------------------------------------------------------------------

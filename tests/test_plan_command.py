@@ -77,7 +77,7 @@ def test_tables_and_formulas() -> None:
 MISTAKES = {
     "an unknown topology": (["--topology", "8xH10"], 2, r"nothing is known of H10|there is no topology"),
     "ranks that do not fill nodes": (["--topology", "8xH100", "--world-size", "12"], 2, "12 ranks"),
-    "ranks that a sequence cannot have": (["--topology", "8xH100", "--world-size", "6"], 1, "6 ranks cannot share a batch of 1"),
+    "fewer tokens than ranks": (["--topology", "8xH100", "--seq-len", "3"], 1, "8 ranks cannot share a batch of 1 .* --batch 4 would work"),
     "an unknown strategy": (["--topology", "8xH100", "--strategy", "rings"], 2, "did you mean 'ring'"),
     "a plot of nothing": (["--topology", "8xH100", "--plot", "out.png"], 2, "--plot draws a sweep; add --sweep"),
     "memory that nothing fits in": (["--topology", "8xH100", "--memory-gib", "0.001"], 1, "no plan fits in 0.0 GiB a rank"),

@@ -56,8 +56,11 @@ class Candidate:
 
 
 def splits(world_size: int, topology: Topology, *, batch: int, seq_len: int) -> Iterator[Split]:
-    """All that are possible, few ranks of a sequence first. Inside a node a mesh may have any shape, several nodes are its first dim."""
-    R = topology.ranks_per_node
+    """All that are possible, few ranks of a sequence first. Inside a node a mesh may have any shape, several nodes are its first dim.
+
+    Raises TopologyError if the ranks are neither whole nodes nor a part of one.
+    """
+    R = topology.at(world_size).ranks_per_node
     for P in divisors(world_size):
         within = P <= R and R % P == 0
         if batch % (world_size // P) or seq_len < P or not (within or P % R == 0):
@@ -78,14 +81,9 @@ def candidates(
 
     Raises StrategyError if no split can be served, PlanError if the batch cannot be split.
     """
-    topology.at(world_size)
     asked = list(splits(world_size, topology, batch=training.batch, seq_len=training.seq_len))
     if not asked:
-        raise PlanError(
-            f"{world_size} ranks cannot share a batch of {training.batch} with {training.seq_len:,} tokens: the copies of the data must "
-            "divide the batch, a sequence needs a token for each of its ranks, and its ranks fill whole nodes of "
-            f"{topology.ranks_per_node} or a part of one. Change --batch or --world-size"
-        )
+        raise PlanError(_cannot_share(training, world_size, topology))
     found: list[Candidate] = []
     refusals: list[StrategyError] = []
     for split in asked:
@@ -121,6 +119,16 @@ def candidate(training: Training, split: Split, topology: Topology, *, strategy:
         tokens_per_s=training.tokens / time.seconds,
         mfu=training.step_flops / (time.seconds * W * peak),
     )  # fmt: skip
+
+
+def _cannot_share(training: Training, world_size: int, topology: Topology) -> str:
+    """Why there is no split. As many sequences as there are ranks can always be shared, so some batch works."""
+    works = next(n for n in range(1, world_size + 1) if any(splits(world_size, topology, batch=n, seq_len=training.seq_len)))
+    return (
+        f"{world_size} ranks cannot share a batch of {training.batch} with {training.seq_len:,} tokens: the copies of the data must "
+        "divide the batch, a sequence needs a token for each of its ranks, and its ranks fill whole nodes of "
+        f"{topology.at(world_size).ranks_per_node} or a part of one. --batch {works} would work, and so would each multiple of it"
+    )
 
 
 def _dtype(training: Training) -> str:

@@ -31,9 +31,9 @@ def values_of(over: Over, *, seq_len: int, world_size: int, topology: Topology) 
     """Powers of two around the length, or up to the number of ranks as far as they fill a part of a node or whole nodes."""
     if over == "seq-len":
         return [n for k in range(-_HALVINGS, _DOUBLINGS + 1) if (n := round(seq_len * 2.0**k)) >= world_size]
-    R = topology.ranks_per_node
+    R = topology.at(world_size).ranks_per_node
     counts = sorted({world_size} | {2**k for k in range(world_size.bit_length())})
-    return [n for n in counts if n <= world_size and (R % n == 0 if n <= R else n % R == 0)]
+    return [n for n in counts if n <= world_size and (n <= R or n % R == 0)]
 
 
 def sweep(

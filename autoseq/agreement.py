@@ -1,4 +1,4 @@
-"""Ranks agree, or fail together: the same program and plan at compile time, the same inputs at the first call.
+"""Ranks agree, or fail together: the same hardware, program and plan at compile time, the same inputs at the first call.
 
 A rank that compiled another graph would not give a wrong number but a hang, in the middle of a collective. So ranks compare
 fingerprints through the store, which cannot hang, before anything is sent.
@@ -7,20 +7,30 @@ fingerprints through the store, which cannot hang, before anything is sent.
 import hashlib
 import itertools
 import json
+import logging
+import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 
 from autoseq.meetings import meet
+from autoseq.planning.topology import Topology
+from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import AutoSeqError, RankMismatchError, RendezvousError
-from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.groups import SequenceGroup, process_group
 from autoseq.runtime.rendezvous import timeout_s
+
+log = logging.getLogger("autoseq")
 
 COMPILE_TIMEOUT_VARIABLE = "AUTOSEQ_COMPILE_TIMEOUT_S"
 COMPILE_TIMEOUT_S = 600.0
 _SAMPLED_ELEMENTS = 4096
 _HASHED_WHOLE_BYTES = 1 << 22
+
+# What rank 0 of a group found. It stays when ranks disagree later: hardware does not change.
+_topologies: weakref.WeakKeyDictionary[dist.ProcessGroup, Topology] = weakref.WeakKeyDictionary()
 
 
 def _meet_after_compiling(group: SequenceGroup, purpose: str, payload: bytes) -> list[bytes]:
@@ -51,6 +61,31 @@ def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSe
         return digest
     texts = [zlib.decompress(t).decode() for t in _meet_after_compiling(group, "shows its program", zlib.compress(text.encode()))]
     raise RankMismatchError(_first_difference(group, texts))
+
+
+def agree_on_topology(group: SequenceGroup, find: Callable[[], Topology]) -> Topology | None:
+    """The hardware that rank 0 finds, for all ranks, whose machines may differ a little; they meet for it once.
+
+    None where each rank is to find its own: it is alone, or rank 0 finds none, which fails again where the others hear of it.
+    """
+    if group.size == 1:
+        return None
+    process = process_group(group.name)
+    if process not in _topologies:
+        mine = _found(find) if group.rank == 0 else b""
+        text = _meet_after_compiling(group, "compiles its first program without the option 'topology'", mine)[0].decode()
+        if not text:
+            return None
+        _topologies[process] = parse_topology(text, "the hardware that rank 0 found")
+    return _topologies[process]
+
+
+def _found(find: Callable[[], Topology]) -> bytes:
+    try:
+        return dump(find()).encode()
+    except Exception as error:  # noqa: BLE001 (the other ranks wait for an answer, whatever it is)
+        log.warning("this rank's hardware could not be told to the others: %s: %s", type(error).__name__, error)
+        return b""
 
 
 def _first_difference(group: SequenceGroup, texts: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.agreement import agree_on_inputs, agree_on_program
+from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
@@ -21,9 +21,10 @@ from autoseq.passes.source import input_name
 from autoseq.passes.tidy import leave_gradients_unsummed
 from autoseq.passes.traceable_masks import let_masks_through
 from autoseq.peer_failures import name_failures
-from autoseq.program import Program, build_program, fake_inputs, mark_trainable
+from autoseq.planning.topology import Topology
+from autoseq.program import Program, build_program, fake_inputs, mark_trainable, topology_of
 from autoseq.runtime.deferred import DeferredTensor, defer
-from autoseq.runtime.errors import AutoSeqError, FallbackError, UnsupportedError
+from autoseq.runtime.errors import AutoSeqError, FallbackError, TopologyError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
@@ -42,16 +43,29 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
     exception of a backend, and answer some by running the model unsplit.
     """
     try:
-        chosen = parse_options(options)
-        group = _sequence_group(chosen)
-        return _compile(gm, inputs, chosen, group)
+        chosen = _options(options)
+        group = group_from_mesh(chosen.mesh)
+        found = agree_on_topology(group, lambda: topology_of(chosen, group)) if chosen.topology is None else None
+        return _compile(gm, inputs, chosen, _on_nodes(group, chosen), found)
     except AutoSeqError as error:
         return _raiser(error)
 
 
-def _sequence_group(options: Options) -> SequenceGroup:
+def _options(given: Mapping[str, Any] | None) -> Options:
+    """The options. A topology's file may be missing on this rank's machine only, so the other ranks are told, where they can be."""
+    try:
+        return parse_options(given)
+    except TopologyError as error:
+        try:
+            agree_on_program(group_from_mesh((given or {}).get("mesh")), [], error)
+        except AutoSeqError as untold:  # the caller sees its own mistake
+            log.debug("the other ranks were not told of a mistake in the options: %s", untold)
+        raise
+
+
+def _on_nodes(group: SequenceGroup, options: Options) -> SequenceGroup:
     """The ranks that share the sequence. The first program that wants nodes has all ranks agree on them and make their groups."""
-    group, ranks_per_node = group_from_mesh(options.mesh), options.ranks_per_node
+    ranks_per_node = options.ranks_per_node
     return on_nodes(group, ranks_per_node, agree=lambda: agree_on_program(group, [f"ranks_per_node={ranks_per_node}"], None))
 
 
@@ -62,10 +76,12 @@ def _raiser(error: AutoSeqError) -> Callable[..., Any]:
     return fail
 
 
-def _compile(gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup) -> Callable[..., Any]:
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None
+) -> Callable[..., Any]:  # fmt: skip
     program, failure = None, None
     try:
-        program = build_program(gm, inputs, options=options, group=group, is_fragment=_is_fragment(gm, inputs))
+        program = build_program(gm, inputs, options=options, group=group, is_fragment=_is_fragment(gm, inputs), found=found)
     except AutoSeqError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)

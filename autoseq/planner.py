@@ -82,13 +82,14 @@ class Plan:
         """What the attentions keep for the backward, and the largest buffers."""
         return needed_bytes([planned.offer for planned in self.sites])
 
-    def lines(self) -> list[str]:
-        """The plan as text: for people, and for ranks to compare."""
+    def lines(self, *, seconds: bool = True) -> list[str]:
+        """The plan as text: for people, and without predicted seconds, which machines may round differently, for ranks to compare."""
         meshes = {planned.site.site.mesh for planned in self.sites} - {()}
         head = f"layout {self.layout}" + "".join(f", a mesh of {nodes} nodes of {ranks} ranks" for nodes, ranks in meshes)
-        total = f"{self.seconds():.3g} s of attention a step, {self.memory_bytes():,} bytes held"
-        sites = [f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}, {p.seconds:.3g} s" for p in self.sites]
-        return [head, f"topology {self.topology}", *sites, total]
+        total, held = f"{self.seconds():.3g} s of attention a step, " if seconds else "", f"{self.memory_bytes():,} bytes held"
+        took = [f", {p.seconds:.3g} s" if seconds else "" for p in self.sites]
+        sites = [f"{p.site.name}: {p.strategy}, mask {p.site.mask}, {p.cost}{s}" for p, s in zip(self.sites, took, strict=True)]
+        return [head, f"topology {self.topology}", *sites, total + held]
 
     def reasons(self) -> list[str]:
         """Why other layouts and strategies were not taken; sites that lost them alike are told once."""

@@ -64,7 +64,7 @@ class Program:
 
     def fingerprint(self) -> list[str]:
         """The global graph and the plan, as lines of text without anything that differs between ranks."""
-        return [*str(self.before).splitlines(), *self.plan.lines()]
+        return [*str(self.before).splitlines(), *self.plan.lines(seconds=False)]
 
 
 def build_program(
@@ -75,8 +75,12 @@ def build_program(
     group: SequenceGroup,
     is_fragment: bool,
     observe: Callable[[str, fx.GraphModule], None] | None = None,
+    found: Topology | None = None,
 ) -> Program | None:
-    """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole."""
+    """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole.
+
+    `found` is the hardware that the ranks agreed on where no option names one; without it this rank finds its own.
+    """
     open_regions(gm, inputs)
     keep_meaning(gm)
     floats = specialize_floats(gm, inputs)
@@ -87,13 +91,13 @@ def build_program(
     sites = find_sites(normal, group.mesh)
     placeholders = normal.graph.find_nodes(op="placeholder")
     contents = {i: node.meta[CONTENT].clone() for i, node in enumerate(placeholders) if READ in node.meta}
-    found, left_whole = records["find_attention"].result
+    num_found, left_whole = records["find_attention"].result
     if not sites:
         if is_fragment:
             return None
         raise NoAttentionError(_no_attention(gm, left_whole))
     _check_lengths(sites, group)
-    topology, reserved = topology_of(options, group), _parameter_bytes(normal, fake)
+    topology, reserved = found or topology_of(options, group), _parameter_bytes(normal, fake)
     plan = make_plan(
         sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology, reserved_bytes=reserved
     )  # fmt: skip
@@ -102,7 +106,7 @@ def build_program(
     before = fx.Graph()
     before.graph_copy(normal.graph, {}, return_output_node=True)
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
-    assert records["lower"].result == found, f"{found} attention sites were found, {records['lower'].result} rewritten"
+    assert records["lower"].result == num_found, f"{num_found} attention sites were found, {records['lower'].result} rewritten"
     sharding: Sharding = records["shard"].result
     dense_masks = tuple(records["read_masks"].result[1])
     program = Program(normal, before, fake, floats, contents, plan, sharding, dense_masks, tuple(left_whole))

@@ -280,6 +280,12 @@ def test_a_layout_that_a_strategy_does_not_take_is_an_error_that_says_why() -> N
         plan(strategy="balanced", layout="zigzag")
 
 
+def test_ranks_compare_no_predicted_seconds() -> None:
+    ours, theirs = plan("ring", "contiguous"), plan("ring", "contiguous", topology=replace(TOPOLOGY, launch_s=1.0))
+    assert ours.lines() != theirs.lines()
+    assert ours.lines(seconds=False) == theirs.lines(seconds=False)
+
+
 def test_ranks_compare_the_mesh() -> None:
     assert plan(strategy="hybrid", mesh=(2, 2)).lines()[0] == "layout zigzag, a mesh of 2 nodes of 2 ranks"
     assert plan(strategy="ring").lines()[0] == "layout zigzag"

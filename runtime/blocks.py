@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from autoseq.runtime.intervals import prove
@@ -63,8 +64,11 @@ class Cuts:
             full, empty = prove(mask.predicate, captures, batch, heads, *spans)
         return cls(mask, full, empty, q_tiles, k_tiles, sum(rows for *_, rows in k_chunks))
 
-    def blocks(self, q_chunk: Chunk, k_chunk: Chunk, heads: slice, *, tiled: bool) -> Iterator[Block]:
-        """The blocks of a pair of chunks for some of the heads. `tiled`: none is larger than a tile."""
+    def blocks(self, q_chunk: Chunk, k_chunk: Chunk, heads: slice, *, tiled: bool, proven_only: bool = False) -> Iterator[Block]:
+        """The blocks of a pair of chunks for some of the heads. `tiled`: none is larger than a tile.
+
+        `proven_only`: without those that `undecided` tells, all at once.
+        """
         (_, q_start, q_rows), (_, k_start, k_rows) = q_chunk, k_chunk
         bounds = replace(self.mask, predicate="")
         if self.full is None or self.empty is None:
@@ -73,22 +77,43 @@ class Cuts:
         numbers, skipped = self._k_tiles_of(k_start, k_rows)
         at = (slice(None), _slice(self.q_tiles[q_chunk[1:]]), _slice(numbers))
         full, empty = (_of_heads(grid, heads)[at].all(0) for grid in (self.full, self.empty))
-
-        def key_span(tiles: range) -> Span:
-            """The keys of some tiles, as an offset into the chunk, which may begin and end inside of a tile."""
-            first, end = max(0, tiles.start * TILE - skipped), min(tiles.stop * TILE - skipped, k_rows)
-            return first, end - first
-
         for rows, keys in rectangles(full.tolist()):
-            q_offset, (k_offset, k_count) = rows.start * TILE, key_span(keys)
+            q_offset, (k_offset, k_count) = rows.start * TILE, _part_of_tiles(keys, skipped, k_rows)
             q_count = min(rows.stop * TILE, q_rows) - q_offset
             for block in split(bounds, q_start + q_offset, q_count, k_start + k_offset, k_count, tiled=tiled):
                 yield block.moved(q_offset, k_offset)
+        if proven_only:
+            return
         for i, j in (~full & ~empty).nonzero().tolist():
-            tile = Block(i * TILE, min(TILE, q_rows - i * TILE), *key_span(range(j, j + 1)), BlockKind.PARTIAL, True)
+            keys_of_tile = _part_of_tiles(range(j, j + 1), skipped, k_rows)
+            tile = Block(i * TILE, min(TILE, q_rows - i * TILE), *keys_of_tile, BlockKind.PARTIAL, True)
             kind = bounds.classify(q_start + tile.q_offset, tile.q_rows, k_start + tile.k_offset, tile.k_rows)
             if kind is not BlockKind.EMPTY:
                 yield replace(tile, kind=BlockKind.FULL if kind is BlockKind.FULL else BlockKind.PARTIAL)
+
+    def undecided(self, q_chunks: Sequence[Chunk], k_chunks: Sequence[Chunk], heads: slice) -> Tensor:
+        """The tiles that the bounds leave and whose predicate must be asked: first query, queries, first key and keys, all global."""
+        if self.full is None or self.empty is None:
+            return torch.empty((0, 4), dtype=torch.int64)
+        q = [(number, *span) for chunk in q_chunks for number, span in zip(self.q_tiles[chunk[1:]], _spans(chunk[1:]), strict=True)]
+        k = [tile for _, start, rows in k_chunks for tile in self._numbered_keys(start, rows)]
+        (q_at, q_start, q_rows), (k_at, k_start, k_rows) = (torch.tensor(tiles, dtype=torch.int64).reshape(-1, 3).T for tiles in (q, k))
+        full, empty = (_of_heads(grid, heads).all(0)[q_at][:, k_at] for grid in (self.full, self.empty))
+        left = ~full & ~empty
+        if self.mask.max_ahead is not None:
+            left &= k_start - (q_start + q_rows - 1)[:, None] <= self.mask.max_ahead
+        if self.mask.max_behind is not None:
+            left &= q_start[:, None] - (k_start + k_rows - 1) <= self.mask.max_behind
+        i, j = left.nonzero(as_tuple=True)
+        return torch.stack([q_start[i], q_rows[i], k_start[j], k_rows[j]], 1)
+
+    def _numbered_keys(self, start: int, rows: int) -> Iterator[tuple[int, int, int]]:
+        """Number, first key and keys of the tiles of a chunk of keys."""
+        if rows > 0:
+            numbers, skipped = self._k_tiles_of(start, rows)
+            for j, number in enumerate(numbers):
+                offset, count = _part_of_tiles(range(j, j + 1), skipped, rows)
+                yield number, start + offset, count
 
     def _k_tiles_of(self, start: int, rows: int) -> tuple[range, int]:
         """The numbers of the tiles that hold a part of a chunk of keys, and how many rows of the first one come before the part."""
@@ -149,6 +174,12 @@ def _spans(span: Span) -> list[Span]:
     """The tiles of a span."""
     start, rows = span
     return [(start + offset, min(TILE, rows - offset)) for offset in range(0, rows, TILE)]
+
+
+def _part_of_tiles(tiles: range, skipped: int, rows: int) -> Span:
+    """Some tiles as an offset into a chunk of so many rows, which begins so far inside its first tile and may end inside its last."""
+    first, end = max(0, tiles.start * TILE - skipped), min(tiles.stop * TILE - skipped, rows)
+    return first, end - first
 
 
 def _slice(numbers: range) -> slice:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import sympy
 
 from autoseq.runtime import strategy
@@ -17,6 +19,7 @@ ROWS, HEADS = "rows", "heads"
 """The names of what goes to the ranks that compute a head, and of what goes back to those that hold a row."""
 
 
+@cache
 def head_formulas(way: Way) -> dict[str, sympy.Expr]:
     """Bytes that a rank sends: q, k, v or the gradient of out to where their heads are, and out or dq, dk, dv to where their rows are."""
     B, P, e = strategy.B, strategy.P, strategy.e

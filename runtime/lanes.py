@@ -135,6 +135,7 @@ def key_row_elements(site: Site) -> int:
     return site.batch * site.kv_heads * (site.head_dim + site.value_dim)
 
 
+@lru_cache(maxsize=64)
 def ring_phases(way: Way, ranks: sympy.Expr, prefix: str = "") -> tuple[Phase, ...]:
     """Hop by hop, the next one's messages under the work of this one; a backward has the keys of its first hop and ends with its own."""
     keys, grads = prefix + "keys", prefix + "gradients"

@@ -15,8 +15,10 @@ from typing import ClassVar
 import sympy
 from torch import Tensor
 
+from autoseq.runtime import blocks
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_work
+from autoseq.runtime.formula import SYMBOLS, parse
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
@@ -119,6 +121,15 @@ def rows_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = (
 
 def needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...] = (), heads: range | None = None) -> Needs:
     """Which keys the participants need of each other, without what only the values of a tensor tell."""
+    these = range(site.heads) if heads is None else heads
+    if these and site.predicate and SYMBOLS["h"] not in parse(site.predicate).free_symbols:
+        these = range(1)  # the same for all heads
+    return _needs_of_site(site, P, layout, places, these, blocks.TILE)
+
+
+@lru_cache(maxsize=256)
+def _needs_of_site(site: Site, P: int, layout: Layout, places: tuple[int, ...], heads: range, tile: int) -> Needs:
+    """All ranks and both ways ask for the same. It is proven in tiles of that size."""
     return needs_of(terms_of_site(site, heads), rows_of_site(site, P, layout, places), P)
 
 

@@ -118,16 +118,24 @@ class Tiling:
             if tile is not None:
                 yield tile
 
-    def blocks(self, k_chunks: Sequence[Chunk], *, plain: bool) -> Iterator[tuple[HeadRun, Chunk, Chunk, Block]]:
-        """Where the tiles are, before any tensor has been looked at."""
+    def blocks(
+        self, k_chunks: Sequence[Chunk], *, plain: bool, proven_only: bool = False
+    ) -> Iterator[tuple[HeadRun, Chunk, Chunk, Block]]:
+        """Where the tiles are, before any tensor has been looked at. `proven_only`: without those that `undecided` tells."""
         tiled = plain or bool(additive_terms(self.problem.score))
         whole = needs_whole_rows(self.problem.score)
         for run in self._small_runs(k_chunks) if plain else self._runs:
             for q_chunk in self._q_chunks:
                 for k_chunk in k_chunks:
-                    cut = self._cuts.whole_rows if whole else partial(self._cuts.blocks, heads=run[0], tiled=tiled)
+                    cut = self._cuts.whole_rows if whole else partial(self._cuts.blocks, heads=run[0], tiled=tiled, proven_only=proven_only)
                     for block in cut(q_chunk, k_chunk):
                         yield run, q_chunk, k_chunk, block
+
+    def undecided(self, k_chunks: Sequence[Chunk], *, plain: bool) -> Iterator[tuple[HeadRun, Tensor]]:
+        """The tiles of which a predicate must be asked, as `Cuts.undecided` tells them, for each run of heads."""
+        if not needs_whole_rows(self.problem.score):
+            for run in self._small_runs(k_chunks) if plain else self._runs:
+                yield run, self._cuts.undecided(self._q_chunks, k_chunks, run[0])
 
     def may_have_empty_rows(self, *, everywhere: bool) -> bool:
         """Whether `possibly_empty` has any tile."""

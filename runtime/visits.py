@@ -23,9 +23,9 @@ import sympy
 from autoseq.runtime import runs, strategy
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
-from autoseq.runtime.needs import Needs, Rows, fills_rows, needs_of, within_bounds
+from autoseq.runtime.needs import Needs, Rows, fills_rows, within_bounds
 from autoseq.runtime.runs import Runs
-from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, rows_of_site, task_of, terms_of_site
+from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of, terms_of_site
 from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Way
 from autoseq.runtime.work_counts import Task, part_of
 
@@ -136,7 +136,7 @@ class Manner:
     def of_site(self, site: Site, P: int, layout: Layout) -> Visits:
         """The visits for a site, without what only the values of a tensor rule out."""
         terms, rows = terms_of_site(site), rows_of_site(site, P, layout)
-        return self.visits(needs_of(terms, rows, P), rows, terms.mask, fills=fills_rows(terms, rows))
+        return self.visits(needs_of_site(site, P, layout), rows, terms.mask, fills=fills_rows(terms, rows))
 
     def cost(self, site: Site, P: int, layout: Layout, rank: int) -> Cost:
         """What `rank` sends for a site, row by row of what its mask leaves."""

@@ -6,29 +6,33 @@ cuts as in the real work are counted here, without tensors. What only the values
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from operator import add
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
 from autoseq.runtime import blocks, runs
-from autoseq.runtime.blocks import Block, Chunk
+from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.formula import SYMBOLS, parse
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.score_facts import additive_terms
 from autoseq.runtime.tiles import EmptyRows, HeadRun, Problem, Tiling
-from autoseq.runtime.timeline import NO_WORK, Way, Work
+from autoseq.runtime.timeline import NO_WORK, WAYS, Way, Work
 
 if TYPE_CHECKING:
     from autoseq.runtime.strategy import Site
 
 # Tiles of one task that are looked at one by one; of more, those of some rows stand for all.
-MOST_TILES = 2**12
+MOST_TILES = 2**9
 _FEWEST_SAMPLES = 8
+
+# So many times more of them are looked at where a predicate is all that cuts: in few large blocks, and all others together.
+_AT_ONCE = 2**5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,12 @@ class Sizes:
 
 def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
     """What a rank's tasks come to."""
-    return reduce(add, (_of_site(site, _from_first_head(task, site), way) for task in tasks), NO_WORK)
+    return reduce(add, (_of_task(site, task)[WAYS.index(way)] + Work(0, 0, task.came_home) for task in tasks), NO_WORK)
+
+
+def _of_task(site: Site, task: Task) -> tuple[Work, Work]:
+    """Forward and backward, without what comes home."""
+    return _of_site(site, replace(_from_first_head(task, site), came_home=0))
 
 
 def _from_first_head(task: Task, site: Site) -> Task:
@@ -79,31 +88,43 @@ def _from_first_head(task: Task, site: Site) -> Task:
 
 
 @lru_cache(maxsize=4096)
-def _of_site(site: Site, task: Task, way: Way) -> Work:
+def _of_site(site: Site, task: Task) -> tuple[Work, Work]:
     sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads, bool(site.learned))
     empty_rows = cast(EmptyRows, site.empty_rows)
-    problem = Problem(site.mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows)
-    return work_of(task, problem, sizes, way) + Work(0, 0, task.came_home)
+    return works_of(task, Problem(site.mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows), sizes)
 
 
-def work_of(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
-    """What a task comes to. Of very many tiles some rows' stand for all, evenly spread."""
-    heads = len(task.heads)
-    found = NO_WORK
-    if heads == 0 or task.kv_heads == 0:
-        return found
+def works_of(task: Task, problem: Problem, sizes: Sizes) -> tuple[Work, Work]:
+    """What a task comes to, forward and backward: counted once where both go through the same blocks."""
+    if not task.heads or task.kv_heads == 0:
+        return NO_WORK, NO_WORK
     problem = replace(problem, first_head=task.heads.start, heads_per_kv=sizes.heads_per_kv)
-    if task.queries:
-        sampled = _sampled(task, problem, tiled=not sizes.by_kernel(problem, way) or bool(additive_terms(problem.score)))
-        share = sum(rows for *_, rows in task.queries) / sum(rows for *_, rows in sampled.queries)
-        found = _scaled(_counted(sampled, problem, sizes, way), share)
-    if not problem.mask.predicate:
-        pairs = sum(pairs_within(problem.mask, q, k) for q in task.queries for piece in task.keys for k in piece)
-        found = replace(found, pairs=sizes.batch * heads * pairs)
-    if task.padded and way == "forward":
+    by_kernel = [sizes.by_kernel(problem, way) for way in WAYS]
+    found = {each: _of_queries(task, problem, sizes, plain=not each) for each in set(by_kernel)}
+    forward, backward = (found[each][i] for i, each in enumerate(by_kernel))
+    if task.padded:
         last = replace(task, queries=((0, sizes.q_len - 1, 1),))
-        found = found + replace(_scaled(_counted(last, problem, sizes, way), task.padded), pairs=0)
-    return found
+        padding = _counted(last, problem, sizes, plain=not by_kernel[0])[0]
+        forward = forward + replace(_scaled(padding, task.padded), pairs=0)
+    return forward, backward
+
+
+def _of_queries(task: Task, problem: Problem, sizes: Sizes, *, plain: bool) -> list[Work]:
+    """Of the queries that are no padding. Of very many tiles some rows' stand for all, evenly spread."""
+    if not task.queries:
+        return [NO_WORK, NO_WORK]
+    sampled = _sampled(task, problem, tiled=plain or bool(additive_terms(problem.score)))
+    share = sum(rows for *_, rows in task.queries) / sum(rows for *_, rows in sampled.queries)
+    found = [_scaled(work, share) for work in _counted(sampled, problem, sizes, plain=plain)]
+    if problem.mask.predicate:
+        return found
+    pairs = sizes.batch * len(task.heads) * _pairs(task, problem)
+    return [replace(work, pairs=pairs) for work in found]
+
+
+def _pairs(task: Task, problem: Problem) -> int:
+    """Of one head, as the bounds leave them."""
+    return sum(pairs_within(problem.mask, q, k) for q in task.queries for piece in task.keys for k in piece)
 
 
 def part_of(held: Sequence[Chunk], rows: Runs) -> tuple[Chunk, ...]:
@@ -138,35 +159,66 @@ def _sampled(task: Task, problem: Problem, *, tiled: bool) -> Task:
     if not problem.mask.predicate:
         if problem.mask.max_behind is None and not tiled:
             return task  # few blocks, however large
-        seen = sum(pairs_within(problem.mask, q, k) for q in task.queries for piece in task.keys for k in piece) // max(1, rows)
+        seen = _pairs(task, problem) // max(1, rows)
         per_row_of_tiles = seen // blocks.TILE + 2 + len(task.keys)
-    most = max(_FEWEST_SAMPLES, MOST_TILES // per_row_of_tiles)
+    at_once = problem.mask.predicate and problem.mask.max_behind is None and not tiled
+    # As many of each of several chunks of the same size, and later ones no more than earlier ones.
+    most = max(1, MOST_TILES * (_AT_ONCE if at_once else 1) // per_row_of_tiles // _FEWEST_SAMPLES) * _FEWEST_SAMPLES
     tiles = [(0, start + offset, min(blocks.TILE, n - offset)) for _, start, n in task.queries for offset in range(0, n, blocks.TILE)]
+    tiles.sort(key=lambda tile: tile[1])
     if len(tiles) <= most:
         return task
-    return replace(task, queries=tuple(tiles[(2 * i + 1) * len(tiles) // (2 * most)] for i in range(most)))
+    return replace(task, queries=tuple(tiles[((2 * i + 1) * len(tiles) - most * (1 - i % 2)) // (2 * most)] for i in range(most)))
 
 
 def _scaled(work: Work, share: float) -> Work:
     return work if share == 1 else Work(round(work.pairs * share), round(work.launches * share), round(work.merged_elements * share))
 
 
-def _counted(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Work:
-    pairs = launches = merged = 0
-    for (run, kv_heads, _), q_chunk, k_chunk, block in _blocks(task, problem, sizes, way):
-        heads, keys = run.stop - run.start, kv_heads.stop - kv_heads.start
-        q, k = q_chunk[1] + block.q_offset, k_chunk[1] + block.k_offset
-        pairs += heads * pairs_within(problem.mask, (0, q, block.q_rows), (0, k, block.k_rows))
-        launches += 1
-        if way == "forward":
-            merged += heads * block.q_rows * (sizes.value_dim + 1)
-        else:
-            merged += heads * block.q_rows * sizes.head_dim + keys * block.k_rows * (sizes.head_dim + sizes.value_dim)
-    return Work(sizes.batch * pairs, launches, sizes.batch * merged)
-
-
-def _blocks(task: Task, problem: Problem, sizes: Sizes, way: Way) -> Iterator[tuple[HeadRun, Chunk, Chunk, Block]]:
+def _counted(task: Task, problem: Problem, sizes: Sizes, *, plain: bool) -> tuple[Work, Work]:
+    """Forward and backward of all blocks. Pairs are those of a predicate; without one the bounds tell them."""
     q = torch.empty((sizes.batch, len(task.heads), 0, sizes.head_dim), device="meta")
-    tiling = Tiling(q, task.kv_heads, task.queries, task.grid, problem)
+    tiling, found = Tiling(q, task.kv_heads, task.queries, task.grid, problem), _Tally(sizes)
     for piece in task.keys:
-        yield from tiling.blocks(piece, plain=not sizes.by_kernel(problem, way))
+        for run, q_chunk, k_chunk, block in tiling.blocks(piece, plain=plain, proven_only=True):
+            tile = (0, q_chunk[1] + block.q_offset, block.q_rows), (0, k_chunk[1] + block.k_offset, block.k_rows)
+            pairs = pairs_within(problem.mask, *tile) if problem.mask.predicate else 0
+            found.add(run, 1, pairs, block.q_rows, block.k_rows)
+    if problem.mask.predicate:
+        # A predicate that looks up tensors leaves all tiles to be asked: they are counted together.
+        for run, tiles in tiling.undecided([chunk for piece in task.keys for chunk in piece], plain=plain):
+            q_start, q_rows, k_start, k_rows = tiles.T
+            pairs = int(_pairs_of_tiles(problem.mask, q_start - k_start, q_rows, k_rows).sum())
+            found.add(run, len(tiles), pairs, int(q_rows.sum()), int(k_rows.sum()))
+    return found.forward, found.backward
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over blocks: calls, pairs, and what the results of each way are merged into."""
+
+    sizes: Sizes
+    forward: Work = NO_WORK
+    backward: Work = NO_WORK
+
+    def add(self, run: HeadRun, calls: int, pairs: int, q_rows: int, k_rows: int) -> None:
+        """So many calls for a run of heads, with so many pairs of one head, rows of queries and of keys in all."""
+        sizes, (heads, kv_heads) = self.sizes, (at.stop - at.start for at in run[:2])
+        seen = sizes.batch * heads * pairs
+        merged = heads * q_rows * (sizes.value_dim + 1)
+        merged_back = heads * q_rows * sizes.head_dim + kv_heads * k_rows * (sizes.head_dim + sizes.value_dim)
+        self.forward += Work(seen, calls, sizes.batch * merged)
+        self.backward += Work(seen, calls, sizes.batch * merged_back)
+
+
+def _pairs_of_tiles(mask: Mask, first: Tensor, q_rows: Tensor, k_rows: Tensor) -> Tensor:
+    """`pairs_within` of many tiles; `first` is how far their first query is behind their first key."""
+
+    def keys_below(first: Tensor) -> Tensor:
+        start, full = (-first).clamp(min=0), torch.minimum(q_rows, k_rows - first).clamp(min=0)
+        rising = (full - start).clamp(min=0)
+        return rising * (2 * (first + start) + rising - 1) // 2 + (q_rows - torch.maximum(full, start)).clamp(min=0) * k_rows
+
+    upto = q_rows * k_rows if mask.max_ahead is None else keys_below(first + mask.max_ahead + 1)
+    before = torch.zeros_like(upto) if mask.max_behind is None else keys_below(first - mask.max_behind)
+    return (upto - before).clamp(min=0)

@@ -32,7 +32,7 @@ def plan(
     with exit_codes(verbose):
         from autoseq.options import Options
         from autoseq.plan_model import look_at, plan_training
-        from autoseq.plan_report import plan_json, plot_sweep, print_plan
+        from autoseq.plan_report import check_plot, plan_json, plot_sweep, print_plan
         from autoseq.planning.presets import load_topology
         from autoseq.report import results
         from autoseq.runtime.errors import OptionError
@@ -40,6 +40,8 @@ def plan(
 
         if plot is not None and sweep is None:
             raise OptionError("--plot draws a sweep; add --sweep seq-len or --sweep world-size")
+        if plot is not None:
+            check_plot(plot)
         Options(strategy=strategy, layout=layout)
         hardware = load_topology(topology)
         hardware.at(world_size)
@@ -49,7 +51,7 @@ def plan(
             training, world_size=world_size, topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib, over=sweep
         )
         if as_json:
-            print(plan_json(found))
+            print(plan_json(found, formulas=formulas))
         else:
             print_plan(results(), found, formulas=formulas)
         if plot is not None:

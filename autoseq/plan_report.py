@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from autoseq.plan_formulas import formulas_json
 from autoseq.plan_model import Planned
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
@@ -141,8 +142,8 @@ def print_formulas(out: Console) -> None:
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
-def plan_json(planned: Planned) -> str:
-    """One object, as documented: scripts may rely on these names."""
+def plan_json(planned: Planned, *, formulas: bool = False) -> str:
+    """One object, as documented: scripts may rely on these names. `formulas`: with the cost model in symbols."""
     training = planned.training
     return json.dumps({
         "world_size": planned.world_size, "batch": training.batch, "sequence_length": training.seq_len,
@@ -163,6 +164,7 @@ def plan_json(planned: Planned) -> str:
             ],
             "overtakings": [{"value": value, "before": old, "after": new} for value, old, new in overtakings(planned.points)],
         } if planned.over else None,
+        **({"formulas": formulas_json()} if formulas else {}),
     }, indent=2)  # fmt: skip
 
 
@@ -183,13 +185,22 @@ def _candidate_json(each: Candidate) -> dict[str, Any]:
 # The plot -------------------------------------------------------------------------------------------------------------
 
 
-def plot_sweep(planned: Planned, path: Path) -> None:
-    """A step's seconds by length or ranks, a line for each strategy. Raises OptionError without matplotlib or for another kind of file."""
+def check_plot(path: Path) -> None:
+    """Raises OptionError, before anything is calculated, without matplotlib, or for a kind of file that it does not draw."""
     try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise OptionError("--plot needs matplotlib: pip install 'autoseq[plot]'") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise OptionError(f"--plot {path}: {path.suffix} is no kind of picture that can be drawn; take .png, .svg or .pdf")
+
+
+def plot_sweep(planned: Planned, path: Path) -> None:
+    """A step's seconds by length or ranks, a line for each strategy. Raises OptionError if the file cannot be written."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(color=[colormaps["tab20"](i / 19) for i in range(20)])

@@ -74,12 +74,24 @@ def test_tables_and_formulas() -> None:
         assert expected in shown.stdout
 
 
+def test_json_has_the_formulas_that_were_asked_for() -> None:
+    shown = run(TINY, "--seq-len", "64", "--world-size", "2", "--topology", "4xA10", "--json", "--formulas")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    found = json.loads(shown.stdout)["formulas"]
+    assert set(found["T_work"]) == {"forward", "backward"}
+    assert set(found["strategies"]) == set(STRATEGIES) - {"local"}
+    phases = found["strategies"]["ring"]["forward"]["phases"]
+    assert any(phase["seconds"].startswith("Max(") for phase in phases)
+    assert found["strategies"]["ring"]["forward"]["exchanges"][0].startswith("T_keys: send among all ranks")
+
+
 MISTAKES = {
     "an unknown topology": (["--topology", "8xH10"], 2, r"nothing is known of H10|there is no topology"),
     "ranks that do not fill nodes": (["--topology", "8xH100", "--world-size", "12"], 2, "12 ranks"),
     "fewer tokens than ranks": (["--topology", "8xH100", "--seq-len", "3"], 1, "8 ranks cannot share a batch of 1 .* --batch 4 would work"),
     "an unknown strategy": (["--topology", "8xH100", "--strategy", "rings"], 2, "did you mean 'ring'"),
     "a plot of nothing": (["--topology", "8xH100", "--plot", "out.png"], 2, "--plot draws a sweep; add --sweep"),
+    "a plot of no known kind": (["--topology", "8xH100", "--sweep", "seq-len", "--plot", "out.txt"], 2, r"\.txt is no kind of picture"),
     "memory that nothing fits in": (["--topology", "8xH100", "--memory-gib", "0.001"], 1, "no plan fits in 0.0 GiB a rank"),
     "a strategy that cannot serve": (["--topology", "8xH100", "--strategy", "halo"], 1, "'halo' cannot serve"),
 }

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from autoseq.cli_errors import exit_codes
+from autoseq.cli_files import check_writable, write_file
 from autoseq.cli_options import Batch, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
-from autoseq.runtime.errors import OptionError
 
 _TOPOLOGY_HELP = "The hardware to plan for: a name (autoseq topology list) or a JSON file; else what torch tells of this machine."
 _HTML_HELP = "Write a page that shows the model before and after, block by block; any browser shows it, without a network."
@@ -42,7 +42,7 @@ def inspect(
 
         files = {"--html": html, "--trace": trace}
         for option, path in files.items():
-            _check_writable(option, path)
+            check_writable(option, path)
         make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
         options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node, topology=topology)
         if html is None and trace is None:
@@ -54,9 +54,9 @@ def inspect(
             pictured = inspect_pictures(make, seq_len=seq_len, world_size=world_size, options=options)
             found = pictured.inspection
             if html is not None:
-                _write("--html", html, html_page(pictured, target))
+                write_file("--html", html, html_page(pictured, target))
             if trace is not None:
-                _write("--trace", trace, trace_json(pictured.timeline))
+                write_file("--trace", trace, trace_json(pictured.timeline))
         if as_json:
             print(inspection_json(found))
             return
@@ -64,18 +64,3 @@ def inspect(
         print_inspection(results(), found, graph or (None if written else "after"))
         for path in written:
             results().print(f"Wrote {path}")
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    """A mistake in a path is found before the work."""
-    if path is not None and path.is_dir():
-        raise OptionError(f"{option} {path}: this is a folder; name a file in it")
-    if path is not None and not path.parent.is_dir():
-        raise OptionError(f"{option} {path}: there is no folder {path.parent}")
-
-
-def _write(option: str, path: Path, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise OptionError(f"{option} {path}: {error.strerror or error}") from error

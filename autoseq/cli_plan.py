@@ -1,5 +1,6 @@
 """`autoseq plan`: what would be fastest on some hardware, how fast, and why. Needs no peers, GPU or weights."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from autoseq.cli_errors import exit_codes
+from autoseq.cli_files import check_writable
 from autoseq.cli_options import Batch, LayoutName, SeqLen, StrategyName, TargetText, Verbose, WorldSize
 
 _TOPOLOGY_HELP = "The hardware: a name such as 8xH100 or 2x8xA800-4nic (autoseq topology list), or a JSON file."
@@ -40,6 +42,9 @@ def plan(
 
         if plot is not None and sweep is None:
             raise OptionError("--plot draws a sweep; add --sweep seq-len or --sweep world-size")
+        check_writable("--plot", plot)
+        if memory_gib is not None and not math.isfinite(memory_gib * 2**30):
+            raise OptionError(f"--memory-gib {memory_gib}: this is no number of GiB; leave it out for the topology's memory")
         if plot is not None:
             check_plot(plot)
         Options(strategy=strategy, layout=layout)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoseq.cli_errors import exit_codes
+from autoseq.cli_files import check_writable, write_file
 from autoseq.cli_options import Verbose
 
 if TYPE_CHECKING:
@@ -63,28 +64,34 @@ def measure(
     """Time the links and kernels of the running ranks, and write what they can do as a topology."""
     with exit_codes(verbose):
         from autoseq.planning.measure import Request, measure_here, measure_launched, world_of_launcher
-        from autoseq.runtime.errors import OptionError, TopologyError
+        from autoseq.runtime.errors import OptionError
 
         launched = world_of_launcher()
         if launched and world_size not in (None, launched):
             raise OptionError(f"--world-size {world_size}: this is one of {launched} ranks already (WORLD_SIZE); leave the option out")
-        if out is not None and not out.absolute().parent.is_dir():
-            raise TopologyError(f"there is no folder {out.absolute().parent} to write {out.name} to")
+        writes = not launched or int(os.environ.get("RANK", "0")) == 0
+        if writes:
+            check_writable("-o", out)
         world = launched or world_size or 2
         local = os.environ.get("LOCAL_WORLD_SIZE", "")
         request = Request(ranks_per_node or (int(local) if launched and local.isdecimal() else world), nics, tuple(dtype or ()))
         found = measure_launched(request) if launched else measure_here(request, world)
-        if int(os.environ.get("RANK", "0")) == 0 or not launched:
+        if writes:
             _deliver(found, out)
 
 
 def _deliver(found: "Topology", out: Path | None) -> None:
     from autoseq.planning.topology_file import dump
     from autoseq.report import results
+    from autoseq.runtime.errors import OptionError
     from autoseq.topology_report import print_topology
 
     if out is None:
         print(dump(found))
         return
-    out.write_text(dump(found) + "\n", encoding="utf-8")
+    try:
+        write_file("-o", out, dump(found) + "\n")
+    except OptionError:
+        print(dump(found))  # so that what took minutes to measure is not lost
+        raise
     print_topology(results(), found)

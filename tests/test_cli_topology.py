@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,12 @@ def test_shown_as_json_it_is_a_file_to_give_back(tmp_path: Path) -> None:
     [
         pytest.param(("show", "8xH10"), "nothing is known of H10 (did you mean 'H100'?)", id="no such topology"),
         pytest.param(("measure", "--world-size", "4", "--ranks-per-node", "3"), "4 ranks are not whole nodes of 3", id="no whole nodes"),
-        pytest.param(("measure", "-o", "nowhere/at/all.json"), "there is no folder", id="no folder to write to"),
+        pytest.param(("measure", "-o", "nowhere/at/all.json"), "there is no folder nowhere/at", id="no folder to write to"),
+        pytest.param(("measure", "-o", "."), "this is a folder; name a file in it", id="a folder to write to"),
+        pytest.param(("measure", "-o", "a" * 300), "File name too long", id="no name for a file"),
+        pytest.param(("show", "~nosuchuser/x.json"), "topology '~nosuchuser/x.json' cannot be read", id="nobody's home"),
+        pytest.param(("show", "a" * 300), "File name too long", id="no name of a topology"),
+        pytest.param(("show", "a\0.json"), "cannot be read: embedded null byte", id="no path"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
@@ -87,6 +93,30 @@ def test_measure_writes_a_file_and_shows_it_or_prints_the_file(asked: list[tuple
     assert load_topology(tmp_path / "mine.json") == load_topology("8xH100")
     assert parse_topology(run("measure").stdout, "printed") == load_topology("8xH100")
     assert asked == [(Request(2, 2, ("bfloat16",)), 4), (Request(2), 2)]
+
+
+def test_a_measurement_is_not_lost_if_its_file_cannot_be_written(asked: list[tuple[Request, int]], tmp_path: Path) -> None:
+    out = tmp_path / "mine.json"
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", no_room)
+        result = run("measure", "-o", str(out))
+    assert len(asked) == 1
+    assert result.exit_code == 2
+    assert f"-o {out}: No space left on device" in result.stderr
+    assert parse_topology(result.stdout, "printed") == load_topology("8xH100")
+
+
+def test_where_a_file_may_not_be_written_nothing_is_measured(
+    asked: list[tuple[Request, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    result = run("measure", "-o", str(tmp_path / "mine.json"))
+    assert (result.exit_code, result.stdout, asked) == (2, "", [])
+    assert f"{tmp_path} may not be written" in result.stderr
 
 
 def test_a_launched_rank_measures_with_the_others_and_rank_0_writes(

@@ -93,6 +93,8 @@ MISTAKES = {
     "a plot of nothing": (["--topology", "8xH100", "--plot", "out.png"], 2, "--plot draws a sweep; add --sweep"),
     "a plot of no known kind": (["--topology", "8xH100", "--sweep", "seq-len", "--plot", "out.txt"], 2, r"\.txt is no kind of picture"),
     "memory that nothing fits in": (["--topology", "8xH100", "--memory-gib", "0.001"], 1, "no plan fits in 0.0 GiB a rank"),
+    "memory without a limit": (["--topology", "8xH100", "--memory-gib", "inf"], 2, "--memory-gib inf: this is no number of GiB"),
+    "a plot to nowhere": (["--topology", "8xH100", "--sweep", "seq-len", "--plot", "no/where.png"], 2, "there is no folder no"),
     "a strategy that cannot serve": (["--topology", "8xH100", "--strategy", "halo"], 1, "'halo' cannot serve"),
 }
 

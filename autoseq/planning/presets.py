@@ -36,13 +36,13 @@ def load_topology(given: str | os.PathLike[str] | Topology) -> Topology:
     text = os.fspath(given)
     if isinstance(given, str) and (parts := _NAME.fullmatch(text)):
         return _preset(text, **parts.groupdict())
-    path = Path(text).expanduser()
-    if path.suffix != ".json" and not path.is_file():
-        raise TopologyError(f"there is no topology {text!r}{did_you_mean(text, names())}; it is {FORMS}")
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        path = Path(text).expanduser()
+        content = path.read_text(encoding="utf-8") if path.suffix == ".json" or path.is_file() else None
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~name, and nobody has that name
         raise TopologyError(f"topology {text!r} cannot be read: {error}") from error
+    if content is None:
+        raise TopologyError(f"there is no topology {text!r}{did_you_mean(text, names())}; it is {FORMS}")
     return parse_topology(content, text)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import sympy
 from rich.console import Console
 
 from autoseq.plan_formulas import formulas_json
 from autoseq.plan_model import Planned
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
-from autoseq.planning.time_formulas import exchange_text, phase_formulas, work_formula
+from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
 from autoseq.planning.training import Training
 from autoseq.report import readable_bytes, table
 from autoseq.runtime.errors import OptionError
@@ -130,13 +131,20 @@ def print_formulas(out: Console) -> None:
             continue
         for way in ("forward", "backward"):
             out.print(f"\n{name}, {way}:")
-            for times, seconds in phase_formulas(strategy, way):
-                often = "" if times == 1 else f"({formula_text(times)}) times "
-                out.print(f"  {often}{formula_text(seconds)}")
+            _print_phases(out, phase_formulas(strategy, way))
+            if uses_links_together(strategy, way):
+                out.print("  and where all ranks are on one node, whose messages share a link:")
+                _print_phases(out, phase_formulas(strategy, way, one_link=True))
             for line in exchange_text(strategy, way):
                 out.print(f"  {line}")
         work = {of: formula_text(formula) for of, formula in strategy.work_formulas().items()}
         out.print(f"  without a mask: pairs = {work['pairs']}, kept for the backward {work['kept_bytes']} bytes")
+
+
+def _print_phases(out: Console, phases: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> None:
+    for times, seconds in phases:
+        often = "" if times == 1 else f"({formula_text(times)}) times "
+        out.print(f"  {often}{formula_text(seconds)}")
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from autoseq.planning.prediction import Lane
 from autoseq.step_timeline import Timeline
 
 _LANES: dict[Lane, str] = {
-    "compute": "compute", "links": "messages among all ranks", "inside": "messages inside the node", "across": "messages across nodes"
+    "compute": "compute", "links": "messages", "inside": "messages inside the node", "across": "messages across nodes"
 }  # fmt: skip
 _THREADS = {lane: number for number, lane in enumerate(_LANES)}
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import sympy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from autoseq.planning.prediction import asked_ranks, exchange_seconds, pass_seconds, pass_time, step_seconds
-from autoseq.planning.topology import KernelRates
+from autoseq.planning.prediction import asked_ranks, dtype_of, exchange_seconds, pass_seconds, pass_time, step_seconds
+from autoseq.planning.time_formulas import WORK as WORK_S
+from autoseq.planning.time_formulas import exchange_seconds as symbol_of
+from autoseq.planning.time_formulas import time_formula, uses_links_together
+from autoseq.planning.topology import KernelRates, Topology
+from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
-from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Way, Work
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Phase, Way, Work
 from unit_hardware import SITE, link, topology
 
 HALF = sympy.Rational(1, 2)
@@ -97,6 +103,74 @@ def test_every_strategy_is_priced_on_every_mesh_and_hardware() -> None:
             serving = [each for each in STRATEGIES.values() if each.cannot_serve(site, P) is None]
             assert {"hybrid", "double_ring"} <= {each.name for each in serving}
             assert all(step_seconds(each, site, P, "contiguous", hardware, [0]) > 0 for each in serving)
+
+
+def test_on_one_node_messages_of_both_levels_take_the_same_link() -> None:
+    both = Scripted(Phase(ONE, sends(a=1, b=1)), scopes={"a": "inside", "b": "across"})
+    site = replace(SITE, mesh=(2, 2))
+    found = pass_time(both, site, 4, "contiguous", 0, topology(), "forward")
+    assert found.seconds == 2 * IN_MESSAGES
+    assert {segment.lane for segment in found.segments} == {"compute", "links"}
+
+
+def seconds_of_links(strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, hardware: Topology, way: Way) -> dict[str, float]:
+    """How long each physical link of a rank is busy with all of its messages."""
+    busy = {"inside": 0.0, "between": 0.0}
+    for exchange in strategy.exchanges(site, P, layout, rank, way).values():
+        scope, ranks = exchange.scope, P
+        if scope == "inside" and hardware.ranks_per_node < P and hardware.ranks_per_node % site.mesh[1]:
+            scope, ranks = "flat", site.mesh[1]  # whole nodes of the hardware here
+        for path in hardware.paths(exchange.kind, ranks=ranks, scope=scope):
+            busy[path.where] += path.seconds(exchange.bytes, exchange.messages) if exchange.messages else 0.0
+    return busy
+
+
+RATES = st.sampled_from([1e8, 1e9, 1e10, 1e11])
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    st.sampled_from([name for name in STRATEGIES if name != "local"]), st.sampled_from([(2, 2), (2, 4), (4, 2)]),
+    st.sampled_from([2, 4, 8]), RATES, RATES, st.sampled_from([0.0, 1e-4]), st.sampled_from([None, 0]),
+    st.sampled_from(WAYS), st.sampled_from(get_args(Layout)),
+)  # fmt: skip
+def test_a_pass_is_never_shorter_than_the_messages_of_a_link(
+    name: str, mesh: tuple[int, int], ranks_per_node: int, inside: float, between: float, latency_s: float, max_ahead: int | None, way: Way,
+    layout: Layout,
+) -> None:  # fmt: skip
+    strategy, P = STRATEGIES[name], mesh[0] * mesh[1]
+    site = replace(SITE, q_len=512, k_len=512, heads=8, kv_heads=8, head_dim=64, value_dim=64, mesh=mesh, max_ahead=max_ahead)
+    if strategy.cannot_serve(site, P) is not None or strategy.cannot_lay_out(layout) is not None:
+        return
+    fast = {"float32": KernelRates(*[1e15] * 4)}
+    links = {"inside": link(latency_s, inside), "between": link(latency_s, between)}
+    hardware = topology(ranks_per_node=ranks_per_node, kernels=fast, memory_bytes_per_s=1e15, **links).at(P)
+    for rank in (0, P - 1):
+        found = pass_seconds(strategy, site, P, layout, rank, hardware, way)
+        for where, busy in seconds_of_links(strategy, site, P, layout, rank, hardware, way).items():
+            assert found >= busy * (1 - 1e-9), where
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
+def test_the_formula_knows_a_shared_link(name: str, way: Way) -> None:
+    """Formula and prediction agree on one node too, and differ from several nodes only where both levels go together."""
+    strategy = STRATEGIES[name]
+    site = replace(SITE, q_len=512, k_len=512, heads=8, kv_heads=8, mesh=(2, 2), max_ahead=0, max_behind=99)
+    found = pass_time(strategy, site, 4, "contiguous", 1, topology(), way)
+    messages = {
+        symbol_of(of): exchange_seconds(each, site, 4, topology())
+        for of, each in strategy.exchanges(site, 4, "contiguous", 1, way).items()
+    }
+    formula = time_formula(strategy, way, one_link=True)
+    values = {WORK_S: found.work_s} | messages | strategy.sizes(site, 4, "contiguous", 1)
+    assert float(formula.subs(values)) == pytest.approx(found.seconds)
+    assert (formula != time_formula(strategy, way)) == uses_links_together(strategy, way) == (name == "double_ring")
+
+
+def test_elements_without_a_rate_are_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(PlanError, match=r"16 bytes.*Cast q, k and v"):
+        dtype_of(replace(SITE, element_bytes=16))
 
 
 def test_segments_fill_the_lanes_and_end_with_the_pass() -> None:

@@ -17,12 +17,14 @@ from typing import Literal
 import sympy
 
 from autoseq.planning.topology import Topology
+from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import Exchange, Phase, Step, Way, flops, steps
+from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Step, Way, flops, steps
 
 Lane = Literal["compute", "inside", "across", "links"]
 LANES: dict[str, Lane] = {"inside": "inside", "across": "across", "flat": "links"}
+"""Where the messages of a scope show, on several nodes."""
 
 _DTYPES = {1: "bfloat16", 2: "bfloat16", 4: "float32", 8: "float64"}
 
@@ -73,8 +75,30 @@ class _Load:
         return busy
 
 
+def lanes_of(exchanges: Exchanges, *, one_link: bool = False) -> dict[str, Lane]:
+    """The lane of each exchange. What goes among all ranks takes every link, so nothing goes beside it; nor where there is `one_link`."""
+    shared = one_link or any(exchange.scope == "flat" for exchange in exchanges.values())
+    return {name: "links" if shared else LANES[exchange.scope] for name, exchange in exchanges.items()}
+
+
+def shares_a_link(site: Site, P: int, topology: Topology) -> bool:
+    """Whether messages inside a node of the mesh and across take the same link: inside one node, or between those of the hardware."""
+    return topology.ranks_per_node >= P or _splits_nodes(site, P, topology)
+
+
+def _splits_nodes(site: Site, P: int, topology: Topology) -> bool:
+    """Whether some node of the mesh lies in several of the hardware."""
+    return bool(site.mesh) and topology.ranks_per_node < P and topology.ranks_per_node % site.mesh[1] != 0
+
+
 def dtype_of(site: Site) -> str:
     """The dtype whose rates count where only the size of an element is known: of two 16-bit ones, bfloat16."""
+    if site.element_bytes not in _DTYPES:
+        sizes = ", ".join(map(str, _DTYPES))
+        raise PlanError(
+            f"attention on elements of {site.element_bytes} bytes has no predicted time: kernels have rates for real numbers of {sizes} "
+            "bytes. Cast q, k and v to one of float64, float32, bfloat16 or float16 before the attention."
+        )
     return _DTYPES[site.element_bytes]
 
 
@@ -131,7 +155,7 @@ def _load(
     return _Load(
         work_s=_work_seconds(strategy, site, P, layout, rank, topology, way, dtype),
         exchange_s={name: exchange_seconds(exchange, site, P, topology) for name, exchange in exchanges.items()},
-        lanes={name: LANES[exchange.scope] for name, exchange in exchanges.items()},
+        lanes=lanes_of(exchanges, one_link=shares_a_link(site, P, topology)),
         steps=_steps(strategy, site, P, layout, rank, way),
     )
 
@@ -151,8 +175,8 @@ def exchange_seconds(exchange: Exchange, site: Site, P: int, topology: Topology)
     if not exchange.messages:
         return 0.0
     scope, ranks = exchange.scope, P
-    if scope == "inside" and site.mesh and topology.ranks_per_node < P and topology.ranks_per_node % site.mesh[1]:
-        # Some node of the mesh lies in several of the hardware: its ranks are those of a sequence over these, or over whole parts of them.
+    if scope == "inside" and _splits_nodes(site, P, topology):
+        # The ranks of a node of the mesh are those of a sequence over nodes of the hardware, or over whole parts of them.
         scope, ranks = "flat", site.mesh[1]
         topology = topology.cut_into(math.gcd(ranks, topology.ranks_per_node))
     return topology.seconds(exchange.kind, exchange.bytes, exchange.messages, ranks=ranks, scope=scope)

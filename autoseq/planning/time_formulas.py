@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import sympy
 
-from autoseq.planning.prediction import LANES, Lane
+from autoseq.planning.prediction import Lane, lanes_of
 from autoseq.runtime.strategy import D, Site, Strategy, V, a
 from autoseq.runtime.timeline import Exchanges, Way
 
@@ -30,14 +30,17 @@ def exchange_seconds(name: str) -> sympy.Symbol:
     return sympy.Symbol(f"T_{name}", nonnegative=True)
 
 
-def time_formula(strategy: Strategy, way: Way) -> sympy.Expr:
+def time_formula(strategy: Strategy, way: Way, *, one_link: bool = False) -> sympy.Expr:
     """Seconds of a pass on several ranks, in the symbols of the strategy, WORK, and those of its exchanges."""
-    return sum((times * seconds for times, seconds in phase_formulas(strategy, way)), start=sympy.Integer(0))
+    return sum((times * seconds for times, seconds in phase_formulas(strategy, way, one_link=one_link)), start=sympy.Integer(0))
 
 
-def phase_formulas(strategy: Strategy, way: Way) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:
-    """How often each phase comes, and its seconds: those of the longest of what goes on side by side."""
-    lanes = _lanes(strategy, way)
+def phase_formulas(strategy: Strategy, way: Way, *, one_link: bool = False) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:
+    """How often each phase comes, and its seconds: those of the longest of what goes on side by side.
+
+    `one_link`: as on one node, where messages of two levels take the same link, one after the other.
+    """
+    lanes = lanes_of(_sample(strategy, way), one_link=one_link)
     for phase in strategy.phases(way):
         busy: dict[Lane, sympy.Expr] = {"compute": phase.work * WORK}
         for name, share in phase.sends:
@@ -52,6 +55,11 @@ def work_formula(way: Way) -> sympy.Expr:
     return 2 * PAIRS * widths / FLOPS_PER_S + LAUNCHES * LAUNCH_S + 3 * a * MERGED / MEMORY_BYTES_PER_S
 
 
+def uses_links_together(strategy: Strategy, way: Way) -> bool:
+    """Whether messages inside a node travel beside those across, so that a shared link makes a difference."""
+    return list(phase_formulas(strategy, way)) != list(phase_formulas(strategy, way, one_link=True))
+
+
 def exchange_text(strategy: Strategy, way: Way) -> Iterator[str]:
     """What each exchange consists of, in words."""
     where = {"flat": "among all ranks", "inside": "inside a node", "across": "between nodes"}
@@ -62,7 +70,3 @@ def exchange_text(strategy: Strategy, way: Way) -> Iterator[str]:
 
 def _sample(strategy: Strategy, way: Way) -> Exchanges:
     return strategy.exchanges(_SAMPLE, 4, "contiguous", 0, way)
-
-
-def _lanes(strategy: Strategy, way: Way) -> dict[str, Lane]:
-    return {name: LANES[exchange.scope] for name, exchange in _sample(strategy, way).items()}

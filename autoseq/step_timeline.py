@@ -27,6 +27,9 @@ from autoseq.runtime.timeline import Way
 
 WAYS: tuple[Way, Way] = ("forward", "backward")
 
+MOST_SEGMENTS = 2**15
+"""Of all attentions of all ranks that are asked: more make a file that no viewer opens at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -107,6 +110,8 @@ class _Clock:
         self._layout: Layout = layout
         self._topology, self._P = topology, P
         self.ranks = asked_ranks(P)
+        passes = len(WAYS) * sum(part.site is not None for part in parts)
+        self._most_segments = MOST_SEGMENTS // max(1, passes * len(self.ranks))
         self.now_s = 0.0
         self.spans: list[Span] = []
         self._flops, self._bytes = sum(part.flops for part in parts), sum(part.num_bytes for part in parts)
@@ -156,6 +161,7 @@ class _Clock:
         key = (planned.site.site, planned.strategy, way)
         if key not in self._known:
             strategy, site = STRATEGIES[planned.strategy], planned.site.site
-            times = [pass_time(strategy, site, self._P, self._layout, rank, self._topology, way) for rank in self.ranks]
+            asked, most = (self._P, self._layout), self._most_segments
+            times = [pass_time(strategy, site, *asked, rank, self._topology, way, most_segments=most) for rank in self.ranks]
             self._known[key] = max(time.seconds for time in times), [time.segments for time in times]
         return self._known[key]

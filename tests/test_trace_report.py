@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from autoseq import step_timeline as step_timeline_module
 from autoseq.html_timeline import busy, timeline_drawing
 from autoseq.inspection import Made, with_programs
 from autoseq.node_traffic import node_traffic
@@ -91,6 +92,21 @@ def test_uneven_work_shows_as_gaps_of_the_ranks_that_have_less(ring: Step) -> No
 def test_two_levels_have_lanes_of_their_own() -> None:
     timeline, _, _ = step(64, 16, strategy="hybrid", ranks_per_node=8)
     assert {"compute", "inside", "across"} <= {span.lane for span in timeline.spans}
+
+
+def test_a_trace_of_many_ranks_and_layers_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repeats of a phase are told as one where all attentions together would be too many; nothing takes longer or shorter."""
+    whole, program, _ = step(64, 16, strategy="ring", layout="contiguous")
+    sites, most = len(program.plan.sites), 512
+    monkeypatch.setattr(step_timeline_module, "MOST_SEGMENTS", most)
+    folded, _, _ = step(64, 16, strategy="ring", layout="contiguous")
+    assert len(attention_spans(whole)) > most >= len(attention_spans(folded)) >= sites * len(folded.ranks) * 2
+    assert folded.seconds == pytest.approx(whole.seconds)
+    assert sum(each.seconds for each in attention_spans(folded)) == pytest.approx(sum(each.seconds for each in attention_spans(whole)))
+
+
+def attention_spans(timeline: Timeline) -> list[Span]:
+    return [span for span in timeline.spans if "site" in dict(span.details)]
 
 
 def test_one_rank_only_computes() -> None:

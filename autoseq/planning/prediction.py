@@ -103,11 +103,15 @@ def dtype_of(site: Site) -> str:
 
 
 def pass_time(
-    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str | None = None
-) -> PassTime:
-    """How long one pass takes `rank` of P, and what it is busy with when. `dtype` is `dtype_of(site)` if not given."""
+    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str | None = None,
+    *, most_segments: int = MOST_SEGMENTS,
+) -> PassTime:  # fmt: skip
+    """How long one pass takes `rank` of P, and what it is busy with when. `dtype` is `dtype_of(site)` if not given.
+
+    Where that would be more than `most_segments`, the repeats of a phase are one segment of their sum.
+    """
     load = _load(strategy, site, P, layout, rank, topology, way, dtype or dtype_of(site))
-    return PassTime(_seconds(load), load.work_s, sum(load.exchange_s.values()), tuple(_segments(load)))
+    return PassTime(_seconds(load), load.work_s, sum(load.exchange_s.values()), tuple(_segments(load, most_segments)))
 
 
 def pass_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way) -> float:
@@ -131,12 +135,12 @@ def _seconds(load: _Load) -> float:
     return sum(step.times * max(load.parts(step).values()) for step in load.steps)
 
 
-def _segments(load: _Load) -> Iterator[Segment]:
+def _segments(load: _Load, most: int) -> Iterator[Segment]:
     """Phase after phase; of very many, the repeats of a phase are drawn as one."""
-    start, total = 0.0, sum(step.times for step in load.steps)
+    start, total = 0.0, sum(step.times * len(load.parts(step)) for step in load.steps)
     for number, step in enumerate(load.steps):
         parts = load.parts(step)
-        repeats = step.times if total <= MOST_SEGMENTS else 1
+        repeats = step.times if total <= most else 1
         for _ in range(repeats):
             longest = 0.0
             for lane, seconds in parts.items():

@@ -124,11 +124,11 @@ def test_thousands_of_ranks_take_no_time(mesh: tuple[int, ...]) -> None:
     site = replace(MASKS["a window of few shards"], q_len=1024 * P, k_len=1024 * P, max_behind=4096, heads=32, kv_heads=8, mesh=mesh)
     for name in names_on(mesh):
         strategy, layout = STRATEGIES[name], "contiguous"
-        start = time.perf_counter()
+        start = time.process_time()
         for way in WAYS:
             assert strategy.exchanges(site, P, layout, P // 2, way)
             assert strategy.steps(site, P, layout, P // 2, way)
             strategy.work(site, P, layout, P // 2, way)
             strategy.buffer_bytes(site, P, layout, P // 2, way)
         assert strategy.cost(site, P, layout, P // 2).step_bytes > 0
-        assert time.perf_counter() - start < 10, name
+        assert time.process_time() - start < 10, name

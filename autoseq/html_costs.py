@@ -9,6 +9,7 @@ from autoseq.node_traffic import NOTHING_SENT, Sent
 from autoseq.planner import SitePlan
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.timeline import WAYS
 from autoseq.runtime.traffic import SILENT, Traffic
 from autoseq.strategy_table import formula_text
 
@@ -109,7 +110,7 @@ def attention_formulas(planned: SitePlan, P: int) -> list[Formula]:
     formulas, cost = STRATEGIES[planned.strategy].formulas(), planned.cost
     return [
         Formula(f"{what} sent, {way}", formula_text(formulas[f"{way}_{what}"]), f"{getattr(cost, f'{way}_{what}'):,}")
-        for way in ("forward", "backward") for what in ("bytes", "messages")
+        for way in WAYS for what in ("bytes", "messages")
     ]  # fmt: skip
 
 

@@ -7,23 +7,21 @@ from typing import Any
 from autoseq.planning.time_formulas import exchange_text, phase_formulas, work_formula
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Strategy
-from autoseq.runtime.timeline import Way
+from autoseq.runtime.timeline import WAYS, Way
 from autoseq.strategy_table import formula_text
-
-_WAYS: tuple[Way, Way] = ("forward", "backward")
 
 
 def formulas_json() -> dict[str, Any]:
     """What `--formulas` prints: `T_work` of each way, and the phases of each strategy, each so many `times`."""
     return {
-        "T_work": {way: formula_text(work_formula(way)) for way in _WAYS},
+        "T_work": {way: formula_text(work_formula(way)) for way in WAYS},
         "strategies": {name: _strategy(strategy) for name, strategy in STRATEGIES.items() if name != "local"},
     }
 
 
 def _strategy(strategy: Strategy) -> dict[str, Any]:
     without_mask = {of: formula_text(formula) for of, formula in strategy.work_formulas().items()}
-    return {**{way: _way(strategy, way) for way in _WAYS}, "without_mask": without_mask}
+    return {**{way: _way(strategy, way) for way in WAYS}, "without_mask": without_mask}
 
 
 def _way(strategy: Strategy, way: Way) -> dict[str, Any]:

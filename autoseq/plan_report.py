@@ -20,6 +20,7 @@ from autoseq.planning.training import Training
 from autoseq.report import readable_bytes, table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.timeline import WAYS
 from autoseq.strategy_table import formula_text
 
 _SHOWN = 12
@@ -122,14 +123,14 @@ def print_formulas(out: Console) -> None:
     """The cost model in symbols, strategy by strategy."""
     out.print("\nThe cost model. A pass takes as long as its phases, each so many times; what stands in one Max goes on side by side.")
     out.print("  T_work is what a rank computes by itself, T_… what it sends.")
-    for way in ("forward", "backward"):
+    for way in WAYS:
         out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
     out.print("  F flops a second of the kernel, L seconds a launch, M bytes a second of memory; pairs, launches and merged elements")
     out.print("  are counted per rank from the mask.")
     for name, strategy in STRATEGIES.items():
         if name == "local":
             continue
-        for way in ("forward", "backward"):
+        for way in WAYS:
             out.print(f"\n{name}, {way}:")
             _print_phases(out, phase_formulas(strategy, way))
             if uses_links_together(strategy, way):

@@ -22,9 +22,8 @@ from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost, Site
-from autoseq.runtime.timeline import Way
+from autoseq.runtime.timeline import WAYS
 
-WAYS: tuple[Way, ...] = get_args(Way)
 
 @dataclass(frozen=True, slots=True)
 class NamedSite:

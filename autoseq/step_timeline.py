@@ -23,9 +23,7 @@ from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.timeline import Way
-
-WAYS: tuple[Way, Way] = ("forward", "backward")
+from autoseq.runtime.timeline import WAYS, Way
 
 MOST_SEGMENTS = 2**15
 """Of all attentions of all ranks that are asked: more make a file that no viewer opens at once."""

@@ -14,6 +14,7 @@ from rich.text import Text
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
+from autoseq.runtime.timeline import WAYS
 
 RANKS = 4
 MESH = (2, 2)
@@ -67,7 +68,7 @@ def print_strategies(out: Console) -> None:
     for name, strategy in STRATEGIES.items():
         formulas = {field: formula_text(formula) for field, formula in strategy.formulas().items()}
         out.print(Text.assemble((name, "bold"), f"  {summary(strategy)}  Layouts: {', '.join(layouts(strategy))}."))
-        for way in ("forward", "backward"):
+        for way in WAYS:
             out.print(f"  {way}: {formulas[f'{way}_bytes']} bytes, messages: {formulas[f'{way}_messages']}")
         refused = [f"{row.kind} [{reasons.index(reason) + 1}]" for row in rows if (reason := row.reasons[name])]
         out.print(f"  serves {'all but: ' + '; '.join(refused) if refused else 'everything'}")

@@ -90,8 +90,6 @@ def test_the_rows_that_stand_for_all_are_spread_over_the_shards(
     Calls only where a predicate is asked: what is proven of it is one call for many rows.
     """
     site, strategy = replace(LONG, q_len=1024, k_len=1024, predicate=predicate), STRATEGIES[name]
-    if strategy.cannot_lay_out(layout) is not None:
-        pytest.skip(f"{name} does not work in {layout} rows")
     with small_tiles():
         for rank in (0, 3):
             work_counts._of_site.cache_clear()

@@ -34,11 +34,6 @@ def needed_bytes(offers: Sequence[Offer]) -> int:
     return sum(offer.kept_bytes for offer in offers) + max((offer.buffer_bytes for offer in offers), default=0)
 
 
-def least_bytes(sites: Sequence[Sequence[Offer]]) -> int:
-    """What the smallest choice holds."""
-    return needed_bytes(taken(sites, smallest(sites)))
-
-
 def taken(sites: Sequence[Sequence[Offer]], picks: Picks) -> list[Offer]:
     return [offers[pick] for offers, pick in zip(sites, picks, strict=True)]
 

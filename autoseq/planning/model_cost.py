@@ -25,7 +25,7 @@ from autoseq.dry_run import CountCollectives, Counts, Place, Step, place_of, run
 from autoseq.program import Program
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.timeline import Way
+from autoseq.runtime.timeline import WAYS, Way
 
 _RECOMPUTED = (CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE)
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "native_layer_norm", "_softmax", "_log_softmax", "nll_loss_forward"}
@@ -187,8 +187,7 @@ class _Counted(CountCollectives):
         if not makes:
             return
         pointwise = torch.Tag.pointwise in func.tags or func._opname in ("_to_copy", "clone", "cat", "fill_", "copy_")
-        ways: tuple[Way, ...] = ("forward", "backward") if self.again else (self.way,)
-        for way in ways:
+        for way in WAYS if self.again else (self.way,):
             product = func.overloadpacket in flop_registry
             if product:
                 once_more = self.again and way == "backward"

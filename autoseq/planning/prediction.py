@@ -11,16 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
-
-import sympy
 
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Step, Way, flops, steps
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Step, Way, flops
 
 Lane = Literal["compute", "inside", "across", "links"]
 LANES: dict[str, Lane] = {"inside": "inside", "across": "across", "flat": "links"}
@@ -122,8 +119,7 @@ def pass_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, rank: i
 def step_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, topology: Topology, ranks: Iterator[int] | list[int]) -> float:
     """Forward and backward of the slowest of some ranks, each way: attention ends with all of them."""
     asked = list(ranks)
-    ways: tuple[Way, ...] = ("forward", "backward")
-    return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in ways)
+    return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in WAYS)
 
 
 def asked_ranks(P: int) -> list[int]:
@@ -160,7 +156,7 @@ def _load(
         work_s=_work_seconds(strategy, site, P, layout, rank, topology, way, dtype),
         exchange_s={name: exchange_seconds(exchange, site, P, topology) for name, exchange in exchanges.items()},
         lanes=lanes_of(exchanges, one_link=shares_a_link(site, P, topology)),
-        steps=_steps(strategy, site, P, layout, rank, way),
+        steps=strategy.steps(site, P, layout, rank, way),
     )
 
 
@@ -184,26 +180,3 @@ def exchange_seconds(exchange: Exchange, site: Site, P: int, topology: Topology)
         scope, ranks = "flat", site.mesh[1]
         topology = topology.cut_into(math.gcd(ranks, topology.ranks_per_node))
     return topology.seconds(exchange.kind, exchange.bytes, exchange.messages, ranks=ranks, scope=scope)
-
-
-def _steps(strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, way: Way) -> tuple[Step, ...]:
-    """`strategy.steps`, evaluated once for all ranks and sites to which it looks the same: that takes most of a prediction's time."""
-    if P == 1:
-        return strategy.steps(site, P, layout, rank, way)
-    phases, symbols = _phases(strategy, way)
-    sizes = strategy.sizes(site, P, layout, rank)
-    return _steps_at(phases, tuple((symbol, sizes[symbol]) for symbol in symbols))
-
-
-@lru_cache(maxsize=64)
-def _phases(strategy: Strategy, way: Way) -> tuple[tuple[Phase, ...], tuple[sympy.Symbol, ...]]:
-    """The phases, and what they depend on."""
-    phases = strategy.phases(way)
-    formulas = [formula for phase in phases for formula in (phase.work, phase.times, *(share for _, share in phase.sends))]
-    found = {symbol for formula in formulas for symbol in formula.free_symbols if isinstance(symbol, sympy.Symbol)}
-    return phases, tuple(sorted(found, key=str))
-
-
-@lru_cache(maxsize=4096)
-def _steps_at(phases: tuple[Phase, ...], sizes: tuple[tuple[sympy.Symbol, int], ...]) -> tuple[Step, ...]:
-    return steps(phases, dict(sizes))

@@ -20,7 +20,7 @@ from autoseq.planning.model_cost import Collective, ModelCost
 from autoseq.planning.topology import Topology
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.timeline import Way, flops
+from autoseq.runtime.timeline import WAYS, Way, flops
 
 OPTIMIZER_BYTES = 8
 """Of each parameter that is trained: the two float32 moments of Adam."""
@@ -133,7 +133,7 @@ def step_time(training: Training, plan: Plan, tokens: int, P: int, world_size: i
     cost = training.cost_on(P)
     share = tokens / cost.tokens
     products, traffic = dict[Way, float](), dict[Way, float]()
-    for way in ("forward", "backward"):
+    for way in WAYS:
         spent = cost.way(way)
         multiplied = spent.flops + spent.again
         products[way] = sum(number * share / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, number in multiplied)

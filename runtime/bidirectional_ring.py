@@ -11,6 +11,7 @@ Where queries are few against keys, as in cross-attention, they travel instead a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import sympy
@@ -19,6 +20,7 @@ from torch import Tensor
 from autoseq.runtime import runs
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.circle import Route
+from autoseq.runtime.extrapolation import Part
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.lanes import Lane, key_bytes, lanes_op
 from autoseq.runtime.layout import Layout, local_length
@@ -26,7 +28,7 @@ from autoseq.runtime.needs import Needs
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import Exchange, Exchanges, Phase, Way, Work, repeated
+from autoseq.runtime.timeline import Exchange, Phase, Way, Work, repeated
 from autoseq.runtime.visiting_queries import VisitingQueries, visiting_queries_attention
 from autoseq.runtime.visits import HOME, THERE
 
@@ -87,11 +89,9 @@ class BidirectionalRing(Strategy):
         by_queries = isinstance(_moves(site, group_size, layout), VisitingQueries)
         return super().sizes(site, group_size, layout, rank) | {BY_QUERIES: int(by_queries)}
 
-    def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        if group_size == 1:
-            return {}
-        silent = dict.fromkeys(("keys", "gradients", THERE, HOME), Exchange("send", "flat", 0, 0))
-        return silent | _moves(site, group_size, layout).exchanges(site, group_size, layout, rank, way)
+    def parts(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way, together: int = 1) -> list[Part]:
+        silent = Part(Fraction(1), rank, dict.fromkeys(("keys", "gradients", THERE, HOME), Exchange("send", "flat", 0, 0)))
+        return [silent, *_moves(site, group_size, layout).parts(site, group_size, layout, rank, way, together)]
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """Those of what travels: keys, or queries where the last symbol is 1."""

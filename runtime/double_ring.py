@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import lcm
 from typing import Any
 
 import sympy
 from torch import Tensor
 
-from autoseq.runtime import runs, strategy
+from autoseq.runtime import blocks, runs, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.attention_op import as_many_as_own, attention_op
 from autoseq.runtime.blockwise import Backward, Forward
@@ -31,16 +32,15 @@ from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.extrapolation import Case, cases_of
 from autoseq.runtime.lanes import (
     Lane,
+    Seat,
     cheapest_lane,
     common_lanes,
     keeps_last_keys,
     key_bytes,
     key_row_elements,
-    lane_rows,
     own_keys,
     ring_phases,
-    rows_cost,
-    rows_exchanges,
+    seats_exchanges,
     visitor,
     with_gradients,
     with_keys,
@@ -51,7 +51,17 @@ from autoseq.runtime.needs import Needs
 from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, needs_two_dims, rows_of_site, task_of
+from autoseq.runtime.strategy import (
+    Cost,
+    Site,
+    Strategy,
+    accumulator_bytes,
+    cost_of,
+    needs_of_site,
+    needs_two_dims,
+    rows_of_site,
+    task_of,
+)
 from autoseq.runtime.timeline import WAYS, Exchanges, Phase, Way, nested, pipeline
 from autoseq.runtime.work_counts import Task, part_of
 
@@ -196,20 +206,18 @@ class DoubleRing(Strategy):
         return keeps_last_keys(super().work_formulas())
 
     def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        node, place = divmod(rank, site.mesh[1])
-        routes = _routes(site, group_size, layout)
-        rows = [lane_rows(routes.across[place], node), *(lane_rows(lane, place, keeps=False) for lane in routes.inside[node])]
-        return rows_cost(site, rows)
+        return cost_of(*(self.exchanged(site, group_size, layout, rank, way) for way in WAYS))
 
-    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
-        return cases_of(Case(site, group_size, layout, rank), together=site.mesh[1])
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:
+        return cases_of(Case(site, group_size, layout, rank), lcm(site.mesh[1], together))
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        node, place = divmod(rank, site.mesh[1])
-        routes = _routes(site, group_size, layout)
-        inside = [lane_rows(lane, place, keeps=False) for lane in routes.inside[node]]
-        across = [lane_rows(routes.across[place], node)]
-        return rows_exchanges(site, across, way, "across", "across_") | rows_exchanges(site, inside, way, "inside", "inside_")
+        ranks = site.mesh[1]
+        node, place = divmod(rank, ranks)
+        routes, own_node = _routes(site, group_size, layout), range(node * ranks, (node + 1) * ranks)
+        across = [Seat(routes.across[place], node, range(place, group_size, ranks))]
+        inside = [Seat(lane, place, own_node, keeps=False) for lane in routes.inside[node]]
+        return seats_exchanges(site, across, way, "across", "across_") | seats_exchanges(site, inside, way, "inside", "inside_")
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """A circle inside the node for each hop across; a backward's begin with the keys at hand, and end with the way home."""
@@ -251,4 +259,10 @@ class DoubleRing(Strategy):
 
 
 def _routes(site: Site, P: int, layout: Layout) -> Routes:
+    return _routes_of_site(site, P, layout, blocks.TILE)
+
+
+@lru_cache(maxsize=256)
+def _routes_of_site(site: Site, P: int, layout: Layout, tile: int) -> Routes:
+    """All ranks ask for the same. Who needs what is proven in tiles of that size."""
     return Routes.of(needs_of_site(site, P, layout), site.mesh[1], site.element_bytes, accumulator_bytes(site))

@@ -16,13 +16,16 @@ from math import prod
 from typing import TYPE_CHECKING, TypeVar
 
 from autoseq.runtime.layout import Layout, local_length
-from autoseq.runtime.timeline import Exchanges, Work
+from autoseq.runtime.timeline import Crossing, Exchanges, Work, crossing
 
 if TYPE_CHECKING:
     from autoseq.runtime.strategy import Site
 
 EXACT_RANKS = 64
 """Of more ranks costs are extrapolated."""
+
+# Half of them, and of one less where the number is even, still have nodes in the middle, with neighbours on both sides.
+_LEAST_NODES = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Sample:
 
 def samples(size: int, place: int, *, together: int = 1) -> tuple[Sample, ...]:
     """The smaller lines for a line of `size` times `together` ranks; itself, if that is not too many."""
-    more = max(4, EXACT_RANKS // together)
+    more = max(_LEAST_NODES, EXACT_RANKS // together)
     if size <= more:
         return (Sample(size, place, Fraction(1)),)
     more -= (size - more) % 2  # as even or odd as the size is
@@ -116,7 +119,7 @@ def cases_of(case: Case, together: int = 1, *, quadratic: bool = False) -> tuple
 
     def smaller(sample: Sample) -> Case:
         bounds = (bound_at(bound, nodes, sample, longest) for bound in (site.max_ahead, site.max_behind))
-        mesh = (sample.size, together) if together > 1 else site.mesh
+        mesh = (sample.size * together // site.mesh[1], site.mesh[1]) if site.mesh else ()
         max_ahead, max_behind = bounds
         part = replace(
             site, q_len=s * sample.size, k_len=t * sample.size, max_ahead=max_ahead, max_behind=max_behind, mesh=mesh
@@ -126,11 +129,37 @@ def cases_of(case: Case, together: int = 1, *, quadratic: bool = False) -> tuple
     return tuple(map(smaller, found))
 
 
-def weighted(parts: Sequence[tuple[Fraction, Exchanges]]) -> Exchanges:
-    """What cases stand for."""
-    sizes = summed([(weight, {name: each.bytes for name, each in exchanges.items()}) for weight, exchanges in parts])
-    messages = summed([(weight, {name: each.messages for name, each in exchanges.items()}) for weight, exchanges in parts])
-    return {name: replace(each, bytes=sizes[name], messages=messages[name]) for name, each in parts[0][1].items()}
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Exchanges of a rank, and their factor in a sum."""
+
+    weight: Fraction
+    rank: int
+    exchanges: Exchanges
+
+
+def weighted(parts: Sequence[Part]) -> Exchanges:
+    """What parts stand for: each exchange by name, whole in one of them or in several that stand for it, of which no peers are told."""
+    sizes = summed([(part.weight, {name: each.bytes for name, each in part.exchanges.items()}) for part in parts])
+    messages = summed([(part.weight, {name: each.messages for name, each in part.exchanges.items()}) for part in parts])
+    found: Exchanges = {}
+    for part in parts:
+        for name, each in part.exchanges.items():
+            told = each if part.weight == 1 else replace(each, to=(), came=())
+            found[name] = replace(told, bytes=sizes[name], messages=messages[name])
+    return found
+
+
+def weighted_crossings(parts: Sequence[Part], ranks_per_node: int) -> dict[str, Crossing]:
+    """What of the exchanges crosses between nodes of so many ranks."""
+    found = [
+        (part.weight, {name: crossing(each, part.rank, ranks_per_node) for name, each in part.exchanges.items()}) for part in parts
+    ]
+    numbers = {
+        of: summed([(weight, {name: getattr(each, of) for name, each in crossings.items()}) for weight, crossings in found])
+        for of in Crossing.__dataclass_fields__
+    }
+    return {name: Crossing(**{of: numbers[of][name] for of in numbers}) for _, crossings in found for name in crossings}
 
 
 def weighted_work(parts: Sequence[tuple[Fraction, Work]]) -> Work:

@@ -48,7 +48,7 @@ from autoseq.runtime.stages import (
     stage_buffers,
 )
 from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, MessageKind, Phase, Scope, Way, pipeline
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, MessageKind, Peers, Phase, Scope, Way, peers_of, pipeline
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task, part_of
 
@@ -237,15 +237,26 @@ def gather_cost(
 
 def gather_exchanges(
     site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), first_head: int = 0,
-    heads_per_kv: int | None = None, scope: Scope = "flat",
+    heads_per_kv: int | None = None, scope: Scope = "flat", ranks: range | None = None,
 ) -> Exchanges:  # fmt: skip
-    """The same in one pass: keys, and in a backward their gradients."""
+    """The same in one pass: keys, and in a backward their gradients. `ranks` are those of the participants, if they are not all."""
     stages = _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []
     sent = [found for stage in stages if (found := _stage_elements(stage, site, P, layout, rank, places, first_head)) is not None]
     kinds: tuple[MessageKind, MessageKind] = ("all_gather", "reduce_scatter") if takes_all(site.mask) else ("all_to_all", "all_to_all")
-    keys = Exchange(kinds[0], scope, site.element_bytes * sum(keys for keys, _ in sent), len(sent))
-    grads = Exchange(kinds[1], scope, accumulator_bytes(site) * sum(grads for _, grads in sent), len(sent))
+    # What one sends of keys it gets of gradients.
+    everyone = ranks or range(P)
+    left, got = (_peers([each[i] for each in sent], everyone, site.element_bytes) for i in range(2))
+    found, lost = (_peers([each[i] for each in sent], everyone, accumulator_bytes(site)) for i in (1, 0))
+    if takes_all(site.mask):
+        found, lost = lost, found  # both go round to the next
+    keys = Exchange(kinds[0], scope, sum(peer.bytes for peer in left), len(sent), left, got)
+    grads = Exchange(kinds[1], scope, sum(peer.bytes for peer in found), len(sent), found, lost)
     return {"keys": keys} if way == "forward" else {"keys": keys, "gradients": grads}
+
+
+def _peers(stages: Sequence[Sequence[int]], ranks: range, element_bytes: int) -> Peers:
+    """From the elements for each participant, stage by stage."""
+    return peers_of((rank, (element_bytes * each[i] for each in stages)) for i, rank in enumerate(ranks))
 
 
 def gather_tasks(
@@ -291,18 +302,21 @@ def num_key_stages(
 
 def _stage_elements(
     stage: KeyStage, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...], first_head: int
-) -> tuple[int, int] | None:
-    """How many elements of keys and of gradients `rank` sends in a stage; None if nobody sends any."""
+) -> tuple[list[int], list[int]] | None:
+    """How many elements of keys `rank` sends to each participant in a stage, and gets of each; None if nobody sends any.
+
+    All rows go round a ring, so all that is sent goes to the next.
+    """
     elements = site.batch * num_heads(stage.kv_heads) * (site.head_dim + site.value_dim)
     if takes_all(site.mask):
-        rows = (P - 1) * _rows_of(site, P, layout, places)
-        return elements * rows, elements * rows
+        rows = elements * (P - 1) * _rows_of(site, P, layout, places)
+        following, before = ((rank + 1) % P, (rank - 1) % P) if P > 1 else (-1, -1)
+        return [rows * (other == following) for other in range(P)], [rows * (other == before) for other in range(P)]
     needs = needs_of_site(site, P, layout, places, range(first_head + stage.heads[0], first_head + stage.heads[1]))
     if not somebody_sends(needs):
         return None
-    others = [other for other in range(P) if other != rank]
-    keys = sum(runs.count(needs[other][rank]) for other in others)
-    return elements * keys, elements * sum(runs.count(needs[rank][other]) for other in others)
+    pairs = [(needs[other][rank], needs[rank][other]) if other != rank else ((), ()) for other in range(P)]
+    return [elements * runs.count(sent) for sent, _ in pairs], [elements * runs.count(got) for _, got in pairs]
 
 
 def opaque_traffic(site: Site, cost: Cost) -> dict[str, Traffic]:

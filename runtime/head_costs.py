@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import sympy
 
 from autoseq.runtime import strategy
 from autoseq.runtime.stages import STAGES
-from autoseq.runtime.strategy import values_of
-from autoseq.runtime.timeline import Exchange, Exchanges, Scope, Way
+from autoseq.runtime.timeline import Exchange, Exchanges, Peer, Peers, Scope, Way
 
 # Query heads and KV heads that this rank computes, and KV heads that it sends, counted once per receiving rank.
 OWN_HEADS, OWN_KV_HEADS, SENT_KV_HEADS = sympy.symbols("h g n", nonnegative=True, integer=True)
@@ -32,11 +32,29 @@ def head_formulas(way: Way) -> dict[str, sympy.Expr]:
     return {ROWS: B * e * there, HEADS: B * e * home}
 
 
-def head_exchanges(way: Way, sizes: dict[sympy.Symbol, int], scope: Scope) -> Exchanges:
-    """What a rank sends in one pass, in as many messages each as there are stages."""
-    return {
-        name: Exchange("all_to_all", scope, value, sizes[STAGES]) for name, value in values_of(head_formulas(way), sizes).items()
-    }
+def head_exchanges(
+    way: Way, sizes: dict[sympy.Symbol, int], shares: Sequence[tuple[int, int]], number: int, ranks: range, scope: Scope
+) -> Exchanges:
+    """What the rank of that number sends in one pass, in as many messages each as there are stages.
+
+    `shares` are the query heads and KV heads of each of the `ranks` that trade them.
+    """
+    B, s, t, D, V, e = (sizes[symbol] for symbol in (strategy.B, strategy.s, strategy.t, strategy.D, strategy.V, strategy.e))
+
+    def pieces(of_query_head: int, of_kv_head: int) -> tuple[Peers, Peers]:
+        """What each rank's heads take of one rank's rows: to each what its own take, from each what one's own take."""
+        taken = [B * e * (heads * of_query_head + kv_heads * of_kv_head) for heads, kv_heads in shares]
+        others = [(rank, size) for i, (rank, size) in enumerate(zip(ranks, taken, strict=True)) if i != number]
+        theirs = tuple(Peer(rank, size, sizes[STAGES]) for rank, size in others if size)
+        own = tuple(Peer(rank, taken[number], sizes[STAGES]) for rank, _ in others if taken[number])
+        return theirs, own
+
+    def exchange(to: Peers, came: Peers) -> Exchange:
+        return Exchange("all_to_all", scope, sum(peer.bytes for peer in to), sizes[STAGES], to, came)
+
+    qkv, out = pieces(s * D, t * (D + V)), pieces(s * V, 0)
+    rows, heads = (qkv, out) if way == "forward" else (out, qkv)
+    return {ROWS: exchange(*rows), HEADS: exchange(*reversed(heads))}
 
 
 def head_buffers(way: Way, sizes: dict[sympy.Symbol, int]) -> tuple[tuple[int, int], tuple[int, int]]:

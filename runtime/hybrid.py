@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from math import lcm
 from typing import Any, ClassVar
 
 import sympy
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from autoseq.runtime import gather_kv, ring, strategy
 from autoseq.runtime.attention_call import Terms, attention_function
-from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_work
+from autoseq.runtime.extrapolation import Case, Part, cases_of, weighted_work
 from autoseq.runtime.gather_kv import GatherKV
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.head_costs import HEADS, OWN_HEADS, OWN_KV_HEADS, ROWS, SENT_KV_HEADS, head_buffers, head_exchanges
@@ -36,7 +37,7 @@ from autoseq.runtime.stages import STAGES, num_heads
 from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims, saved_bytes
 from autoseq.runtime.timeline import Exchanges, Phase, Scope, Way, Work, alone, substituted
 from autoseq.runtime.traffic import Traffic
-from autoseq.runtime.ulysses import Ulysses, head_shares
+from autoseq.runtime.ulysses import Ulysses, head_shares, num_heads_of_ranks
 from autoseq.runtime.work_counts import Task, work_of_all
 
 ACROSS, INSIDE = 0, 1
@@ -72,6 +73,7 @@ class Share:
     places: tuple[int, ...]
     heads: range  # global
     heads_per_kv: int
+    ranks: range  # of the participants
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -172,29 +174,32 @@ class _Hybrid(Strategy):
         part = replace(smaller or site, heads=num_heads(heads), kv_heads=num_heads(kv_heads))
         at, (nodes, ranks) = divmod(rank if place is None else place, part.mesh[INSIDE]), part.mesh
         others, held = 1 - self.heads_along, places((nodes, ranks), self.heads_along)
-        return Share(part, part.mesh[others], layout, at[others], held, range(*heads), site.heads // site.kv_heads)
+        of_others = _along(at, part.mesh, others)
+        return Share(part, part.mesh[others], layout, at[others], held, range(*heads), site.heads // site.kv_heads, of_others)
 
     def _weighted_shares(self, site: Site, group_size: int, layout: Layout, rank: int) -> list[tuple[Fraction, Share]]:
         """What is asked, or what stands for it among fewer nodes: with the same heads, of which many nodes would have other shares."""
         cases = self.cases(site, group_size, layout, rank)
         return [(case.weight, self._share(site, layout, rank, case.site, case.rank)) for case in cases]
 
-    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:
         """Rows that are traded inside a node are those of all nodes."""
-        return cases_of(Case(site, group_size, layout, rank), together=site.mesh[INSIDE], quadratic=self.heads_along == ACROSS)
+        asked = Case(site, group_size, layout, rank)
+        return cases_of(asked, lcm(site.mesh[INSIDE], together), quadratic=self.heads_along == ACROSS)
 
-    def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        """Heads go by `rows` and `heads`, and rows by the names that what trades them has."""
-        if group_size == 1:
-            return {}
-        along, scopes = (strategy.N, strategy.R)[self.heads_along], ("across", "inside")
-        sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
-        sizes |= {strategy.P: sizes[along], STAGES: 1}
-        traded = [
-            (weight, self.trade.exchanges(share, way, scopes[1 - self.heads_along]))
-            for weight, share in self._weighted_shares(site, group_size, layout, rank)
-        ]
-        return head_exchanges(way, sizes, scopes[self.heads_along]) | weighted(traded)
+    def parts(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way, together: int = 1) -> list[Part]:
+        """Heads go by `rows` and `heads`, of which all is known, and rows by the names that what trades them has."""
+        scopes: tuple[Scope, Scope] = ("across", "inside")
+        at, mesh = divmod(rank, site.mesh[INSIDE]), site.mesh
+        sizes = Strategy.sizes(self, site, group_size, layout, rank) | {STAGES: 1}
+        shares = num_heads_of_ranks(mesh[self.heads_along], site.heads, site.kv_heads)
+        ranks = _along(at, mesh, self.heads_along)
+        heads = head_exchanges(way, sizes, shares, at[self.heads_along], ranks, scopes[self.heads_along])
+        found = [Part(Fraction(1), rank, heads)]
+        for case in self.cases(site, group_size, layout, rank, together):
+            share = self._share(site, layout, rank, case.site, case.rank)
+            found.append(Part(case.weight, case.rank, self.trade.exchanges(share, way, scopes[1 - self.heads_along])))
+        return found
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """The heads are exchanged before and after, with nothing to compute beside; the rows as what trades them does."""
@@ -224,6 +229,12 @@ class _Hybrid(Strategy):
         return max(*map(sum, heads), self.trade.buffers(self._share(site, layout, rank), way, sent))
 
 
+def _along(at: tuple[int, int], mesh: tuple[int, ...], dim: int) -> range:
+    """The ranks along a dim of the mesh that one at this place of it is among."""
+    ranks = mesh[INSIDE]
+    return range(at[INSIDE], mesh[ACROSS] * ranks, ranks) if dim == ACROSS else range(at[ACROSS] * ranks, (at[ACROSS] + 1) * ranks)
+
+
 def _exchange_formulas(along: sympy.Symbol) -> dict[str, sympy.Expr]:
     """Those of `ulysses` in one stage, among the ranks along one dim."""
     here = {strategy.P: along, STAGES: sympy.Integer(1)}
@@ -249,7 +260,7 @@ def _sends(_: Site, cost: Cost) -> dict[str, Traffic]:
 
 def _ring_exchanges(share: Share, way: Way, scope: Scope) -> Exchanges:
     asked = (share.site, share.participants, share.layout, share.number)
-    return lanes_exchanges(ring.one_lane, *asked, way, share.places, share.heads, scope)
+    return lanes_exchanges(ring.one_lane, *asked, way, share.places, share.heads, scope, share.ranks)
 
 
 def _ring_tasks(share: Share, way: Way) -> list[Task]:
@@ -272,7 +283,7 @@ def _ring_kept(share: Share) -> int:
 
 def _gather_exchanges(share: Share, way: Way, scope: Scope) -> Exchanges:
     asked = (share.site, share.participants, share.layout, share.number)
-    return gather_kv.gather_exchanges(*asked, way, share.places, share.heads.start, share.heads_per_kv, scope)
+    return gather_kv.gather_exchanges(*asked, way, share.places, share.heads.start, share.heads_per_kv, scope, share.ranks)
 
 
 def _gather_tasks(share: Share, way: Way) -> list[Task]:

@@ -6,13 +6,14 @@ A lane is some of the keys and the directions in which they go round; `runtime/c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import sympy
 import torch
 from torch import Tensor
 
-from autoseq.runtime import strategy
+from autoseq.runtime import blocks, strategy
 from autoseq.runtime.attention_op import AttentionOp, as_many_as_own, attention_op
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.blockwise import Backward, Forward
@@ -23,7 +24,18 @@ from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Phase, Scope, Way, homeward_pipeline, pipeline
+from autoseq.runtime.timeline import (
+    WAYS,
+    Exchanges,
+    Peers,
+    Phase,
+    Scope,
+    Way,
+    homeward_pipeline,
+    peers_of,
+    pipeline,
+    sends_to,
+)
 from autoseq.runtime.work_counts import Task, part_of
 
 Lane = tuple[Route, Route]
@@ -74,46 +86,69 @@ def lanes_cost(
     lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), heads: range | None = None
 ) -> Cost:
     """What `rank` sends for a site, row by row of what its mask leaves; `places` and `heads` as for `needs_of_site`."""
-    needs = needs_of_site(site, P, layout, places, heads)
-    return rows_cost(site, [lane_rows(lane, rank) for lane in lanes(needs, site.element_bytes, accumulator_bytes(site))])
+    return cost_of(*(lanes_exchanges(lanes, site, P, layout, rank, way, places, heads) for way in WAYS))
 
 
-LaneRows = tuple[list[int], list[int], list[int]]
-"""Rows in each message of a forward, of the keys of a backward and of its gradients."""
+MessageRows = tuple[list[int], list[int]]
+"""Rows in each message of keys, and of their gradients."""
 
 
-def lane_rows(lane: Lane, rank: int, *, keeps: bool = True) -> LaneRows:
-    """What `rank` sends along a lane."""
-    forward, backward = lane
-    return forward.sent_forward(rank), *backward.sent_backward(rank, forward if keeps else None)
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A place in a lane, and the ranks that have the places. `keeps` says that a backward starts with the last keys of the forward."""
+
+    lane: Lane
+    place: int
+    ranks: range
+    keeps: bool = True
+
+    def sent(self, way: Way, place: int) -> MessageRows:
+        """From a place."""
+        forward, backward = self.lane
+        if way == "forward":
+            return forward.sent_forward(place), []
+        return backward.sent_backward(place, forward if self.keeps else None)
+
+    def neighbours(self, way: Way) -> tuple[int, int]:
+        """The places to which keys and gradients go, and from which they come."""
+        route = self.lane[WAYS.index(way)]
+        return (self.place + route.step) % route.size, (self.place - route.step) % route.size
 
 
-def rows_cost(site: Site, sent: Sequence[LaneRows]) -> Cost:
-    """What a rank sends along some lanes."""
-    return cost_of(*(rows_exchanges(site, sent, way) for way in WAYS))
-
-
-def rows_exchanges(site: Site, sent: Sequence[LaneRows], way: Way, scope: Scope = "flat", prefix: str = "") -> Exchanges:
-    """The same in one pass, keys and, in a backward, their gradients."""
-    forward, keys, grads = ([rows for lane in sent for rows in lane[i]] for i in range(3))
-    elements = site.batch * site.kv_heads * (site.head_dim + site.value_dim)
-    named = {"keys": (forward, site.element_bytes)}
+def seats_exchanges(site: Site, seats: Sequence[Seat], way: Way, scope: Scope = "flat", prefix: str = "") -> Exchanges:
+    """What the rank on some seats sends in one pass: keys and, in a backward, their gradients."""
+    elements = key_row_elements(site)
+    sizes = {"keys": elements * site.element_bytes}
     if way == "backward":
-        named = {"keys": (keys, site.element_bytes), "gradients": (grads, accumulator_bytes(site))}
+        sizes["gradients"] = elements * accumulator_bytes(site)
+    ends = [(seat, *seat.neighbours(way)) for seat in seats]
+    sent = [(seat.ranks[to], seat.sent(way, seat.place)) for seat, to, _ in ends]
+    came = [(seat.ranks[source], seat.sent(way, source)) for seat, _, source in ends]
+
+    def peers(rows: Sequence[tuple[int, MessageRows]], kind: int, row_bytes: int) -> Peers:
+        return peers_of((rank, (row_bytes * count for count in of_kinds[kind])) for rank, of_kinds in rows)
+
     return {
-        prefix + name: Exchange("send", scope, elements * each * sum(rows), len(rows) if elements else 0)
-        for name, (rows, each) in named.items()
+        prefix + name: sends_to(scope, peers(sent, kind, row_bytes), peers(came, kind, row_bytes))
+        for kind, (name, row_bytes) in enumerate(sizes.items())
     }
 
 
 def lanes_exchanges(
     lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), heads: range | None = None,
-    scope: Scope = "flat",
+    scope: Scope = "flat", ranks: range | None = None,
 ) -> Exchanges:  # fmt: skip
-    """What `rank` sends for a site in one pass; see `lanes_cost`."""
-    needs = needs_of_site(site, P, layout, places, heads)
-    rows = [lane_rows(lane, rank) for lane in lanes(needs, site.element_bytes, accumulator_bytes(site))]
-    return rows_exchanges(site, rows, way, scope)
+    """What `rank` sends for a site in one pass; see `lanes_cost`. `ranks` are those of the participants, if they are not all there are."""
+    found = _lanes_of_site(lanes, site, P, layout, places, heads, blocks.TILE)
+    return seats_exchanges(site, [Seat(lane, rank, ranks or range(P)) for lane in found], way, scope)
+
+
+@lru_cache(maxsize=256)
+def _lanes_of_site(
+    lanes: Lanes, site: Site, P: int, layout: Layout, places: tuple[int, ...], heads: range | None, tile: int
+) -> tuple[Lane, ...]:
+    """All ranks ask for the same, and the hash of what many ranks need takes long. It is proven in tiles of that size."""
+    return lanes(needs_of_site(site, P, layout, places, heads), site.element_bytes, accumulator_bytes(site))
 
 
 def lanes_task(
@@ -122,7 +157,7 @@ def lanes_task(
     """What `rank` computes: its queries meet its own keys, and at every hop those that it needs some of."""
     needs, rows = needs_of_site(site, P, layout, places, heads), rows_of_site(site, P, layout, places)
     keys, came_home = [rows.keys(rank)], 0
-    for lane in lanes(needs, site.element_bytes, accumulator_bytes(site)):
+    for lane in _lanes_of_site(lanes, site, P, layout, places, heads, blocks.TILE):
         route = lane[WAYS.index(way)]
         came_home += route.came_home(rank) if way == "backward" else 0
         here = [(route.origin(rank, hop), route.keys_at(rank, hop)) for hop in range(1, P)]

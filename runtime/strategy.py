@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoseq.runtime import blocks
 from autoseq.runtime.blocks import Chunk
-from autoseq.runtime.extrapolation import Case, cases_of, weighted, weighted_work
+from autoseq.runtime.extrapolation import Case, Part, cases_of, weighted, weighted_crossings, weighted_work
 from autoseq.runtime.formula import SYMBOLS, parse
 from autoseq.runtime.holdings import Holdings
 from autoseq.runtime.layout import Layout, local_length
@@ -25,7 +25,7 @@ from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, NeedTerms, Rows, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
 from autoseq.runtime.tiles import fills_empty_rows
-from autoseq.runtime.timeline import ONE, WAYS, Exchange, Exchanges, Phase, Step, Way, Work, alone, steps
+from autoseq.runtime.timeline import ONE, WAYS, Crossing, Exchange, Exchanges, Peer, Phase, Step, Way, Work, alone, steps
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task, work_of_all
 
@@ -260,20 +260,30 @@ class Strategy(ABC):
 
     def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         """What `rank` sends in one pass, by the names that `phases` uses: in all what `cost` says. Nothing on one rank."""
-        if group_size == 1:
-            return {}
-        cases = self.cases(site, group_size, layout, rank)
-        return weighted([(case.weight, self.exchanged(*case.asked, way)) for case in cases])
+        return weighted(self.parts(site, group_size, layout, rank, way)) if group_size > 1 else {}
 
-    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+    def crossings(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way, ranks_per_node: int) -> dict[str, Crossing]:
+        """What of the exchanges of `rank` crosses between nodes of so many ranks, of which the group has several whole ones."""
+        return weighted_crossings(self.parts(site, group_size, layout, rank, way, ranks_per_node), ranks_per_node)
+
+    def parts(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way, together: int = 1) -> list[Part]:
+        """The exchanges in one case, or in several that stand for it, in which so many ranks stay `together`."""
+        cases = self.cases(site, group_size, layout, rank, together)
+        return [Part(case.weight, case.rank, self.exchanged(*case.asked, way)) for case in cases]
+
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:
         """What is asked, or the smaller cases that tell it: for who needs what of whom, many ranks take too long."""
-        return cases_of(Case(site, group_size, layout, rank))
+        return cases_of(Case(site, group_size, layout, rank), together)
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        """The same for several ranks: as point-to-point messages, if a strategy does not know better."""
+        """The same for several ranks: as point-to-point messages to the next rank, if a strategy does not know better."""
+        to, came = (self._sent_in(way, site, group_size, layout, each) for each in (rank, (rank - 1) % group_size))
+        peers = (Peer((rank + 1) % group_size, *to),), (Peer((rank - 1) % group_size, *came),)
+        return {"messages": Exchange("send", "flat", *to, *peers)}
+
+    def _sent_in(self, way: Way, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[int, int]:
         cost = self.sent(site, group_size, layout, rank)
-        of_way = (cost.forward_bytes, cost.forward_messages) if way == "forward" else (cost.backward_bytes, cost.backward_messages)
-        return {"messages": Exchange("send", "flat", *of_way)}
+        return (cost.forward_bytes, cost.forward_messages) if way == "forward" else (cost.backward_bytes, cost.backward_messages)
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """Which messages travel under which work, in the symbols of `sizes`, for P > 1: one after the other, if nothing better is known."""

@@ -25,17 +25,73 @@ ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 
 @dataclass(frozen=True, slots=True)
+class Peer:
+    """Another rank of the sequence, and what goes to it or comes from it in all."""
+
+    rank: int
+    bytes: int
+    messages: int
+
+
+Peers = tuple[Peer, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
-    """What one rank sends in one pass for one purpose, in as many messages."""
+    """What one rank sends in one pass for one purpose, in as many messages.
+
+    `to` and `came` say whom it sends that to, and what it gets of whom; a collective that goes round a ring sends to the next rank. They
+    are known where nothing was extrapolated.
+    """
 
     kind: MessageKind
     scope: Scope
     bytes: int
     messages: int
+    to: Peers = ()
+    came: Peers = ()
 
 
 Exchanges = dict[str, Exchange]
 """By the names that phases use. Every name of a pass is there where there are several ranks, also with nothing to send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """What of one rank's exchange goes to other nodes and comes from there, in how many messages; and how many stay inside its node."""
+
+    sent_bytes: int
+    came_bytes: int
+    messages: int
+    inside_messages: int
+
+
+def crossing(exchange: Exchange, rank: int, ranks_per_node: int) -> Crossing:
+    """That of `rank` where nodes of so many ranks lie beside each other. A collective is one message wherever it goes."""
+    node = rank // ranks_per_node
+    sent, came = ([peer for peer in peers if peer.rank // ranks_per_node != node] for peers in (exchange.to, exchange.came))
+    crossed, inside = max(_messages(sent), _messages(came)), exchange.messages - _messages(sent)
+    if exchange.kind != "send":
+        stays = len(sent) < len(exchange.to) or len(came) < len(exchange.came)
+        crossed, inside = (exchange.messages if sent or came else 0), (exchange.messages if stays else 0)
+    return Crossing(sum(peer.bytes for peer in sent), sum(peer.bytes for peer in came), crossed, inside)
+
+
+def peers_of(parts: Iterable[tuple[int, Iterable[int]]]) -> Peers:
+    """From the sizes of messages to or from ranks, of which some are empty and not sent."""
+    sizes: dict[int, list[int]] = {}
+    for rank, each in parts:
+        sizes.setdefault(rank, []).extend(size for size in each if size)
+    return tuple(Peer(rank, sum(each), len(each)) for rank, each in sizes.items() if each)
+
+
+def sends_to(scope: Scope, to: Peers, came: Peers) -> Exchange:
+    """Point-to-point messages to and from these ranks."""
+    return Exchange("send", scope, sum(peer.bytes for peer in to), _messages(to), to, came)
+
+
+def _messages(peers: Sequence[Peer]) -> int:
+    return sum(peer.messages for peer in peers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,12 +193,13 @@ class Ulysses(Strategy):
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
         return {}
 
-    def cases(self, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[Case, ...]:
+    def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:
         """Who sends which heads takes no longer among many ranks."""
         return (Case(site, group_size, layout, rank),)
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        return head_exchanges(way, self.sizes(site, group_size, layout, rank), "flat")
+        shares = num_heads_of_ranks(group_size, site.heads, site.kv_heads)
+        return head_exchanges(way, self.sizes(site, group_size, layout, rank), shares, rank, range(group_size), "flat")
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """The rows of the next stage and the heads of the one before travel under each stage."""
@@ -244,6 +245,11 @@ def head_shares(P: int, heads: int, kv_heads: int) -> tuple[list[HeadRange], lis
     """The query heads of each of P ranks, and the KV heads these use."""
     own = [query_heads(rank, P, heads) for rank in range(P)]
     return own, [covering_kv_heads(each, heads // kv_heads) for each in own]
+
+
+def num_heads_of_ranks(P: int, heads: int, kv_heads: int) -> list[tuple[int, int]]:
+    """How many query heads and KV heads each of P ranks has."""
+    return [(num_heads(own), num_heads(used)) for own, used in zip(*head_shares(P, heads, kv_heads), strict=True)]
 
 
 def query_heads(rank: int, P: int, heads: int) -> HeadRange:

@@ -14,19 +14,19 @@ mask and the sizes, so all ranks know it without asking. `runtime/visit_op.py` d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import sympy
 
-from autoseq.runtime import runs, strategy
+from autoseq.runtime import blocks, runs, strategy
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, Rows, fills_rows, within_bounds
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of, terms_of_site
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Way
+from autoseq.runtime.timeline import WAYS, Exchanges, Way, peers_of, sends_to
 from autoseq.runtime.work_counts import Task, part_of
 
 KEYS, QUERIES = range(2)
@@ -59,12 +59,15 @@ class Visits:
 
     def guests(self, host: int) -> list[Guest]:
         """All that come to a host, in the order in which they come."""
-        comers = [(kind, (host - n) % len(self.keys)) for n in self.rounds for kind in KINDS]
-        return [(kind, guest) for kind, guest in comers if self.rows(kind, host, guest)]
+        return _guests(self, host, self.rounds)
 
     def kept(self, host: int, elements: tuple[int, int], room: int | None) -> tuple[Guest, ...]:
         """The last guests whose rows, of so many elements of keys or of queries, a host has room for until the backward."""
-        return _kept(self, host, elements, room)
+        return self.kept_by_host(elements, room)[host]
+
+    def kept_by_host(self, elements: tuple[int, int], room: int | None) -> tuple[tuple[Guest, ...], ...]:
+        """The same of all hosts."""
+        return _kept(self, elements, room)
 
 
 @lru_cache(maxsize=256)
@@ -74,16 +77,26 @@ def _rounds(visits: Visits) -> tuple[int, ...]:
     return tuple(sorted(held, key=lambda n: (min(n, size - n), n)))
 
 
+def _guests(visits: Visits, host: int, rounds: Sequence[int]) -> list[Guest]:
+    comers = [(kind, (host - n) % len(visits.keys)) for n in rounds for kind in KINDS]
+    return [(kind, guest) for kind, guest in comers if visits.rows(kind, host, guest)]
+
+
 @lru_cache(maxsize=256)
-def _kept(visits: Visits, host: int, elements: tuple[int, int], room: int | None) -> tuple[Guest, ...]:
-    kept: list[Guest] = []
-    for kind, guest in reversed(visits.guests(host)):
-        if room is not None:
-            room -= runs.count(visits.rows(kind, host, guest)) * elements[kind]
-            if room < 0:
-                break
-        kept.append((kind, guest))
-    return tuple(reversed(kept))
+def _kept(visits: Visits, elements: tuple[int, int], room: int | None) -> tuple[tuple[Guest, ...], ...]:
+    rounds = visits.rounds  # found by their hash, which takes long among many ranks
+
+    def of_host(host: int) -> tuple[Guest, ...]:
+        kept, left = list[Guest](), room
+        for kind, guest in reversed(_guests(visits, host, rounds)):
+            if left is not None:
+                left -= runs.count(visits.rows(kind, host, guest)) * elements[kind]
+                if left < 0:
+                    break
+            kept.append((kind, guest))
+        return tuple(reversed(kept))
+
+    return tuple(of_host(host) for host in range(len(visits.keys)))
 
 
 @lru_cache(maxsize=256)
@@ -144,9 +157,10 @@ class Manner:
 
     def exchanges(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         """The same in one pass: what goes there, and what goes home."""
-        rounds = self._rounds(site, P, layout, rank, way)
-        sent = {THERE: [size for each in rounds for size in each.left], HOME: [size for each in rounds for size in each.found]}
-        return {name: Exchange("send", "flat", sum(sizes), sum(size > 0 for size in sizes)) for name, sizes in sent.items()}
+        there, _, home = _sizes(self, site, P, layout, way, blocks.TILE)
+        hosted, visited = (peers_of(enumerate(each)) for each in (there[rank], [of_host[rank] for of_host in there]))
+        found, back = (peers_of(enumerate(each)) for each in (home[rank], [of_host[rank] for of_host in home]))
+        return {THERE: sends_to("flat", visited, hosted), HOME: sends_to("flat", found, back)}
 
     def buffers(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> int:
         """The most bytes that messages hold at once: of the rounds under way, of the one worked on, and of those on their way home."""
@@ -161,32 +175,10 @@ class Manner:
         return most
 
     def _rounds(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> list[_Bytes]:
-        visits = self.of_site(site, P, layout)
-        elements = _row_elements(site)
-        own, values = local_length(site.k_len, P, layout) * elements[KEYS], site.heads * site.value_dim
-        e, a = site.element_bytes, accumulator_bytes(site)
-        results, given = (values + site.heads) * a, 2 * values * e + site.heads * a
-
-        def there(kind: int, host: int, guest: int, *, arriving: bool = False) -> int:
-            """What a guest brings; on arrival, what needs room of its own."""
-            kept = (kind, guest) in visits.kept(host, elements, self.room(own))
-            again = 0 if kept and (arriving or way == "backward") else elements[kind] * e
-            lse = given if way == "backward" and kind == QUERIES else 0
-            return site.batch * runs.count(visits.rows(kind, host, guest)) * (again + lse)
-
-        def home(kind: int, host: int, guest: int) -> int:
-            """What a host sends back."""
-            of_row = elements[kind] * a if way == "backward" else results if kind == QUERIES else 0
-            return site.batch * runs.count(visits.rows(kind, host, guest)) * of_row
-
-        pairs = [((rank + n) % P, (rank - n) % P) for n in visits.rounds]
-        return [
-            _Bytes(
-                [there(kind, host, rank) for kind in KINDS], sum(there(kind, rank, guest, arriving=True) for kind in KINDS),
-                [home(kind, rank, guest) for kind in KINDS], sum(home(kind, host, rank) for kind in KINDS),
-            )
-            for host, guest in pairs
-        ]  # fmt: skip
+        there, arriving, home = _sizes(self, site, P, layout, way, blocks.TILE)
+        pairs = [((rank + n) % P, (rank - n) % P) for n in self.of_site(site, P, layout).rounds]
+        rounds = [(there[host][rank], arriving[rank][guest], home[rank][guest], home[host][rank]) for host, guest in pairs]
+        return [_Bytes(*map(sum, messages)) for messages in rounds]
 
     def tasks(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> list[Task]:
         """What `rank` computes for itself, and for each guest whose queries come."""
@@ -205,7 +197,8 @@ class Manner:
         s, t = (local_length(n, P, layout) for n in (site.q_len, site.k_len))
         visits = self.of_site(replace(site, q_len=s * P, k_len=t * P, predicate="", score="", empty_rows="zero"), P, layout)
         elements = _row_elements(site)
-        kept = {(kind, guest, host) for host in range(P) for kind, guest in visits.kept(host, elements, self.room(t * elements[KEYS]))}
+        by_host = visits.kept_by_host(elements, self.room(t * elements[KEYS]))
+        kept = {(kind, guest, host) for host, guests in enumerate(by_host) for kind, guest in guests}
         counts = dict.fromkeys((KEYS_SENT, KEYS_AGAIN, KEYS_HOSTED, QUERIES_SENT, QUERIES_AGAIN, QUERIES_HOSTED), 0)
         for kind, (sent, again, hosted) in enumerate(_SYMBOLS):
             for other in range(P):
@@ -218,20 +211,57 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class _Bytes:
-    """Of one round on a rank: messages to its host, room for its guest's, messages home to the guest, and room for what comes home."""
+    """Of one round on a rank: what goes to its host, room for its guest's, what goes home to the guest, and room for what comes home."""
 
-    left: list[int]
+    left: int
     came: int
-    found: list[int]
+    found: int
     back: int
 
     @property
     def on_the_way(self) -> int:
-        return sum(self.left) + self.came
+        return self.left + self.came
 
     @property
     def on_the_way_home(self) -> int:
-        return sum(self.found) + self.back
+        return self.found + self.back
+
+
+Sizes = tuple[tuple[tuple[int, ...], ...], ...]
+"""sizes[host][guest][kind]: the bytes of a message."""
+
+
+@lru_cache(maxsize=64)
+def _sizes(manner: Manner, site: Site, P: int, layout: Layout, way: Way, tile: int) -> tuple[Sizes, Sizes, Sizes]:
+    """What guests bring, what of that needs room of its own on arrival, and what hosts send back; all ranks ask for the same.
+
+    Who needs what is proven in tiles of that size.
+    """
+    visits, elements = manner.of_site(site, P, layout), _row_elements(site)
+    room = manner.room(local_length(site.k_len, P, layout) * elements[KEYS])
+    kept = [set(guests) for guests in visits.kept_by_host(elements, room)]
+    values = site.heads * site.value_dim
+    e, a = site.element_bytes, accumulator_bytes(site)
+    results, given = (values + site.heads) * a, 2 * values * e + site.heads * a
+
+    def there(kind: int, host: int, guest: int, rows: int, *, arriving: bool = False) -> int:
+        again = 0 if (kind, guest) in kept[host] and (arriving or way == "backward") else elements[kind] * e
+        lse = given if way == "backward" and kind == QUERIES else 0
+        return site.batch * rows * (again + lse)
+
+    def home(kind: int, host: int, guest: int, rows: int) -> int:
+        return site.batch * rows * (elements[kind] * a if way == "backward" else results if kind == QUERIES else 0)
+
+    everyone = range(P)
+    counts = [[[runs.count(visits.rows(kind, host, guest)) for kind in KINDS] for guest in everyone] for host in everyone]
+
+    def sizes(size: Callable[[int, int, int, int], int]) -> Sizes:
+        def of_pair(host: int, guest: int) -> tuple[int, ...]:
+            return tuple(size(kind, host, guest, counts[host][guest][kind]) for kind in KINDS)
+
+        return tuple(tuple(of_pair(host, guest) for guest in everyone) for host in everyone)
+
+    return sizes(there), sizes(partial(there, arriving=True)), sizes(home)
 
 
 def _row_elements(site: Site) -> tuple[int, int]:

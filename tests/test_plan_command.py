@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
+from autoseq.planning.exchange_times import exchange_seconds as seconds_of
 from autoseq.planning.prediction import LANES, pass_time
-from autoseq.planning.prediction import exchange_seconds as seconds_of
 from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
 from autoseq.runtime.strategies import STRATEGIES
 from unit_hardware import SITE, topology
@@ -119,6 +119,7 @@ def test_the_formula_gives_the_predicted_seconds(name: str, way: str) -> None:
     found = pass_time(strategy, site, 4, layout, 1, hardware, way)  # type: ignore[arg-type]
     exchanges = strategy.exchanges(site, 4, layout, 1, way)  # type: ignore[arg-type]
     assert {exchange.scope for exchange in exchanges.values()} <= set(LANES)
-    messages = {exchange_seconds(each): seconds_of(exchange, site, 4, hardware) for each, exchange in exchanges.items()}
+    taken = seconds_of(strategy, site, 4, layout, 1, hardware, way)  # type: ignore[arg-type]
+    messages = {exchange_seconds(name): each for name, each in taken.items()}
     formula = time_formula(strategy, way)  # type: ignore[arg-type]
     assert float(formula.subs({WORK: found.work_s} | messages | strategy.sizes(site, 4, layout, 1))) == pytest.approx(found.seconds)

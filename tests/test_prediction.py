@@ -11,7 +11,8 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoseq.planning.prediction import asked_ranks, dtype_of, exchange_seconds, pass_seconds, pass_time, step_seconds
+from autoseq.planning.exchange_times import NodeLoad, crossing_seconds, exchange_seconds
+from autoseq.planning.prediction import asked_ranks, dtype_of, pass_seconds, pass_time, step_seconds
 from autoseq.planning.time_formulas import WORK as WORK_S
 from autoseq.planning.time_formulas import exchange_seconds as symbol_of
 from autoseq.planning.time_formulas import time_formula, uses_links_together
@@ -20,7 +21,7 @@ from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Phase, Way, Work
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Peer, Phase, Way, Work, sends_to
 from unit_hardware import SITE, link, topology
 
 HALF = sympy.Rational(1, 2)
@@ -39,7 +40,10 @@ class Scripted(Strategy):
         return {}
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        return {name: Exchange("send", scope, int(IN_MESSAGES), 1) for name, scope in self._scopes.items()}  # type: ignore[arg-type]
+        """To the next rank inside a node of two, to the same place of the other, or to whoever is next."""
+        peers = {"inside": rank ^ 1, "across": (rank + 2) % 4, "flat": (rank + 1) % 4}
+        found = {name: (scope, (Peer(peers[scope], int(IN_MESSAGES), 1),)) for name, scope in self._scopes.items()}
+        return {name: sends_to(scope, to, to) for name, (scope, to) in found.items()}  # type: ignore[arg-type]
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         return self._phases
@@ -77,22 +81,33 @@ def test_links_of_two_kinds_carry_messages_side_by_side_and_one_link_one_after_t
     assert pass_seconds(same, replace(SITE, mesh=(2, 2)), 4, "contiguous", 0, nodes, "forward") == 2 * IN_MESSAGES
 
 
+class HeadsInside(Scripted):
+    """An all-to-all of 210 bytes from every rank, as many to each other one of its node of the mesh."""
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        ranks = site.mesh[1]
+        others = [other for other in range(rank // ranks * ranks, (rank // ranks + 1) * ranks) if other != rank]
+        peers = tuple(Peer(other, 210 // len(others), 1) for other in others)
+        return {"keys": Exchange("all_to_all", "inside", 210, 1, peers, peers)}
+
+
 @pytest.mark.parametrize(
     ("mesh", "ranks_per_node", "seconds"),
     [
-        # Six ranks a node of the mesh on nodes of four: in parts of two ranks and one card, whose two ranks send through it in turn.
-        pytest.param((2, 6), 4, 6 * 2 * (6 - 2) / (6 - 1), id="more than a node, not whole ones"),
-        pytest.param((4, 3), 4, 6 * 1 * (3 - 1) / (3 - 1), id="less than a node, and some in two"),
-        pytest.param((2, 8), 4, 6 * 2 * (8 - 4) / (8 - 1), id="whole nodes"),
-        pytest.param((4, 2), 4, 6, id="halves of a node"),
-        pytest.param((2, 3), 6, 6, id="all in one node"),
+        # Six ranks a node of the mesh on nodes of four: the middle one has two of each, which send to four elsewhere through two cards.
+        pytest.param((2, 6), 4, 2 * 2 * 210 * 4 / 5 / 2, id="more than a node, not whole ones"),
+        pytest.param((4, 3), 4, 210 * 1, id="less than a node, and some in two"),
+        pytest.param((2, 8), 4, 4 * 210 * 4 / 7 / 2, id="whole nodes"),
+        pytest.param((4, 2), 4, 210, id="halves of a node"),
+        pytest.param((2, 3), 6, 210, id="all in one node"),
     ],
 )
 def test_nodes_of_a_mesh_that_are_no_nodes_of_the_hardware_cross(mesh: tuple[int, int], ranks_per_node: int, seconds: float) -> None:
     P = mesh[0] * mesh[1]
     hardware = topology(ranks_per_node=ranks_per_node, between=replace(link(), lanes=2)).at(P)
-    exchange = Exchange("all_to_all", "inside", int(IN_MESSAGES), 1)
-    assert exchange_seconds(exchange, replace(SITE, mesh=mesh), P, hardware) == pytest.approx(seconds)
+    site = replace(SITE, mesh=mesh)
+    found = [exchange_seconds(HeadsInside(), site, P, "contiguous", rank, hardware, "forward")["keys"] for rank in range(P)]
+    assert max(found) == pytest.approx(seconds)
 
 
 def test_every_strategy_is_priced_on_every_mesh_and_hardware() -> None:
@@ -114,14 +129,16 @@ def test_on_one_node_messages_of_both_levels_take_the_same_link() -> None:
 
 
 def seconds_of_links(strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, hardware: Topology, way: Way) -> dict[str, float]:
-    """How long each physical link of a rank is busy with all of its messages."""
-    busy = {"inside": 0.0, "between": 0.0}
-    for exchange in strategy.exchanges(site, P, layout, rank, way).values():
-        scope, ranks = exchange.scope, P
-        if scope == "inside" and hardware.ranks_per_node < P and hardware.ranks_per_node % site.mesh[1]:
-            scope, ranks = "flat", site.mesh[1]  # whole nodes of the hardware here
-        for path in hardware.paths(exchange.kind, ranks=ranks, scope=scope):
-            busy[path.where] += path.seconds(exchange.bytes, exchange.messages) if exchange.messages else 0.0
+    """How long each physical link of a rank is busy with all of its messages, that between nodes with those of its node."""
+    busy, R = {"inside": 0.0, "between": 0.0}, hardware.ranks_per_node
+    exchanges = strategy.exchanges(site, P, layout, rank, way)
+    if P <= R:
+        return {"inside": sum(hardware.seconds(each.kind, each.bytes, each.messages, ranks=P) for each in exchanges.values())}
+    of_node = [strategy.crossings(site, P, layout, other, way, R) for other in range(rank // R * R, (rank // R + 1) * R)]
+    for name, each in exchanges.items():
+        own = of_node[rank % R][name]
+        busy["inside"] += hardware.seconds(each.kind, each.bytes - own.sent_bytes, own.inside_messages, ranks=R)
+        busy["between"] += crossing_seconds(hardware, each.kind, NodeLoad.of([of_rank[name] for of_rank in of_node]), P)
     return busy
 
 
@@ -158,10 +175,7 @@ def test_the_formula_knows_a_shared_link(name: str, way: Way) -> None:
     strategy = STRATEGIES[name]
     site = replace(SITE, q_len=512, k_len=512, heads=8, kv_heads=8, mesh=(2, 2), max_ahead=0, max_behind=99)
     found = pass_time(strategy, site, 4, "contiguous", 1, topology(), way)
-    messages = {
-        symbol_of(of): exchange_seconds(each, site, 4, topology())
-        for of, each in strategy.exchanges(site, 4, "contiguous", 1, way).items()
-    }
+    messages = {symbol_of(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, topology(), way).items()}
     formula = time_formula(strategy, way, one_link=True)
     values = {WORK_S: found.work_s} | messages | strategy.sizes(site, 4, "contiguous", 1)
     assert float(formula.subs(values)) == pytest.approx(found.seconds)

@@ -8,16 +8,16 @@ What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from autoseq.planning.exchange_times import exchange_seconds
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Step, Way, flops
+from autoseq.runtime.timeline import WAYS, Exchanges, Step, Way, flops
 
 Lane = Literal["compute", "inside", "across", "links"]
 LANES: dict[str, Lane] = {"inside": "inside", "across": "across", "flat": "links"}
@@ -79,13 +79,8 @@ def lanes_of(exchanges: Exchanges, *, one_link: bool = False) -> dict[str, Lane]
 
 
 def shares_a_link(site: Site, P: int, topology: Topology) -> bool:
-    """Whether messages inside a node of the mesh and across take the same link: inside one node, or between those of the hardware."""
-    return topology.ranks_per_node >= P or _splits_nodes(site, P, topology)
-
-
-def _splits_nodes(site: Site, P: int, topology: Topology) -> bool:
-    """Whether some node of the mesh lies in several of the hardware."""
-    return bool(site.mesh) and topology.ranks_per_node < P and topology.ranks_per_node % site.mesh[1] != 0
+    """Whether messages inside a node of the mesh and across may take the same link: in one node, or if the hardware has other nodes."""
+    return topology.ranks_per_node >= P or (bool(site.mesh) and topology.ranks_per_node != site.mesh[1])
 
 
 def dtype_of(site: Site) -> str:
@@ -154,7 +149,7 @@ def _load(
     exchanges = strategy.exchanges(site, P, layout, rank, way)
     return _Load(
         work_s=_work_seconds(strategy, site, P, layout, rank, topology, way, dtype),
-        exchange_s={name: exchange_seconds(exchange, site, P, topology) for name, exchange in exchanges.items()},
+        exchange_s=exchange_seconds(strategy, site, P, layout, rank, topology, way),
         lanes=lanes_of(exchanges, one_link=shares_a_link(site, P, topology)),
         steps=strategy.steps(site, P, layout, rank, way),
     )
@@ -168,15 +163,3 @@ def _work_seconds(
     merged_bytes = _TOUCHED * work.merged_elements * accumulator_bytes(site)
     in_kernels = flops(work.pairs, site.head_dim, site.value_dim, way) / rate
     return in_kernels + work.launches * topology.launch_s + merged_bytes / topology.memory_bytes_per_s
-
-
-def exchange_seconds(exchange: Exchange, site: Site, P: int, topology: Topology) -> float:
-    """How long a rank's messages take by themselves, while all ranks do likewise."""
-    if not exchange.messages:
-        return 0.0
-    scope, ranks = exchange.scope, P
-    if scope == "inside" and _splits_nodes(site, P, topology):
-        # The ranks of a node of the mesh are those of a sequence over nodes of the hardware, or over whole parts of them.
-        scope, ranks = "flat", site.mesh[1]
-        topology = topology.cut_into(math.gcd(ranks, topology.ranks_per_node))
-    return topology.seconds(exchange.kind, exchange.bytes, exchange.messages, ranks=ranks, scope=scope)

@@ -1,7 +1,8 @@
 """The cost model in symbols: how a strategy's seconds come from what it sends and computes and from what a topology says.
 
     T_work = 2 pairs (D + V) / F + launches L + 3 a merged / M          F flops a second of the attention kernel, L seconds a launch,
-    T_keys = messages latency + bytes / rate                            M bytes a second of memory; latency and rate of a link
+    T_keys = messages latency + bytes / rate                            M bytes a second of memory; latency and rate of a link, of which
+                                                                        the slower counts: inside a node, or all of a node between nodes
 
 The same phases as `prediction` evaluates, so a test can hold one to the other.
 """

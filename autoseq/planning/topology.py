@@ -132,7 +132,7 @@ class Topology:
             raise TopologyError(f"topology {self.name!r}: there must be 1 rank or more, not {world_size}")
         if world_size <= self.ranks_per_node:
             return replace(self, nodes=1, ranks_per_node=world_size)
-        self._between(world_size)
+        self.between_nodes(world_size)
         return replace(self, nodes=world_size // self.ranks_per_node)
 
     def cut_into(self, ranks_per_node: int) -> Topology:
@@ -165,7 +165,7 @@ class Topology:
         R = self.ranks_per_node
         if ranks <= R or scope == "inside":
             return (self._path("inside", self.inside, kind, 1.0),)
-        between = self._between(ranks)
+        between = self.between_nodes(ranks)
         if scope == "across":
             # R ranks share the node's cards; one point-to-point message goes through one card, however many are idle.
             lanes = min(between.lanes, R) if kind == "send" else between.lanes
@@ -185,7 +185,7 @@ class Topology:
         both_ways = 2.0 if link.duplex == "half" else 1.0
         return Path(where, rate.latency_s, share * both_ways / rate.bytes_per_s)
 
-    def _between(self, ranks: int) -> Link:
+    def between_nodes(self, ranks: int) -> Link:
         """The link between the nodes of so many ranks, which must be several whole ones."""
         R = self.ranks_per_node
         if self.between is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoseq.planning.time_formulas import exchange_text, phase_formulas, work_formula
+from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Strategy
 from autoseq.runtime.timeline import WAYS, Way
@@ -12,7 +12,10 @@ from autoseq.strategy_table import formula_text
 
 
 def formulas_json() -> dict[str, Any]:
-    """What `--formulas` prints: `T_work` of each way, and the phases of each strategy, each so many `times`."""
+    """What `--formulas` prints: `T_work` of each way, and the phases of each strategy, each so many `times`.
+
+    Where messages inside a node go beside those between nodes, also the phases on one node, where they take the same link.
+    """
     return {
         "T_work": {way: formula_text(work_formula(way)) for way in WAYS},
         "strategies": {name: _strategy(strategy) for name, strategy in STRATEGIES.items() if name != "local"},
@@ -25,5 +28,10 @@ def _strategy(strategy: Strategy) -> dict[str, Any]:
 
 
 def _way(strategy: Strategy, way: Way) -> dict[str, Any]:
-    phases = [{"times": formula_text(times), "seconds": formula_text(seconds)} for times, seconds in phase_formulas(strategy, way)]
-    return {"phases": phases, "exchanges": list(exchange_text(strategy, way))}
+    found = {"phases": _phases(strategy, way), "exchanges": list(exchange_text(strategy, way))}
+    return found | ({"phases_on_one_node": _phases(strategy, way, one_link=True)} if uses_links_together(strategy, way) else {})
+
+
+def _phases(strategy: Strategy, way: Way, *, one_link: bool = False) -> list[dict[str, str]]:
+    phases = phase_formulas(strategy, way, one_link=one_link)
+    return [{"times": formula_text(times), "seconds": formula_text(seconds)} for times, seconds in phases]

@@ -15,6 +15,7 @@ from autoseq.planning.exchange_times import exchange_seconds as seconds_of
 from autoseq.planning.prediction import LANES, pass_time
 from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.timeline import WAYS
 from unit_hardware import SITE, topology
 
 TINY = "examples/plain_gpt.py:tiny"
@@ -83,6 +84,10 @@ def test_json_has_the_formulas_that_were_asked_for() -> None:
     phases = found["strategies"]["ring"]["forward"]["phases"]
     assert any(phase["seconds"].startswith("Max(") for phase in phases)
     assert found["strategies"]["ring"]["forward"]["exchanges"][0].startswith("T_keys: send among all ranks")
+    on_one_node = {name: [way for way in WAYS if "phases_on_one_node" in each[way]] for name, each in found["strategies"].items()}
+    assert {name: ways for name, ways in on_one_node.items() if ways} == {"double_ring": list(WAYS)}
+    forward = found["strategies"]["double_ring"]["forward"]
+    assert forward["phases_on_one_node"] != forward["phases"]
 
 
 MISTAKES = {

@@ -125,8 +125,8 @@ def print_formulas(out: Console) -> None:
     out.print("  T_work is what a rank computes by itself, T_… what it sends.")
     for way in WAYS:
         out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
-    out.print("  F flops a second of the kernel, L seconds a launch, M bytes a second of memory; pairs, launches and merged elements")
-    out.print("  are counted per rank from the mask.")
+    out.print("  F flops a second of the kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory.")
+    out.print("  Of a rank, by the mask: pairs of full and masked blocks, squares on a diagonal and their rows, launches, merged elements.")
     for name, strategy in STRATEGIES.items():
         if name == "local":
             continue

@@ -31,6 +31,7 @@ def print_topology(console: Console, topology: Topology) -> None:
     rows = [(dtype, *(_flops(getattr(rates, rate.name)) for rate in fields(rates))) for dtype, rates in topology.kernels.items()]
     console.print(table("Kernels", ("dtype", ":peak", ":products", ":attention", ":its backward"), rows))
     console.print(f"memory at {readable_bytes(topology.memory_bytes_per_s)}/s, {_time(topology.launch_s)} for each kernel call")
+    console.print(f"attention past a causal diagonal is left out in pieces of {topology.attention_tile} keys")
     for source in topology.sources:
         console.print(f"- {source}")
 

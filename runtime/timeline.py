@@ -122,14 +122,29 @@ class Work:
 
     `pairs` are those of a query and a key, for each batch element and query head, that the mask leaves; `launches` calls of a kernel;
     `merged_elements` what their results, and those that come home, add to in memory: out and lse forward, dq, dk and dv backward.
+
+    What kernels are given for that is more, counted likewise: rectangles without a mask (`full_pairs`), squares of which they know the
+    diagonal (`causal_pairs`, those past it too, in `causal_rows`), and tiles with a tensor that says what is allowed (`masked_pairs`).
     """
 
     pairs: int
     launches: int
     merged_elements: int
+    full_pairs: int = 0
+    causal_pairs: int = 0
+    causal_rows: int = 0
+    masked_pairs: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.pairs + other.pairs, self.launches + other.launches, self.merged_elements + other.merged_elements)
+        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def computed_pairs(self, attention_tile: int) -> int:
+        """What kernels compute that leave out keys past a diagonal in pieces of `attention_tile`, and nothing else.
+
+        Row i of a square of n rows has i + 1 keys rounded up to pieces: in all n² up to a piece, else (n² + n · piece) / 2 if pieces fit.
+        """
+        in_pieces = (self.causal_pairs + attention_tile * self.causal_rows) // 2
+        return self.full_pairs + min(self.causal_pairs, in_pieces) + self.masked_pairs
 
 
 NO_WORK = Work(0, 0, 0)

@@ -1,4 +1,4 @@
-"""How much of an attention a rank computes: pairs that the mask leaves, calls of a kernel, and what their results are added to.
+"""How much of an attention a rank computes: pairs that the mask leaves and those that kernels are given, calls, and merged results.
 
 A strategy says which queries meet which keys on a rank (`Task`, one for each `blockwise.Forward` or `Backward` that it makes); the same
 cuts as in the real work are counted here, without tensors. What only the values of a tensor rule out is not known, and counted.
@@ -18,7 +18,7 @@ from torch import Tensor
 from autoseq.runtime import blocks, runs
 from autoseq.runtime.blocks import Chunk
 from autoseq.runtime.formula import SYMBOLS, parse
-from autoseq.runtime.mask import Mask
+from autoseq.runtime.mask import BlockKind, Mask
 from autoseq.runtime.runs import Runs
 from autoseq.runtime.score_facts import additive_terms
 from autoseq.runtime.tiles import EmptyRows, HeadRun, Problem, Tiling
@@ -105,7 +105,7 @@ def works_of(task: Task, problem: Problem, sizes: Sizes) -> tuple[Work, Work]:
     if task.padded:
         last = replace(task, queries=((0, sizes.q_len - 1, 1),))
         padding = _counted(last, problem, sizes, plain=not by_kernel[0])[0]
-        forward = forward + replace(_scaled(padding, task.padded), pairs=0)
+        forward = forward + replace(_scaled(padding, task.padded), pairs=0)  # computed, but none of the attention's
     return forward, backward
 
 
@@ -172,43 +172,76 @@ def _sampled(task: Task, problem: Problem, *, tiled: bool) -> Task:
 
 
 def _scaled(work: Work, share: float) -> Work:
-    return work if share == 1 else Work(round(work.pairs * share), round(work.launches * share), round(work.merged_elements * share))
+    return work if share == 1 else Work(*(round(getattr(work, name) * share) for name in Work.__dataclass_fields__))
 
 
 def _counted(task: Task, problem: Problem, sizes: Sizes, *, plain: bool) -> tuple[Work, Work]:
     """Forward and backward of all blocks. Pairs are those of a predicate; without one the bounds tell them."""
     q = torch.empty((sizes.batch, len(task.heads), 0, sizes.head_dim), device="meta")
-    tiling, found = Tiling(q, task.kv_heads, task.queries, task.grid, problem), _Tally(sizes)
+    tiling = Tiling(q, task.kv_heads, task.queries, task.grid, problem)
+    found = _Tally(sizes, with_terms=not plain and bool(additive_terms(problem.score)))
     for piece in task.keys:
         for run, q_chunk, k_chunk, block in tiling.blocks(piece, plain=plain, proven_only=True):
             tile = (0, q_chunk[1] + block.q_offset, block.q_rows), (0, k_chunk[1] + block.k_offset, block.k_rows)
             pairs = pairs_within(problem.mask, *tile) if problem.mask.predicate else 0
             found.add(run, 1, pairs, block.q_rows, block.k_rows)
+            found.given(run, block.kind, block.ask_predicate, block.q_rows * block.k_rows, block.q_rows)
     if problem.mask.predicate:
         # A predicate that looks up tensors leaves all tiles to be asked: they are counted together.
         for run, tiles in tiling.undecided([chunk for piece in task.keys for chunk in piece], plain=plain):
             q_start, q_rows, k_start, k_rows = tiles.T
             pairs = int(_pairs_of_tiles(problem.mask, q_start - k_start, q_rows, k_rows).sum())
             found.add(run, len(tiles), pairs, int(q_rows.sum()), int(k_rows.sum()))
-    return found.forward, found.backward
+            found.given(run, BlockKind.PARTIAL, True, int((q_rows * k_rows).sum()), 0)
+    return found.works()
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Sums over blocks: calls, pairs, and what the results of each way are merged into."""
+    """Sums over blocks: calls, pairs, and what the results of each way are merged into. `with_terms`: a tensor comes with every block."""
 
     sizes: Sizes
-    forward: Work = NO_WORK
-    backward: Work = NO_WORK
+    with_terms: bool
+    calls: int = 0
+    pairs: int = 0
+    merged: int = 0
+    merged_back: int = 0
+    full: int = 0
+    causal: int = 0
+    causal_rows: int = 0
+    masked: int = 0
 
     def add(self, run: HeadRun, calls: int, pairs: int, q_rows: int, k_rows: int) -> None:
         """So many calls for a run of heads, with so many pairs of one head, rows of queries and of keys in all."""
-        sizes, (heads, kv_heads) = self.sizes, (at.stop - at.start for at in run[:2])
-        seen = sizes.batch * heads * pairs
-        merged = heads * q_rows * (sizes.value_dim + 1)
-        merged_back = heads * q_rows * sizes.head_dim + kv_heads * k_rows * (sizes.head_dim + sizes.value_dim)
-        self.forward += Work(seen, calls, sizes.batch * merged)
-        self.backward += Work(seen, calls, sizes.batch * merged_back)
+        sizes, (heads, kv_heads) = self.sizes, _counts(run)
+        self.calls += calls
+        self.pairs += heads * pairs
+        self.merged += heads * q_rows * (sizes.value_dim + 1)
+        self.merged_back += heads * q_rows * sizes.head_dim + kv_heads * k_rows * (sizes.head_dim + sizes.value_dim)
+
+    def given(self, run: HeadRun, kind: BlockKind, asked: bool, pairs: int, rows: int) -> None:
+        """Blocks of a kind, with so many pairs and rows of one head, whatever is masked of them."""
+        heads, _ = _counts(run)
+        if asked or kind is BlockKind.PARTIAL or self.with_terms:
+            self.masked += heads * pairs
+        elif kind is BlockKind.CAUSAL:
+            self.causal += heads * pairs
+            self.causal_rows += heads * rows
+        else:
+            self.full += heads * pairs
+
+    def works(self) -> tuple[Work, Work]:
+        """Forward and backward."""
+        B = self.sizes.batch
+        given = (B * self.full, B * self.causal, B * self.causal_rows, B * self.masked)
+        forward, backward = (Work(B * self.pairs, self.calls, B * merged, *given) for merged in (self.merged, self.merged_back))
+        return forward, backward
+
+
+def _counts(run: HeadRun) -> tuple[int, int]:
+    """How many query heads and KV heads."""
+    heads, kv_heads, _ = run
+    return heads.stop - heads.start, kv_heads.stop - kv_heads.start
 
 
 def _pairs_of_tiles(mask: Mask, first: Tensor, q_rows: Tensor, k_rows: Tensor) -> Tensor:

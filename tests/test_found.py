@@ -26,6 +26,7 @@ def test_on_cpus_all_ranks_are_one_node(monkeypatch: pytest.MonkeyPatch) -> None
     assert (topology.name, topology.nodes, topology.ranks_per_node) == ("found: CPU", 1, 6)
     assert topology == found_topology(6)
     assert found_topology(1).memory_bytes > topology.memory_bytes > 0
+    assert topology.attention_tile == 512  # ATen's; that of CUDA's kernels is in the presets
 
 
 @pytest.mark.parametrize(

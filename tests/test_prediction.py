@@ -11,6 +11,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoseq.planning import time_formulas as formulas
 from autoseq.planning.exchange_times import NodeLoad, crossing_seconds, exchange_seconds
 from autoseq.planning.prediction import asked_ranks, dtype_of, pass_seconds, pass_time, step_seconds
 from autoseq.planning.time_formulas import WORK as WORK_S
@@ -49,7 +50,7 @@ class Scripted(Strategy):
         return self._phases
 
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
-        return Work(pairs=1, launches=0, merged_elements=0)  # of one key and one value column: 4 flops forward
+        return Work(pairs=1, launches=0, merged_elements=0, full_pairs=1)  # of one key and one value column: 4 flops forward
 
 
 def sends(**shares: Any) -> tuple[tuple[str, Any], ...]:
@@ -220,6 +221,41 @@ def test_launches_and_merges_take_time() -> None:
     assert seconds[1] - seconds[0] == pytest.approx(work.launches)
     merged = 3 * 4 * work.merged_elements
     assert seconds[0] == pytest.approx(4 * work.pairs + merged)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    st.sampled_from(list(STRATEGIES)), st.sampled_from(WAYS), st.sampled_from([None, 0]), st.sampled_from([None, 40, 1500]),
+    st.sampled_from(["", "k < c0(b)"]), st.sampled_from([1, 128, 512]),
+)  # fmt: skip
+def test_the_formula_of_work_is_what_is_predicted(
+    name: str, way: Way, max_ahead: int | None, max_behind: int | None, predicate: str, tile: int
+) -> None:
+    site = replace(SITE, q_len=4096, k_len=4096, head_dim=8, value_dim=4, max_ahead=max_ahead, max_behind=max_behind, predicate=predicate)
+    site, strategy, P = replace(site, mesh=(2, 2)), STRATEGIES[name], 1 if name == "local" else 4
+    if strategy.cannot_serve(site, P) is not None:
+        return
+    hardware = topology(kernels={"float32": KernelRates(5, 5, 2, 3)}, memory_bytes_per_s=7.0, launch_s=0.5, attention_tile=tile)
+    work = strategy.work(site, P, "contiguous", P - 1, way)
+    values = {
+        formulas.FULL: work.full_pairs, formulas.MASKED: work.masked_pairs, formulas.SQUARES: work.causal_pairs,
+        formulas.ROWS: work.causal_rows, formulas.TILE: tile, formulas.LAUNCHES: work.launches, formulas.LAUNCH_S: 0.5,
+        formulas.MERGED: work.merged_elements, formulas.MEMORY_BYTES_PER_S: 7, formulas.FLOPS_PER_S: 2 if way == "forward" else 3,
+        formulas.D: 8, formulas.V: 4, formulas.a: 4,
+    }  # fmt: skip
+    found = float(formulas.work_formula(way).subs(values))
+    assert found == pytest.approx(pass_time(strategy, site, P, "contiguous", P - 1, hardware, way).work_s)
+
+
+def test_a_window_costs_its_tiles() -> None:
+    """A window of half a tile leaves a third of the pairs of its tiles; what they take beside is the reading of masks and merging."""
+    site = replace(SITE, q_len=4096, k_len=4096, max_ahead=0, max_behind=255)
+    work = STRATEGIES["local"].work(site, 1, "contiguous", 0, "forward")
+    free = topology(memory_bytes_per_s=1e30)
+    assert work.masked_pairs == pytest.approx(3 * work.pairs, rel=0.05)
+    found, masked = (pass_time(STRATEGIES["local"], site, 1, "contiguous", 0, each, "forward").work_s for each in (free, topology()))
+    assert found == 4 * work.computed_pairs(1)
+    assert masked - found == pytest.approx(4 * (work.masked_pairs + 3 * work.merged_elements))
 
 
 def test_the_slowest_rank_decides_and_imbalance_is_seen() -> None:

@@ -30,7 +30,7 @@ def test_every_number_has_a_source(name: str) -> None:
     numbers = [f"{link}.{kind}" for link in ("inside", "between") for kind in KINDS] + ["inside.latency_us", "between.latency_us"]
     numbers += [f"kernels.float32.{rate}" for rate in ("peak_tflops", "matmul_tflops", "attention_tflops", "attention_backward_tflops")]
     numbers += [field.replace("float32", "bfloat16") for field in numbers if "float32" in field]
-    for field in [*numbers, "memory_gib", "memory_gbytes_per_s", "launch_us"]:
+    for field in [*numbers, "memory_gib", "memory_gbytes_per_s", "launch_us", "attention_tile"]:
         assert any(field == each or field.startswith(f"{each}.") for each in told), field
     for source in topology.sources:
         assert re.search(r"estimate|fitted|data sheet|vendors' pages|arXiv|github\.com|of the [AH]1|torch reports", source), source

@@ -21,7 +21,7 @@ WHOLE: dict[str, Any] = {
     "inside": {"duplex": "full", **{kind: dict(RATES) for kind in KINDS}},
     "between": {"duplex": "half", "lanes": 3, **{kind: {"latency_ms": 0.5, "bytes_per_s": 12500000} for kind in KINDS}},
     "kernels": {"float32": {"peak_tflops": 4, "matmul_tflops": 3.5, "attention_flops_per_s": 2e12, "attention_backward_tflops": 1}},
-    "memory_gib": 1.5, "memory_gbytes_per_s": 100, "launch_us": 2.5, "sources": ["all: made up"],
+    "memory_gib": 1.5, "memory_gbytes_per_s": 100, "launch_us": 2.5, "attention_tile": 64, "sources": ["all: made up"],
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def test_units_are_read_without_rounding() -> None:
     assert found.kernels["float32"] == KernelRates(4e12, 3.5e12, 2e12, 1e12)
     assert (found.memory_bytes, found.memory_bytes_per_s, found.launch_s) == (3 * 2**29, 1e11, 2.5e-6)
     assert (found.name, found.nodes, found.ranks_per_node, found.sources) == ("mine", 2, 4, ("all: made up",))
+    assert found.attention_tile == 64
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_units_are_read_without_rounding() -> None:
         pytest.param("inside.send.gbytes_per_s", True, r"inside\.send\.gbytes_per_s is a number above 0, not true", id="a boolean"),
         pytest.param("launch_us", 1e-320, r"launch_us is out of range", id="too small for a float"),
         pytest.param("memory_gbytes_per_s", 1e305, r"memory_gbytes_per_s is out of range", id="too large for a float"),
+        pytest.param("attention_tile", KeyError, r"attention_tile is missing$", id="a file from before it was asked for"),
         pytest.param("nodes", 1.5, r"nodes is a whole number, 1 or more, not 1\.5", id="half a node"),
         pytest.param("between.lanes", 0, r"between\.lanes is a whole number, 1 or more, not 0", id="no card"),
         pytest.param("inside.lanes", 1, r"inside\.lanes is unknown; fields here are send, .*duplex", id="cards inside a node"),
@@ -110,7 +112,7 @@ COUNT = st.integers(1, 10**6)
 KERNELS = st.dictionaries(st.sampled_from(DTYPES), st.builds(KernelRates, POSITIVE, POSITIVE, POSITIVE, POSITIVE), min_size=1)
 TOPOLOGIES = st.builds(
     Topology, st.text(min_size=1), COUNT, COUNT, LINK, st.builds(lambda link, lanes: Link(*[link.send] * 5, lanes=lanes), LINK, COUNT),
-    KERNELS, st.integers(1, 2**50), POSITIVE, POSITIVE, st.lists(st.text()).map(tuple),
+    KERNELS, st.integers(1, 2**50), POSITIVE, POSITIVE, st.lists(st.text()).map(tuple), COUNT,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How much each rank computes: the pairs of a dense mask, and the calls that are really made."""
+"""How much each rank computes: the pairs of a dense mask, the calls that are really made, and what kernels are given in them."""
 
 from __future__ import annotations
 
@@ -110,18 +110,43 @@ def test_what_a_predicate_may_leave_is_counted(P: int) -> None:
 
 @pytest.mark.parametrize("P", MESHES)
 def test_launches_are_the_calls_that_are_made(P: int) -> None:
-    """In small tiles, forward and backward, on every rank."""
+    """As many, with as many pairs of each kind of block; in small tiles, forward and backward, on every rank."""
     runs = all_runs(EXACT | DECIDED_LATE if MESHES[P] else BOUNDS, P)
     per_rank = run_ranks(count_calls, P, list(runs.values()), MESHES[P], timeout_s=300)
     with small_tiles():
         for i, (name, (strategy, layout, case)) in enumerate(runs.items()):
             for way, counts in zip(WAYS, zip(*(of_rank[i] for of_rank in per_rank), strict=True), strict=True):
-                found = [work.launches for work in works(strategy, case, P, layout, way)]
+                found = [replace(work, pairs=0, merged_elements=0) for work in works(strategy, case, P, layout, way)]
                 if case.mask_case().predicate:
-                    # On a CPU a tile is looked at, and skipped if nothing of it is left.
-                    assert all(made <= expected for made, expected in zip(counts, found, strict=True)), (name, way)
+                    # On a CPU a tile is looked at, and skipped if nothing of it is left, or taken for full if all is.
+                    for made, told in zip(counts, found, strict=True):
+                        assert made.launches <= told.launches, (name, way)
+                        assert made.masked_pairs <= told.masked_pairs, (name, way)
+                        assert made.computed_pairs(1) <= told.computed_pairs(1), (name, way)
                 else:
                     assert found == list(counts), (name, way)
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_pairs_past_a_diagonal_are_computed_in_pieces(n: int, piece: int) -> None:
+    """Row i of a causal block computes keys 0..i and the rest of their last piece; exactly, where pieces fit or one is enough."""
+    by_rows = sum(min(n, -(-(i + 1) // piece) * piece) for i in range(n))
+    computed = Work(0, 1, 0, causal_pairs=n * n, causal_rows=n).computed_pairs(piece)
+    if n % piece == 0 or n <= piece:
+        assert computed == by_rows
+    assert by_rows <= computed <= by_rows + piece**2
+
+
+def test_kernels_are_given_more_than_the_mask_leaves() -> None:
+    """Of a window's tiles all is computed; of a causal mask, in pieces of a tile, all of the tiles at the diagonal."""
+    rows, T = 8 * TILE, TILE
+    with small_tiles():
+        sites = [site_of(Case(rows, rows, mask=mask, heads=1, kv_heads=1)) for mask in ("window", "causal")]
+        window, causal = (STRATEGIES["local"].work(site, 1, "contiguous", 0, "forward") for site in sites)
+    assert window.computed_pairs(T) == window.masked_pairs + window.causal_pairs > window.pairs
+    assert (causal.full_pairs, causal.causal_pairs, causal.causal_rows, causal.masked_pairs) == (0, rows**2, rows, 0)
+    assert causal.computed_pairs(T) == T * T * 8 * 9 // 2
+    assert causal.computed_pairs(1) == causal.pairs == rows * (rows + 1) // 2
 
 
 def test_merged_elements_of_one_rank() -> None:
@@ -175,3 +200,4 @@ def test_of_very_many_tiles_some_stand_for_all(case: Case, monkeypatch: pytest.M
     assert sampled.pairs == pytest.approx(exact.pairs, rel=0.1)
     assert sampled.launches == pytest.approx(exact.launches, rel=0.1)
     assert sampled.merged_elements == pytest.approx(exact.merged_elements, rel=0.1)
+    assert sampled.computed_pairs(TILE) == pytest.approx(exact.computed_pairs(TILE), rel=0.1)

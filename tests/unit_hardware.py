@@ -14,5 +14,5 @@ def link(latency_s: float = 0.0, bytes_per_s: float = 1.0) -> Link:
 
 def topology(**changes: object) -> Topology:
     """One flop, one byte over a link and one byte of memory a second."""
-    plain = Topology("unit", 4, 1, link(), link(), {"float32": KernelRates(1, 1, 1, 1)}, 1 << 40, 1.0, 0.0)
+    plain = Topology("unit", 4, 1, link(), link(), {"float32": KernelRates(1, 1, 1, 1)}, 1 << 40, 1.0, 0.0, attention_tile=1)
     return replace(plain, **changes)  # type: ignore[arg-type]

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from attention_job import Run, axes_of, call_keywords, shard
 from autoseq.runtime import blocks, blockwise, work_counts
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.tiles import Tile
+from autoseq.runtime.timeline import NO_WORK, Work
 
 TILE = 4
 
@@ -29,31 +32,41 @@ def small_tiles() -> Iterator[None]:
             work_counts._of_site.cache_clear()
 
 
-def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[tuple[int, int]]:
-    """How often a forward, and then a backward, computes a piece."""
-    axes, calls = axes_of(mesh), [0]
+def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[tuple[Work, Work]]:
+    """How often a forward, and then a backward, computes a piece, and what pairs it is given then; the rest is not counted."""
+    axes, made = axes_of(mesh), [NO_WORK]
 
-    def counted(compute: Any) -> Any:
+    def counted(compute: Any, first: int) -> Any:
+        """`first` is the place of the queries among the arguments; keys and values follow."""
+
         def call(*args: Any) -> Any:
-            calls[0] += 1
+            made[0] += _given(args[first], args[first + 1], args[-1] if isinstance(args[-1], Tile) else args[-3:-1])
             return compute(*args)
 
         return call
 
     with small_tiles(), pytest.MonkeyPatch.context() as patch:
-        for owner, name in [(blockwise, "attend"), (blockwise, "attend_backward")]:
-            patch.setattr(owner, name, counted(getattr(owner, name)))
-        for kind in (blockwise.Forward, blockwise.Backward):
-            patch.setattr(kind, "_plain", counted(kind._plain))
-        return [_calls_of(rank, P, *run, axes, calls) for run in runs]
+        patch.setattr(blockwise, "attend", counted(blockwise.attend, 0))
+        patch.setattr(blockwise, "attend_backward", counted(blockwise.attend_backward, 1))
+        patch.setattr(blockwise.Forward, "_plain", counted(blockwise.Forward._plain, 1))
+        patch.setattr(blockwise.Backward, "_plain", counted(blockwise.Backward._plain, 2))
+        return [_calls_of(rank, P, *run, axes, made) for run in runs]
 
 
-def _calls_of(rank: int, P: int, strategy: str, layout: Any, case: Any, axes: tuple[str, ...], calls: list[int]) -> tuple[int, int]:
+def _given(q: Tensor, k: Tensor, masked: Tile | tuple[Tensor | None, bool]) -> Work:
+    """One call; kernels are told what is masked by a tensor, or that it is causal."""
+    bias, is_causal = (masked.allowed, masked.causal) if isinstance(masked, Tile) else masked
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    kind = "masked_pairs" if bias is not None else "causal_pairs" if is_causal else "full_pairs"
+    return Work(0, 1, 0, causal_rows=rows if is_causal else 0, **{kind: rows * k.shape[2]})
+
+
+def _calls_of(rank: int, P: int, strategy: str, layout: Any, case: Any, axes: tuple[str, ...], made: list[Work]) -> tuple[Work, Work]:
     *qkv, grad = (shard(x, rank, P, layout, padding="edge") for x in case.tensors())
     leaves = [x.requires_grad_() for x in qkv]
     captures, sinks, seed = case.captures(), case.sinks(), case.dropout_seed()
-    calls[0] = 0
+    made[0] = NO_WORK
     out = STRATEGIES[strategy].attention(*leaves, captures, sinks, seed, **call_keywords(case, layout), axes=axes)
-    forward, calls[0] = calls[0], 0
+    forward, made[0] = made[0], NO_WORK
     torch.autograd.grad(out, [*leaves, *(x for x in captures if x.requires_grad)], grad)
-    return forward, calls[0]
+    return forward, made[0]

@@ -105,7 +105,7 @@ def _unknown(device: Any) -> Topology:
         "found", 1, 1, inside.inside, inside.between, {dtype: _estimated(rate) for dtype, rate in peak.items()},
         device.total_memory, 2 * memory_hz * width / 8 or 5e11, 5e-6,
         (f"kernels: estimates from {device.multi_processor_count} multiprocessors of compute capability {device.major}.{device.minor}",
-         f"inside, between: as {inside.name}"),
+         f"inside, between: as {inside.name}"), inside.attention_tile,
     )  # fmt: skip
 
 
@@ -136,5 +136,6 @@ def _cpu(per_node: int) -> Topology:
     memory = max(1, pages // per_node // _GIB) * _GIB
     return Topology(
         "found: CPU", per_node, 1, inside, between, kernels, memory, 1e10, 1e-5,
-        ("all but memory_bytes: estimates for any CPU, gloo and 10 Gb/s between machines; `autoseq topology measure` knows better",),
+        ("all but memory_bytes: estimates for any CPU, gloo and 10 Gb/s between machines; `autoseq topology measure` knows better",
+         "attention_tile: the keys that ATen's flash attention takes at once (kv_split_size in FlashAttentionKernel.cpp)"), 512,
     )  # fmt: skip

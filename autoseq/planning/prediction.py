@@ -2,7 +2,8 @@
 
     seconds of a pass  =  sum over phases of  times · max(share of the work, shares of the messages on each kind of link)
 
-Work is matrix products at the kernel's rate, calls of kernels at the launch time, and results merged in memory at the memory's rate.
+Work is matrix products at the kernel's rate, those of pairs that a kernel computes in vain among them, calls of kernels at the launch time,
+and masks read and results merged in memory at the memory's rate.
 What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `phases`), what that takes the topology's.
 """
 
@@ -160,6 +161,7 @@ def _work_seconds(
 ) -> float:  # fmt: skip
     work, rates = strategy.work(site, P, layout, rank, way), topology.kernel_rates(dtype)
     rate = rates.attention_flops_per_s if way == "forward" else rates.attention_backward_flops_per_s
-    merged_bytes = _TOUCHED * work.merged_elements * accumulator_bytes(site)
-    in_kernels = flops(work.pairs, site.head_dim, site.value_dim, way) / rate
-    return in_kernels + work.launches * topology.launch_s + merged_bytes / topology.memory_bytes_per_s
+    # Each head reads the number that a mask adds to its score.
+    touched_bytes = (_TOUCHED * work.merged_elements + work.masked_pairs) * accumulator_bytes(site)
+    in_kernels = flops(work.computed_pairs(topology.attention_tile), site.head_dim, site.value_dim, way) / rate
+    return in_kernels + work.launches * topology.launch_s + touched_bytes / topology.memory_bytes_per_s

@@ -1,8 +1,12 @@
 """The cost model in symbols: how a strategy's seconds come from what it sends and computes and from what a topology says.
 
-    T_work = 2 pairs (D + V) / F + launches L + 3 a merged / M          F flops a second of the attention kernel, L seconds a launch,
-    T_keys = messages latency + bytes / rate                            M bytes a second of memory; latency and rate of a link, of which
-                                                                        the slower counts: inside a node, or all of a node between nodes
+    T_work = 2 computed (D + V) / F + launches L + a (3 merged + masked) / M
+    computed = full + masked + min(squares, (squares + g rows) / 2)
+    T_keys = messages latency + bytes / rate
+
+F flops a second of the attention kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory; latency and
+rate of a link, of which the slower counts: inside a node, or all of a node between nodes. Of a rank's blocks, full and masked are pairs,
+and so are the squares at a diagonal, which have so many rows.
 
 The same phases as `prediction` evaluates, so a test can hold one to the other.
 """
@@ -18,8 +22,10 @@ from autoseq.runtime.strategy import D, Site, Strategy, V, a
 from autoseq.runtime.timeline import Exchanges, Way
 
 WORK = sympy.Symbol("T_work", nonnegative=True)
-PAIRS, LAUNCHES, MERGED = sympy.symbols("pairs launches merged", nonnegative=True, integer=True)
+FULL, MASKED, SQUARES, ROWS = sympy.symbols("full masked squares rows", nonnegative=True, integer=True)
+LAUNCHES, MERGED = sympy.symbols("launches merged", nonnegative=True, integer=True)
 FLOPS_PER_S, LAUNCH_S, MEMORY_BYTES_PER_S = sympy.symbols("F L M", positive=True)
+TILE = sympy.Symbol("g", positive=True, integer=True)
 
 _SAMPLE = Site(
     batch=1, q_len=64, k_len=64, heads=8, kv_heads=8, head_dim=8, value_dim=8, element_bytes=2, max_ahead=0, max_behind=7, mesh=(2, 2)
@@ -51,9 +57,10 @@ def phase_formulas(strategy: Strategy, way: Way, *, one_link: bool = False) -> I
 
 
 def work_formula(way: Way) -> sympy.Expr:
-    """What WORK is: products, launches, and results that are merged in memory."""
+    """What WORK is: products, launches, masks that are read and results that are merged in memory."""
     widths = D + V if way == "forward" else 3 * D + 2 * V
-    return 2 * PAIRS * widths / FLOPS_PER_S + LAUNCHES * LAUNCH_S + 3 * a * MERGED / MEMORY_BYTES_PER_S
+    computed = FULL + MASKED + sympy.Min(SQUARES, (SQUARES + TILE * ROWS) / 2)
+    return 2 * computed * widths / FLOPS_PER_S + LAUNCHES * LAUNCH_S + a * (3 * MERGED + MASKED) / MEMORY_BYTES_PER_S
 
 
 def uses_links_together(strategy: Strategy, way: Way) -> bool:

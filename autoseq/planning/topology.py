@@ -104,7 +104,8 @@ class Topology:
     """`nodes` nodes of `ranks_per_node` ranks, each rank one device. `between` is None where only one node is known.
 
     memory_bytes: what one rank's device holds. memory_bytes_per_s: how fast it reads and writes that, both counted.
-    launch_s: what each kernel call costs beside its work. sources: where the numbers come from.
+    launch_s: what each kernel call costs beside its work. sources: where the numbers come from. attention_tile: how many keys past a causal
+    diagonal attention kernels leave out at once, for less is not skipped.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Topology:
     memory_bytes_per_s: float
     launch_s: float
     sources: tuple[str, ...] = ()
+    attention_tile: int = 128
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", Kernels(self.kernels))

@@ -4,7 +4,7 @@
      "inside": {"duplex": "full", "send": {"latency_us": 10, "gbytes_per_s": 20}, "all_to_all": ...},
      "between": null, or as "inside", with "lanes",
      "kernels": {"bfloat16": {"peak_tflops": 125, "matmul_tflops": 70, "attention_tflops": 60, "attention_backward_tflops": 50}},
-     "memory_gib": 24, "memory_gbytes_per_s": 600, "launch_us": 5,
+     "memory_gib": 24, "memory_gbytes_per_s": 600, "launch_us": 5, "attention_tile": 128,
      "sources": ["memory_gib: the vendor's data sheet"]}
 
 Numbers are read as decimals, so that what is written comes back as it was.
@@ -56,11 +56,11 @@ def parse_topology(text: str, where: str) -> Topology:
     between = None if top.is_null("between") else _link(top.section("between"), lanes=True)
     kernels = _kernels(top.section("kernels"))
     memory_bytes = int(top.number(_MEMORY).to_integral_value())
-    speed, launch = float(top.number(_MEMORY_SPEED)), float(top.number(_LAUNCH))
+    speed, launch, tile = float(top.number(_MEMORY_SPEED)), float(top.number(_LAUNCH)), top.count("attention_tile")
     top.end()
     if nodes > 1 and between is None:
         raise TopologyError(f"{where}: between is null, but there are {nodes} nodes; describe the link between them, or make it one node")
-    return Topology(name, ranks_per_node, nodes, inside, between, kernels, memory_bytes, speed, launch, sources)
+    return Topology(name, ranks_per_node, nodes, inside, between, kernels, memory_bytes, speed, launch, sources, tile)
 
 
 def dump(topology: Topology) -> str:
@@ -71,7 +71,7 @@ def dump(topology: Topology) -> str:
         "between": topology.between and _link_fields(topology.between, lanes=True),
         "kernels": {dtype: _rates_fields(rates) for dtype, rates in topology.kernels.items()},
         **_written(topology.memory_bytes, _MEMORY), **_written(topology.memory_bytes_per_s, _MEMORY_SPEED),
-        **_written(topology.launch_s, _LAUNCH), "sources": list(topology.sources),
+        **_written(topology.launch_s, _LAUNCH), "attention_tile": topology.attention_tile, "sources": list(topology.sources),
     }, indent=2, ensure_ascii=False)  # fmt: skip
     return _INNERMOST.sub(lambda found: "{" + ", ".join(line.strip(" ,") for line in found[1].splitlines()) + "}", text)
 

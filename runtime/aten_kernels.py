@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from autoseq.runtime.kernel_call import HALVES, BlockCall, Kernel, added, aligned, needs, no_cuda, same_head_dim, without_keys
+from autoseq.runtime.kernel_call import HALVES, BlockCall, Kernel, added, aligned, needs, no_cuda, once, same_head_dim, without_keys
 from autoseq.runtime.plain import accumulate_dtype
 
 _aten = torch.ops.aten
@@ -209,7 +209,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, is_causal: b
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*padded, 0.0, is_causal, attn_mask=bias, scale=scale)
     if attn_bias is not None:
         # For a row without keys the kernel gives out 0, as we want, but lse 0, which would count as e^0 in a merge.
-        lse = lse.masked_fill(without_keys(attn_bias), -torch.inf)
+        lse = lse.masked_fill(once(attn_bias, "without keys", lambda: without_keys(attn_bias)), -torch.inf)
     return out[..., : v.shape[-1]], lse
 
 
@@ -234,7 +234,8 @@ def _cpu_backward(
 
 def _cpu_bias(attn_bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     # The kernel takes a float32 mask beside float64 queries without complaint, and reads it as float64: garbage.
-    return None if attn_bias is None else added(attn_bias, q, k, accumulate_dtype(q.dtype))
+    dtype = accumulate_dtype(q.dtype)
+    return None if attn_bias is None else once(attn_bias, (q.shape[2], k.shape[2], dtype), lambda: added(attn_bias, q, k, dtype))
 
 
 FLASH = Kernel("flash", "ATen's flash attention on CUDA", _flash_missing, _flash_cannot_serve, _flash, _flash_backward)

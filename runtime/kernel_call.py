@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_MADE_OF: MutableMapping[Tensor, dict[Hashable, Tensor]] = WeakTensorKeyDictionary()
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -113,6 +116,20 @@ def added(attn_bias: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor
     if bias.dtype != torch.bool:
         return bias.to(dtype)
     return torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -torch.inf)
+
+
+def once(mask: Tensor, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """`what` is made of a boolean mask, made once as long as the mask is there. Neither may be written to.
+
+    A window's tiles have the same tensor in every stage and call (`Mask.within_bounds`); other masks are gone after their block.
+    """
+    if mask.dtype != torch.bool:
+        return make()
+    made = _MADE_OF.setdefault(mask, {})
+    if what not in made:
+        with torch.inference_mode(False):
+            made[what] = make()
+    return made[what]
 
 
 def without_keys(attn_bias: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class BlockKind(StrEnum):
     FULL = "full"  # every key is allowed
     CAUSAL = "causal"  # row i may see keys 0..i of the block: a kernel's `is_causal`
     PARTIAL = "partial"  # anything else: needs a mask tensor
+
+
+# A window has two or three different tiles, whatever its length; those of a few windows are kept, each of at most a tile.
+_KEPT_TILES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +91,21 @@ class Mask:
         for term in terms[1:]:
             result = torch.logical_and(result, term)
         return result
+
+    def within_bounds(self, q_start: int, q_rows: int, k_start: int, k_rows: int) -> Tensor:
+        """`allowed` of a block on a CPU that the bounds cut, by them alone: kept, for tiles, stages and calls ask for the same.
+
+        It is not to be written to.
+        """
+        return _within_bounds(self.max_ahead, self.max_behind, q_start - k_start, q_rows, k_rows)
+
+
+@lru_cache(maxsize=_KEPT_TILES)
+def _within_bounds(max_ahead: int | None, max_behind: int | None, first: int, q_rows: int, k_rows: int) -> Tensor:
+    """Bounds know distances only: it is the same wherever the first query is `first` past the first key."""
+    # A tensor that was made in inference mode could serve no training later.
+    with torch.inference_mode(False):
+        points = Points.of(1, range(1), torch.arange(first, first + q_rows), torch.arange(k_rows))
+        allowed = Mask(max_ahead, max_behind).allowed(points, [])
+    assert allowed is not None
+    return allowed

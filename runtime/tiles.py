@@ -159,6 +159,10 @@ class Tiling:
         if not block.ask_predicate and block.kind is not BlockKind.PARTIAL:
             return tile
         mask, bounds = self.problem.mask, block.kind is BlockKind.PARTIAL
+        if not block.ask_predicate and tile.device.type == "cpu":
+            # Elsewhere streams and graphs would have to be told of a tensor that outlives the call.
+            *_, queries, keys = tile.indices
+            return replace(tile, causal=False, allowed=mask.within_bounds(queries.start, len(queries), keys.start, len(keys)))
         allowed = mask.allowed(tile.points, self.problem.captures, bounds=bounds, predicate=block.ask_predicate)
         # Looking at the values would make a GPU wait; there the mask is simply used.
         if allowed is not None and block.ask_predicate and allowed.device.type == "cpu":

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention_job import assemble, shard
-from autoseq.runtime import blocks, blockwise
+from autoseq.runtime import aten_kernels, blocks, blockwise
+from autoseq.runtime import mask as mask_module
 from autoseq.runtime.blocks import Chunk, rectangles, split
 from autoseq.runtime.blockwise import Backward, Forward, merge
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
@@ -203,6 +204,29 @@ def chunks_of(rank: int, P: int, n: int, layout: Layout) -> list[Chunk]:
 
 def shard_all(x: Tensor, P: int, layout: Layout, padding: str) -> list[Tensor]:
     return [shard(x, rank, P, layout, padding=padding) for rank in range(P)]
+
+
+def test_the_masks_of_a_window_are_made_once() -> None:
+    """Of 19 tiles, of which ten lie alike and nine, in two stages of heads both ways: the masks, and what the kernel makes of them."""
+    case = Case(40, 40, mask="window", heads=2, kv_heads=2)
+    *tensors, grad = case.tensors()
+    rows = [(0, 0, 40)]
+    mask_module._within_bounds.cache_clear()
+    with (
+        patch.object(blocks, "TILE", 4),
+        patch.object(aten_kernels, "added", wraps=aten_kernels.added) as added,
+        patch.object(aten_kernels, "without_keys", wraps=aten_kernels.without_keys) as without_keys,
+    ):
+        for head in range(2):
+            q, k, v = (x[:, head : head + 1] for x in tensors)
+            problem = case.problem(first_head=head)
+            forward = Forward(q, 1, case.value_dim, rows, rows, problem)
+            forward.add(k, v, rows)
+            backward = Backward(grad[:, head : head + 1], q, *forward.result(), 1, rows, rows, problem)
+            backward.add(k, v, rows, torch.zeros_like(k), torch.zeros_like(v))
+    kept = mask_module._within_bounds.cache_info()
+    assert (kept.misses, kept.hits) == (2, 4 * 19 - 2)
+    assert (added.call_count, without_keys.call_count) == (2, 2)
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 9), (0, 4), (4, 5), (1, 1), (1, 4), (3, 3), (2, 0)])

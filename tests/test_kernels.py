@@ -204,6 +204,19 @@ def test_kernels_that_are_not_there_say_why() -> None:
         assert choose(replace(BF16, dtype=torch.float32)) is REFERENCE
 
 
+def test_what_is_made_of_a_mask_goes_with_it() -> None:
+    q, k, v, _ = draw(SHAPES["square"], torch.float32)
+    before = len(kernel_call._MADE_OF)
+    mask = torch.ones(32, 32, dtype=torch.bool).tril(-1)
+    once, again = (attend(q, k, v, mask, False, SCALE) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True))
+    assert len(kernel_call._MADE_OF) == before + 1
+    del mask
+    assert len(kernel_call._MADE_OF) == before
+    attend(q, k, v, torch.zeros(32, 32), False, SCALE)
+    assert len(kernel_call._MADE_OF) == before, "numbers are of one block"
+
+
 def test_cpu_tensors_get_the_flash_kernel() -> None:
     q, _, v, _ = draw(SHAPES["square"], torch.bfloat16)
     assert choose(BlockCall.of(q, q, v, None)) is CPU

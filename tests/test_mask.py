@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autoseq.runtime import mask as mask_module
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.formula import Points, evaluate, parse
 from autoseq.runtime.mask import BlockKind, Mask
@@ -140,6 +141,30 @@ def test_bounds_and_predicate_together() -> None:
     assert allowed is not None
     assert torch.equal(allowed, ((k <= q) & (q - k <= 2) & KEPT[:, None, :])[:, None])
     assert Mask().allowed(points, []) is None
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(BOUND, st.integers(-12, 12), BLOCK, st.integers(0, 99))
+def test_a_tile_that_is_kept_is_the_dense_mask_wherever_it_lies(
+    max_ahead: int | None, max_behind: int, block: tuple[int, int, int, int], further: int
+) -> None:
+    mask = Mask(max_ahead, max_behind, "Ne(c0(b, k), 0)")  # what it looks up is not asked
+    found = mask.within_bounds(*block)
+    assert torch.equal(found, dense(mask, block))
+    assert mask.within_bounds(block[0] + further, block[1], block[2] + further, block[3]) is found
+
+
+def test_few_tiles_are_kept() -> None:
+    for first in range(100):
+        WINDOW.within_bounds(first, 4, 0, 4)
+    assert mask_module._within_bounds.cache_info().currsize == mask_module._KEPT_TILES <= 16
+
+
+def test_a_tile_that_was_kept_in_inference_serves_training() -> None:
+    mask_module._within_bounds.cache_clear()
+    with torch.inference_mode():
+        kept = WINDOW.within_bounds(20, 4, 10, 4)
+    assert not kept.is_inference()
 
 
 def test_a_predicate_is_parsed_once() -> None:

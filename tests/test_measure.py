@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import io
+import os
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autoseq.planning import measure as measuring
-from autoseq.planning import time_links
-from autoseq.planning.fitting import Line, Sample, fit_line
+from autoseq.planning import shared_cores, time_kernels, time_links
+from autoseq.planning.fitting import Line, Sample, fit_line, undisturbed
 from autoseq.planning.measure import Request, _with_links, measure, world_of_launcher
 from autoseq.planning.presets import load_topology
-from autoseq.planning.time_kernels import KernelEffort, seconds_of
+from autoseq.planning.shared_cores import Seat, turns, turns_here
+from autoseq.planning.time_kernels import Clock, KernelEffort, seconds_of, time_launch
 from autoseq.planning.time_links import Effort
 from autoseq.planning.topology import KINDS, Kind, Scope, Topology
 from autoseq.planning.topology_file import dump, parse_topology
+from autoseq.runtime import blockwise
 from autoseq.runtime.errors import OptionError
 from ranks import run_ranks
 
@@ -50,6 +58,27 @@ def test_one_strange_time_does_not_move_the_line(strange: int) -> None:
     samples[strange] = Sample(samples[strange].units, 8 * samples[strange].seconds)
     fitted = fit_line(samples)
     assert (fitted.latency_s, fitted.units_per_s) == (pytest.approx(1e-5, rel=0.15), pytest.approx(1e8, rel=0.05))
+
+
+@given(latency_us=st.floats(50, 5000), mbytes_per_s=st.floats(5, 5000), seed=st.integers(0, 2**20))
+def test_a_line_is_found_again_from_messages_of_which_most_were_held_up(latency_us: float, mbytes_per_s: float, seed: int) -> None:
+    """Two of three messages come late, by up to their own time and two milliseconds; the others vary by 2%."""
+    random, latency_s, rate = Random(seed), latency_us * 1e-6, mbytes_per_s * 1e6
+
+    def message(size: int) -> float:
+        seconds = (latency_s + size / rate) * random.uniform(1, 1.02)
+        return seconds if random.random() < 1 / 3 else seconds * random.uniform(1, 2) + random.uniform(0, 2e-3)
+
+    samples = [Sample(size, undisturbed([message(size) for _ in range(200)])) for size in (2**12, 2**16, 2**19, 2**21, 2**22)]
+    fitted = fit_line(samples)
+    for size in (2**12, 2**18, 2**22):
+        expected = latency_s + size / rate
+        assert fitted.latency_s + size / fitted.units_per_s == pytest.approx(expected, rel=0.1)
+
+
+def test_nothing_makes_a_message_faster_than_it_is() -> None:
+    assert undisturbed([3.0, 1.0, 1.0, 9.0, 1.0, 8.0]) == 1.0
+    assert undisturbed([2.0]) == 2.0
 
 
 TIMES = dict[Scope, dict[Kind, list[Sample]]]
@@ -87,15 +116,113 @@ def test_the_rates_of_links_are_found_again_from_their_times(name: str, lanes: i
         assert found.between is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("later", [1.5, 3.0])
+def test_messages_that_begin_later_among_all_ranks_than_across_have_one_rate(kind: Kind, later: float) -> None:
+    """gloo begins an exchange with each other rank, so one with more of them has a longer latency, and bytes as fast."""
+    hardware = load_topology("2x4xL20-1nic")
+    assert hardware.between is not None
+    times = times_of(hardware, 8, ("inside", "across", "flat"))
+    start_s = 2e-3
+    for scope, factor in (("across", 1.0), ("flat", later)):
+        times[scope][kind] = [Sample(each.units, each.seconds + factor * start_s) for each in times[scope][kind]]
+    found = _with_links(hardware, 8, Request(4), times)
+    assert found.between is not None
+    assert found.between.rate(kind).bytes_per_s == pytest.approx(hardware.between.rate(kind).bytes_per_s, rel=0.1)
+    assert start_s <= found.between.rate(kind).latency_s <= later * start_s * 1.1
+
+
+# Clocks of kernels ---------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
 def test_the_cost_of_a_call_is_of_many_in_a_row() -> None:
     calls = []
-    assert 0 < seconds_of(lambda: calls.append(0), torch.device("cpu"), 3) < 1e-4
+    assert 0 < seconds_of(lambda: calls.append(0), Clock(CPU), 3) < 1e-4
     assert len(calls) > 1000
+
+
+def test_a_kernel_that_waits_for_a_core_is_not_slower_but_one_that_shares_it_is() -> None:
+    def burn() -> None:
+        end = time.thread_time() + 2e-3
+        while time.thread_time() < end:
+            pass
+
+    def interrupted() -> None:
+        burn()
+        time.sleep(2e-2)
+
+    alone, waiting, shared = (seconds_of(call, clock, 3) for call, clock in (
+        (burn, Clock(CPU)), (interrupted, Clock(CPU)), (burn, Clock(CPU, turns=2.0))
+    ))  # fmt: skip
+    assert alone == pytest.approx(2e-3, rel=0.2)
+    assert waiting == pytest.approx(alone, rel=0.3), "what others do meanwhile is not in it"
+    assert shared == pytest.approx(2 * alone, rel=0.2), "what other ranks do is"
+
+
+def test_a_launch_on_cpus_is_a_block_as_the_runtime_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def seconds_of(call: Callable[[], object], clock: Clock, repeats: int) -> float:
+        call()
+        timed.append(repeats)
+        return (1e-4, 3e-4)[len(timed) - 1]
+
+    monkeypatch.setattr(time_kernels, "seconds_of", seconds_of)
+    merged = monkeypatch_counting(monkeypatch)
+    assert time_launch(torch.float32, Clock(CPU), SMALL[1]) == pytest.approx(2e-4), "the mean of forward and backward"
+    assert merged == ["merge", "merge", "accumulate"], "once to have an answer to differentiate, then what is timed"
+
+
+def monkeypatch_counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the merging functions of the runtime, as they are called."""
+    called: list[str] = []
+    for name in ("merge", "accumulate"):
+        real = getattr(blockwise, name)
+        monkeypatch.setattr(blockwise, name, lambda *args, name=name, real=real: (called.append(name), real(*args))[1])
+    return called
+
+
+TWO = frozenset({0, 1})
+
+
+@pytest.mark.parametrize(
+    ("seats", "expected"),
+    [
+        pytest.param([Seat("a", TWO, 1)], [1.0], id="one rank"),
+        pytest.param([Seat("a", TWO, 1)] * 2, [1.0] * 2, id="a core each"),
+        pytest.param([Seat("a", TWO, 1)] * 4, [2.0] * 4, id="two ranks a core"),
+        pytest.param([Seat("a", TWO, 2)] * 2, [2.0] * 2, id="threads count"),
+        pytest.param([Seat("a", TWO, 1)] * 2 + [Seat("b", TWO, 1)] * 2, [1.0] * 4, id="two machines"),
+        pytest.param([Seat("a", frozenset({i}), 1) for i in range(4)], [1.0] * 4, id="each has its own core"),
+        pytest.param([Seat("a", TWO, 1)] * 3 + [Seat("b", TWO, 1)], [1.5] * 3 + [1.0], id="unequally many"),
+    ],
+)
+def test_ranks_take_turns_on_cores(seats: list[Seat], expected: list[float]) -> None:
+    assert [turns(seats, mine) for mine in range(len(seats))] == expected
+    assert [turns(seats[::-1], mine) for mine in range(len(seats))] == expected[::-1], "the order of ranks does not matter"
+
+
+def test_a_process_by_itself_shares_its_cores_with_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_cores.os, "sched_getaffinity", lambda _: {0, 1})
+    for threads, expected in ((1, 1.0), (2, 1.0), (6, 3.0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert turns_here() == expected
 
 
 # Real ranks ----------------------------------------------------------------------------------------------------------
 
 SMALL = Effort((256, 4096), 3), KernelEffort((16, 32), 2, 16, (16, 32), (64, 256), 3)
+
+
+def turns_of(rank: int, world_size: int) -> tuple[float, int, int]:
+    return turns_here(), len(os.sched_getaffinity(0)), torch.get_num_threads()
+
+
+def test_ranks_on_one_machine_find_each_other() -> None:
+    for found, cores, threads in run_ranks(turns_of, 4):
+        assert found == max(1.0, 4 * threads / cores)
 
 
 def measured(rank: int, world_size: int, request: Request) -> tuple[str, str]:
@@ -180,7 +307,8 @@ def test_slow_links_stop_at_the_size_that_takes_too_long(monkeypatch: pytest.Mon
     monkeypatch.setattr(time_links, "_TOO_LONG_S", 0.0)
     monkeypatch.setattr(time_links, "_message", lambda kind, group, num_bytes, device: (float, num_bytes))
     steps: list[int] = []
-    samples = time_links.time_messages("send", None, torch.device("cpu"), SMALL[0], lambda: steps.append(1))  # type: ignore[arg-type]
-    assert [sample.units for sample in samples] == [256]
-    assert len(steps) == len(SMALL[0].message_bytes), "and the bar goes on"
+    effort = Effort((256, 4096, 8192), 3)
+    samples = time_links.time_messages("send", None, CPU, effort, lambda: steps.append(1))  # type: ignore[arg-type]
+    assert [sample.units for sample in samples] == [256, 4096], "two at least"
+    assert len(steps) == len(effort.message_bytes), "and the bar goes on"
 

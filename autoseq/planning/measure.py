@@ -2,7 +2,8 @@
 
 Links: messages of each kind and several sizes, inside nodes, across them and over all ranks; the rates are those with which
 `Topology.seconds` comes nearest to the times. Kernels: products and attention of several sizes on all ranks at once, since ranks may share
-what they compute on. Medians, the slowest rank's for messages and the middle one's for kernels. Rank 0's result is everyone's.
+what they compute on. Of messages the slowest rank's times and of these the lower quartile, of kernels the median and the middle rank's.
+Rank 0's result is everyone's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autoseq.launch import Rank, device_kind, run_ranks
 from autoseq.planning.fitting import Line, Sample, fit_line, four_digits
 from autoseq.planning.found import found_topology
-from autoseq.planning.time_kernels import KernelEffort, KernelTimes, time_kernels, time_launch, time_memory
+from autoseq.planning.shared_cores import turns_here
+from autoseq.planning.time_kernels import Clock, KernelEffort, KernelTimes, time_kernels, time_launch, time_memory
 from autoseq.planning.time_links import Effort, groups_of, time_messages
 from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Kind, Link, Rate, Scope, Topology
 from autoseq.planning.topology_file import dump, parse_topology
@@ -31,7 +33,7 @@ from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import on_nodes
 
 _CPU = (
-    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 15),
+    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 25),
     KernelEffort((128, 256, 512, 1024), 4, 64, (128, 256, 512, 1024), (1 << 20, 1 << 23), 15),
 )
 _CUDA = (
@@ -118,10 +120,11 @@ def _link(lines: dict[Kind, Line]) -> Link:
 def _with_kernels(
     base: Topology, dtypes: Sequence[str], device: torch.device, effort: KernelEffort, advance: Callable[[], None]
 ) -> Topology:
-    launch = _middle([Sample(1, time_launch(getattr(torch, dtypes[0]), device, effort))])[0].seconds
-    memory = fit_line(_middle(time_memory(device, effort))).units_per_s
+    clock = Clock(device, turns_here())
+    launch = _middle([Sample(1, time_launch(getattr(torch, dtypes[0]), clock, effort))])[0].seconds
+    memory = fit_line(_middle(time_memory(clock, effort))).units_per_s
     known = base.kernels if device.type == "cuda" else {}
-    rates = {dtype: _rates(known.get(dtype), time_kernels(getattr(torch, dtype), device, effort, advance)) for dtype in dtypes}
+    rates = {dtype: _rates(known.get(dtype), time_kernels(getattr(torch, dtype), clock, effort, advance)) for dtype in dtypes}
     return replace(base, kernels=rates, memory_bytes_per_s=memory, launch_s=four_digits(launch))
 
 
@@ -157,7 +160,7 @@ def _sources(group: SequenceGroup, request: Request) -> tuple[str, ...]:
     if group.size == 1:
         return f"measured by autoseq {version} with torch {torch_version}", "inside, between: as found, there is one rank", kernels
     nodes = f"{group.size} ranks in nodes of {request.ranks_per_node}, {dist.get_backend()}"
-    return f"measured by autoseq {version} with torch {torch_version}, {nodes}", "inside, between: fitted to medians of messages", kernels
+    return f"measured by autoseq {version} with torch {torch_version}, {nodes}", "inside, between: fitted to lower quartiles", kernels
 
 
 def _rank_0s(topology: Topology, device: torch.device) -> Topology:

@@ -1,4 +1,8 @@
-"""Times real kernels on this rank while all others time theirs: what `measure` fits the rates of kernels to."""
+"""Times real kernels on this rank while all others time theirs: what `measure` fits the rates of kernels to.
+
+On CPUs counted is the time that the calling thread, which takes its part in every kernel, had a core, times the threads that take turns
+on one: what else runs on the machine is not in it. On CUDA it is the time until the device is done.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,13 @@ from statistics import median
 import torch
 
 from autoseq.planning.fitting import Sample
+from autoseq.runtime.blockwise import Backward, Forward
 from autoseq.runtime.kernels import attend, attend_backward
+from autoseq.runtime.mask import Mask
+from autoseq.runtime.tiles import Problem
 
-_BATCH_S = 0.03  # so long calls are made in a row; several times what a scheduler gives a process at once
+_BATCH_S = 0.03  # so long calls are made in a row
+_LEAST_S = 1e-6  # a call takes no less, whatever a coarse clock says
 _ENOUGH_S = 0.3
 _LEAST_BATCHES = 3
 _TINY = 16
@@ -44,64 +52,95 @@ class KernelTimes:
     attention_backward: list[Sample]
 
 
-def time_kernels(dtype: torch.dtype, device: torch.device, effort: KernelEffort, advance: Callable[[], None]) -> KernelTimes:
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds of kernels on a device of which each core is shared by so many threads (`shared_cores`)."""
+
+    device: torch.device
+    turns: float = 1.0
+
+    def now(self) -> float:
+        """On CUDA, once the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return self.turns * time.thread_time()
+
+
+def time_kernels(dtype: torch.dtype, clock: Clock, effort: KernelEffort, advance: Callable[[], None]) -> KernelTimes:
     """Products, and attention without a mask through the kernels that strategies call. Ranks meet in `advance`, so that they compete."""
     matmul, forward, backward = [], [], []
     for n in effort.matrix_sizes:
-        x = torch.ones(n, n, dtype=dtype, device=device)
-        matmul.append(Sample(2 * n**3, seconds_of(lambda x=x: x @ x, device, effort.repeats)))
+        x = torch.ones(n, n, dtype=dtype, device=clock.device)
+        matmul.append(Sample(2 * n**3, seconds_of(lambda x=x: x @ x, clock, effort.repeats)))
         advance()
     for n in effort.lengths:
         pairs, D = effort.heads * n * n, effort.head_dim
-        there, back = _attention(n, dtype, device, effort)
-        forward.append(Sample(2 * pairs * 2 * D, seconds_of(there, device, effort.repeats)))
+        there, back = _attention(n, dtype, clock.device, effort)
+        forward.append(Sample(2 * pairs * 2 * D, seconds_of(there, clock, effort.repeats)))
         advance()
-        backward.append(Sample(2 * pairs * 5 * D, seconds_of(back, device, effort.repeats)))
+        backward.append(Sample(2 * pairs * 5 * D, seconds_of(back, clock, effort.repeats)))
         advance()
     return KernelTimes(matmul, forward, backward)
 
 
-def time_launch(dtype: torch.dtype, device: torch.device, effort: KernelEffort) -> float:
-    """Seconds of a block so small that only the call counts."""
-    there, _ = _attention(_TINY, dtype, device, effort)
-    return seconds_of(there, device, effort.repeats)
+def time_launch(dtype: torch.dtype, clock: Clock, effort: KernelEffort) -> float:
+    """Seconds that a block costs beside its work: of one so small that nothing else counts, the mean of forward and backward.
+
+    On CUDA the kernel is launched while others run, and what the runtime does to find and merge blocks is done meanwhile. A CPU does that
+    instead of computing, so there it is a block as the runtime calls it.
+    """
+    calls = _attention(_TINY, dtype, clock.device, effort) if clock.device.type == "cuda" else _blocks(dtype, clock.device, effort)
+    return sum(seconds_of(call, clock, effort.repeats) for call in calls) / len(calls)
 
 
-def time_memory(device: torch.device, effort: KernelEffort) -> list[Sample]:
+def time_memory(clock: Clock, effort: KernelEffort) -> list[Sample]:
     """Sums in float32, as partial results are added up: two are read and one is written."""
     samples = []
     for count in effort.elements:
-        total, part = torch.zeros(count, device=device), torch.ones(count, device=device)
-        samples.append(Sample(12 * count, seconds_of(lambda a=total, b=part: a.add_(b), device, effort.repeats)))
+        total, part = torch.zeros(count, device=clock.device), torch.ones(count, device=clock.device)
+        samples.append(Sample(12 * count, seconds_of(lambda a=total, b=part: a.add_(b), clock, effort.repeats)))
     return samples
+
+
+def _blocks(dtype: torch.dtype, device: torch.device, effort: KernelEffort) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The forward and backward of a block among those of a longer attention."""
+    q, k, v, grad = _tensors(_TINY, dtype, device, effort)
+    chunks, problem = [(0, 0, _TINY)], Problem(Mask(), [], effort.head_dim**-0.5)
+    there = Forward(q, effort.heads, effort.head_dim, chunks, chunks, problem)
+    there.add(k, v, chunks)
+    out, lse = (x.clone() for x in there.result())
+    back = Backward(grad, q, out.to(dtype), lse, effort.heads, chunks, chunks, problem)
+    dk, dv = (torch.zeros_like(x, dtype=back.dq.dtype) for x in (k, v))
+    return lambda: there.add(k, v, chunks), lambda: back.add(k, v, chunks, dk, dv)
 
 
 def _attention(n: int, dtype: torch.dtype, device: torch.device, effort: KernelEffort) -> tuple[Callable[[], object], Callable[[], object]]:
     """A block's forward and backward."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, effort.heads, n, effort.head_dim)
-    q, k, v, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    q, k, v, grad = _tensors(n, dtype, device, effort)
     scale = effort.head_dim**-0.5
     out, lse = attend(q, k, v, None, False, scale)
     return lambda: attend(q, k, v, None, False, scale), lambda: attend_backward(grad, q, k, v, out.to(dtype), lse, None, False, scale)
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one of many calls in a row: ranks that take turns on a core each have it whole for as long as one short call."""
-    _timed(call, device, 1)
-    count = max(1, int(_BATCH_S / _timed(call, device, 1)))
+def _tensors(n: int, dtype: torch.dtype, device: torch.device, effort: KernelEffort) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, effort.heads, n, effort.head_dim)
+    return tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+
+
+def seconds_of(call: Callable[[], object], clock: Clock, repeats: int) -> float:
+    """Of one of many calls in a row, the median of some rows."""
+    _timed(call, clock, 1)
+    count = max(1, int(_BATCH_S / max(_LEAST_S, _timed(call, clock, 1))))
     seconds: list[float] = []
     while len(seconds) < repeats and (len(seconds) < _LEAST_BATCHES or sum(seconds) * count < _ENOUGH_S):
-        seconds.append(_timed(call, device, count) / count)
+        seconds.append(_timed(call, clock, count) / count)
     return median(seconds)
 
 
-def _timed(call: Callable[[], object], device: torch.device, count: int) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+def _timed(call: Callable[[], object], clock: Clock, count: int) -> float:
+    start = clock.now()
     for _ in range(count):
         call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock.now() - start

@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 import torch.distributed as dist
 
-from autoseq.planning.fitting import Sample
+from autoseq.planning.fitting import Sample, undisturbed
 from autoseq.planning.topology import Kind
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.messages import Described, Message, connect, post
@@ -22,8 +21,11 @@ from autoseq.runtime.posted import Posted, post_all_gather, post_all_to_all, pos
 
 _ops = torch.ops._c10d_functional
 _ENOUGH_S = 0.4  # so long one size of one kind is repeated
-_TOO_LONG_S = 2.0  # a message that takes so long is the last size
-_LEAST_REPEATS = 3
+_TOO_LONG_S = 0.1  # a message that takes so long is the last size, but not the only one: a line needs two
+_FIRST = 3  # so many tell how long it takes
+_LEAST_REPEATS = 5
+_ROW_S = 0.02  # short messages are timed so long in a row, or so many: ranks begin at once only as far as their meeting lets them
+_LONGEST_ROW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +37,38 @@ class Effort:
 
 
 def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort: Effort, advance: Callable[[], None]) -> list[Sample]:
-    """Median times of one message of each size on the slowest rank, equal on all ranks of the program; all of them call this at once.
+    """Undisturbed times of one message of each size on the slowest rank, equal on all ranks of the program; all call this at once.
 
     `group` may be one of several that are timed side by side. Raises MessageError when a rank is lost.
     """
     with Described(f"timing {kind}", group):
-        sends: list[_Repeated] = []
+        rows: list[_Row] = []
         for num_bytes in effort.message_bytes:
             send, sent = _message(kind, group, num_bytes, device)
-            first = min(slowest([_timed(send, device) for _ in range(2)], device))
-            sends.append(_Repeated(send, sent, min(effort.repeats, max(_LEAST_REPEATS, int(_ENOUGH_S / first)))))
-            if first > _TOO_LONG_S:
+            first = min(slowest([_timed(send, device) for _ in range(_FIRST)], device))
+            length = max(1, min(_LONGEST_ROW, int(_ROW_S / first)))
+            rows.append(_Row(send, sent, length, max(_LEAST_REPEATS, min(effort.repeats, int(_ENOUGH_S / first / length)))))
+            if first > _TOO_LONG_S and len(rows) > 1:
                 break
         # In turn, so that what else happens on the machine for a while slows every size.
-        for turn in range(effort.repeats):
-            for each in sends:
-                if turn < each.repeats:
+        for turn in range(max(row.repeats for row in rows)):
+            for row in rows:
+                if turn < row.repeats:
                     dist.barrier()  # or a small message waits for a large one before it
-                    each.seconds.append(_timed(each.send, device))
-        samples = [Sample(each.sent, median(slowest(each.seconds, device))) for each in sends]
+                    row.seconds.append(_timed(row.send, device, row.length) / row.length)
+        samples = [Sample(row.sent, undisturbed(slowest(row.seconds, device))) for row in rows]
     for _ in effort.message_bytes:
         advance()
     return samples
 
 
 @dataclass(frozen=True, slots=True)
-class _Repeated:
-    """A message, its bytes, how often it is sent, and what that took."""
+class _Row:
+    """A message, its bytes, how many are sent one after the other, how often, and what one took each time."""
 
     send: Callable[[], object]
     sent: int
+    length: int
     repeats: int
     seconds: list[float] = field(default_factory=list)
 
@@ -76,10 +80,11 @@ def slowest(seconds: list[float], device: torch.device) -> list[float]:
     return found.tolist()
 
 
-def _timed(send: Callable[[], object], device: torch.device) -> float:
+def _timed(send: Callable[[], object], device: torch.device, times: int = 1) -> float:
     _finish(device)
     start = time.perf_counter()
-    send()
+    for _ in range(times):
+        send()
     _finish(device)
     return time.perf_counter() - start
 

@@ -1,0 +1,50 @@
+"""How much longer kernels take on CPUs because ranks share cores, from who computes where rather than from a clock.
+
+A clock on the wall also counts whatever else the machine does; the time that a thread had a core does not. That time, while every rank
+computes, is what all of them take as soon as each has a core; where there are fewer cores than threads, they take turns.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a rank computes: its machine, the cores it may use, and with how many threads."""
+
+    machine: str
+    cores: frozenset[int]
+    threads: int
+
+
+def turns(seats: Sequence[Seat], mine: int) -> float:
+    """How many threads take turns on a core of rank `mine`'s machine while all ranks compute; 1 where there are cores enough."""
+    here = [seat for seat in seats if seat.machine == seats[mine].machine]
+    return max(1.0, sum(seat.threads for seat in here) / len(frozenset().union(*(seat.cores for seat in here))))
+
+
+def turns_here() -> float:
+    """The same for this rank among all of the program, which call this together."""
+    seat = _seat()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return turns([seat], 0)
+    seats = [seat] * dist.get_world_size()
+    dist.all_gather_object(seats, seat)
+    return turns(seats, dist.get_rank())
+
+
+def _seat() -> Seat:
+    # Nodes that a network emulates, and containers, have other names on the same cores; the kernel under them was started once.
+    machine = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else platform.node()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return Seat(machine, frozenset(cores), torch.get_num_threads())

@@ -38,6 +38,9 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 }
 """What `Work` takes beside the length; all are causal."""
 
+LEAST_ROUNDS = 3
+"""Of long steps, which differ less from round to round."""
+
 # Enough to run and far too little to trust.
 QUICK = Effort((1 << 12, 1 << 16), 3), KernelEffort((32, 64), 2, 16, (32, 64), (1 << 12, 1 << 14), 3)
 
@@ -78,7 +81,8 @@ class Asked:
 
     works: tuple[Work, ...]
     strategies: tuple[str, ...]  # none means all
-    rounds: int
+    rounds: int  # at most
+    seconds: float  # for the rounds of an attention; a few there are in any case
     quick: bool
     check: bool
 
@@ -107,7 +111,8 @@ def run_work(seat: Seat, work: Work, topology: Topology, asked: Asked) -> dict[s
         check_numbers(Record(contender.name, contender.kind, layout=contender.layout), contender, answer, seat, work)  # warms up, too
         made.append((candidate, contender))
     seconds: list[list[tuple[float, float]]] = [[] for _ in made]
-    for _ in range(asked.rounds):
+    start = time.perf_counter()
+    while more_rounds(len(seconds[0]), time.perf_counter() - start, asked):
         for (_, contender), times in zip(made, seconds, strict=True):
             times.append(_timed(contender))
     records = [
@@ -116,6 +121,13 @@ def run_work(seat: Seat, work: Work, topology: Topology, asked: Asked) -> dict[s
     ]
     why_not = {name: reason for name, strategy in _all() if (reason := strategy.cannot_serve(work.site(seat.mesh), seat.world_size))}
     return {"chosen": asdict(chosen), "candidates": records, "why_not": why_not}
+
+
+def more_rounds(done: int, taken_s: float, asked: Asked) -> bool:
+    """Whether another round is to follow so many; every rank asks at once and gets the same answer."""
+    slowest = torch.tensor(taken_s)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return done < min(LEAST_ROUNDS, asked.rounds) or (done < asked.rounds and slowest.item() < asked.seconds)
 
 
 def choice(work: Work, seat: Seat, topology: Topology) -> tuple[SitePlan, Layout]:

@@ -7,7 +7,8 @@ In each place (this machine's loopback; nodes of an emulated slow network, `slow
 kernels as `autoseq topology measure` does. Then, for each attention, the planner predicts forward and backward with every strategy on
 what was measured, and chooses; and every strategy is timed, all in turn, round after round. Judged is what a plan is for: whether the
 choice is the fastest or nearly, and whether the predicted order is right wherever times clearly differ. Times depend on what else the
-machine does, and so do the verdicts, but not the exit status: 0 if everything ran, 1 if something could not, 2 for misuse.
+machine does, and so do the verdicts, but not the exit status: 0 if everything ran, 1 if something could not, 2 for misuse. A place that
+fails is told and left out. Long steps are timed in fewer rounds, so that all of it takes under half an hour.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,9 +30,9 @@ from rich.table import Table
 from autoseq.runtime.errors import AutoSeqError, did_you_mean
 from autoseq.runtime.layout import grain
 from autoseq.runtime.strategies import STRATEGIES
-from plan_cases import ATTENTIONS, LOCAL, Asked, Place, run_place
+from plan_cases import ATTENTIONS, LEAST_ROUNDS, LOCAL, Asked, Place, run_place
 from plan_plot import plot_choices
-from plan_results import Judged, judge, summary
+from plan_results import Judged, judge, summary, table
 from rank_processes import RankFailed, run_ranks
 from slow_network import RATES, NetworkError, SlowNetwork, bits_per_s, why_not
 from work import Work
@@ -53,7 +55,8 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=_ONLY)] = None,
     head_dim: int = 64,
     window: Annotated[int, typer.Option(help="Keys a row sees in window attention, itself included.")] = 256,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each strategy.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each strategy, at most.")] = 15,
+    seconds: Annotated[float, typer.Option(help=f"For the rounds of an attention; {LEAST_ROUNDS} there are in any case.")] = 10.0,
     check: Annotated[bool, typer.Option(help="Hold every strategy's numbers to one device's first.")] = True,
     quick: Annotated[bool, typer.Option(help="Time links and kernels so briefly that it only shows whether everything runs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Rewritten after each place.")] = None,
@@ -69,7 +72,7 @@ def main(
     names = _matching(list(ATTENTIONS), wanted, lambda name: name)
     named = [(name, Work(n, head_dim=head_dim, window=window, **ATTENTIONS[name])) for name in names for n in seq_len]
     strategies = tuple(name for name in wanted if name in STRATEGIES and name != LOCAL)  # "local" is a place here
-    asked = Asked(tuple(work for _, work in named), strategies, rounds, quick, check)
+    asked = Asked(tuple(work for _, work in named), strategies, rounds, seconds, quick, check)
     if (reason := why_not()) and any(place.rate for place in places):
         errors.print(f"no slow network can be emulated here: {reason}. What needs one is left out.", highlight=False)
         places = [place for place in places if not place.rate]
@@ -77,32 +80,35 @@ def main(
     reports: list[dict[str, Any]] = []
     for place in places:
         console.print(f"\n{place.name}: timing links and kernels, then {len(named)} attentions", highlight=False)
-        judged, report = _run(place, named, asked)
+        try:
+            judged, report = _run(place, named, asked)
+        except (NetworkError, RankFailed, AutoSeqError) as error:
+            typer.echo(f"{place.name}: {error}", err=True)
+            continue
         found += judged
         reports.append(report)
         _print(console, judged)
         if json_file is not None:
             json_file.write_text(json.dumps(_as_json(reports, found), indent=1))
-    if not found:
+    if found:
+        if plot_file is not None:
+            plot_choices(found, plot_file)
+        console.print("\n" + summary(found).line(), highlight=False)
+        typer.echo("\n" + table(found))
+    if not found or len(reports) < len(places):
         raise SystemExit(1)
-    if plot_file is not None:
-        plot_choices(found, plot_file)
-    console.print("\n" + summary(found).line(), highlight=False)
 
 
 def _run(place: Place, named: Sequence[tuple[str, Work]], asked: Asked) -> tuple[list[Judged], dict[str, Any]]:
-    """One place, judged and as JSON. Raises SystemExit where its ranks fail."""
-    before = os.getloadavg()[0]
-    try:
-        with SlowNetwork(place.nodes, place.rate) if place.rate else nullcontext() as network:
-            per_rank = run_ranks(run_place, place.world_size, asked, network=network, ranks_per_node=place.ranks_per_node)
-    except (NetworkError, RankFailed, AutoSeqError) as error:
-        typer.echo(f"{place.name}: {error}", err=True)
-        raise SystemExit(1) from None
+    """One place, judged and as JSON. Raises NetworkError or what its ranks fail with."""
+    before, start = os.getloadavg()[0], time.perf_counter()
+    with SlowNetwork(place.nodes, place.rate) if place.rate else nullcontext() as network:
+        per_rank = run_ranks(run_place, place.world_size, asked, network=network, ranks_per_node=place.ranks_per_node)
     judged = judge(place, named, per_rank)
     report = {
         "name": place.name, "nodes": place.nodes, "ranks_per_node": place.ranks_per_node, "rate": place.rate or None,
-        "load_before": before, "load_after": os.getloadavg()[0], "measuring_s": per_rank[0]["measuring_s"],
+        "load_before": before, "load_after": os.getloadavg()[0],
+        "seconds": time.perf_counter() - start, "measuring_s": per_rank[0]["measuring_s"],
         "topology": json.loads(per_rank[0]["topology"]), "attentions": [each.as_json() for each in judged],
     }  # fmt: skip
     return judged, report
@@ -190,7 +196,11 @@ def _notes(each: Judged) -> list[str]:
     wrong = sorted((pair for pair in each.pairs if not pair.agrees), key=lambda pair: -pair.measured / pair.predicted)
     right = f"{len(each.pairs) - len(wrong)} of {len(each.pairs)} differing pairs in the predicted order"
     lines = [f"chosen: {each.choice.name}, {each.over_fastest:.2f}× of the fastest; {right}"]
-    lines += [f"  {pair.slower} took {pair.measured:.2f}× of {pair.faster}, predicted {pair.predicted:.2f}×" for pair in wrong[:_SHOWN]]
+    lines += [
+        f"  {pair.slower} took {pair.measured:.2f}× of {pair.faster}, predicted {pair.predicted:.2f}×; "
+        f"it took longer in {pair.rounds:.0%} of rounds"
+        for pair in wrong[:_SHOWN]
+    ]
     return lines + ([f"  and {len(wrong) - _SHOWN} more, which --json tells"] if len(wrong) > _SHOWN else [])
 
 

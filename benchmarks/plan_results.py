@@ -1,7 +1,8 @@
 """How good predictions were: medians, ratios within rounds, orders of pairs, and the choice against the fastest.
 
 Two candidates differ where the median of their ratios within rounds is beyond `CLEARLY`; only there is the predicted order held to it.
-The choice is good if it takes at most `GOOD` times what the candidate with the least median takes, as a median of ratios too.
+The choice is good if it takes at most `GOOD` times what the candidate with the least median takes, as a median of ratios too. Of pairs
+that were predicted the other way round it is also told how many differ the same way in nearly every round (`STEADILY`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from work import Work
 
 CLEARLY = 1.2
 GOOD = 1.1
+STEADILY = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class Outcome:
         """How many times as long as another one it takes."""
         return statistics.median(a / b for a, b in zip(self.rounds_s, other.rounds_s, strict=True))
 
+    def share_slower_than(self, other: Outcome) -> float:
+        """In what share of rounds it took longer than another one."""
+        return statistics.mean(a > b for a, b in zip(self.rounds_s, other.rounds_s, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -52,10 +58,15 @@ class Pair:
     slower: str
     measured: float  # slower ÷ faster
     predicted: float
+    rounds: float  # the share of those in which the slower one took longer
 
     @property
     def agrees(self) -> bool:
         return self.predicted > 1
+
+    @property
+    def is_steady(self) -> bool:
+        return self.rounds >= STEADILY
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,8 @@ class Judged:
         for one, other in itertools.combinations(self.outcomes, 2):
             for faster, slower in ((one, other), (other, one)):
                 if (ratio := slower.times(faster)) > CLEARLY:
-                    found.append(Pair(faster.name, slower.name, ratio, slower.predicted_s / faster.predicted_s))
+                    predicted = slower.predicted_s / faster.predicted_s
+                    found.append(Pair(faster.name, slower.name, ratio, predicted, slower.share_slower_than(faster)))
         return tuple(found)
 
     def as_json(self) -> dict[str, Any]:
@@ -136,13 +148,15 @@ class Summary:
     worst_over_fastest: float
     differing_pairs: int
     agreeing: int
+    steadily_disagreeing: int
     typical_error: float  # the geometric mean of measured ÷ predicted or its inverse
 
     def line(self) -> str:
         return (
             f"{self.good} of {self.attentions} choices are the fastest measured or within {GOOD - 1:.0%} of it (at worst "
             f"{self.worst_over_fastest:.2f}×); the predicted order is right for {self.agreeing} of {self.differing_pairs} pairs whose "
-            f"times differ by over {CLEARLY - 1:.0%}; a step takes {self.typical_error:.2f}× more or less than predicted, typically"
+            f"times differ by over {CLEARLY - 1:.0%} ({self.steadily_disagreeing} of the others differ so in {STEADILY:.0%} of rounds); "
+            f"a step takes {self.typical_error:.2f}× more or less than predicted, typically"
         )
 
 
@@ -151,5 +165,27 @@ def summary(found: Sequence[Judged]) -> Summary:
     errors = [abs(math.log(outcome.measured_s / outcome.predicted_s)) for each in found for outcome in each.outcomes]
     return Summary(
         len(found), sum(each.is_good for each in found), max((each.over_fastest for each in found), default=1.0),
-        len(pairs), sum(pair.agrees for pair in pairs), math.exp(statistics.mean(errors)) if errors else 1.0,
+        len(pairs), sum(pair.agrees for pair in pairs), sum(pair.is_steady for pair in pairs if not pair.agrees),
+        math.exp(statistics.mean(errors)) if errors else 1.0,
     )  # fmt: skip
+
+
+def table(found: Sequence[Judged]) -> str:
+    """A line for each place, in Markdown, as it stands in docs/benchmarks.md."""
+    places = list(dict.fromkeys(each.place for each in found))
+    rows = [_row(place.name, [each for each in found if each.place == place]) for place in places]
+    head = (
+        "| place | lengths | good choices | worst choice | pairs in the predicted order "
+        f"| of the others, the same in {STEADILY:.0%} of rounds | step, times more or less than predicted |"
+    )
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def _row(name: str, found: Sequence[Judged]) -> str:
+    total, worst = summary(found), max(found, key=lambda each: each.over_fastest)
+    lengths = ", ".join(str(n) for n in sorted({each.work.seq_len for each in found}))
+    cells = (
+        name, lengths, f"{total.good} of {total.attentions}", f"{worst.over_fastest:.2f}× ({worst.attention}, {worst.work.seq_len})",
+        f"{total.agreeing} of {total.differing_pairs}", str(total.steadily_disagreeing), f"{total.typical_error:.2f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"

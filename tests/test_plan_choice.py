@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology_file import parse_topology
 from autoseq.runtime.strategies import STRATEGIES
-from plan_cases import Candidate, Place, candidates, choice, prediction, slowest_rank
+from plan_cases import Asked, Candidate, Place, candidates, choice, more_rounds, prediction, slowest_rank
 from plan_choice import main
-from plan_results import judge, summary
+from plan_results import judge, summary, table
 from rank_processes import RankFailed, Seat
 from slow_network import why_not
 from work import Work
@@ -115,7 +117,8 @@ def test_the_verdicts_are_of_ratios_within_rounds() -> None:
     pairs = {(pair.faster, pair.slower): pair.agrees for pair in found.pairs}
     assert pairs == {("ulysses, zigzag", "gather_kv, zigzag"): True, ("ring, zigzag", "gather_kv, zigzag"): False}
     assert found.as_json()["differing_pairs"][0] == {
-        "faster": "ulysses, zigzag", "slower": "gather_kv, zigzag", "measured": pytest.approx(2 / 1.05), "predicted": 1.5, "agrees": True,
+        "faster": "ulysses, zigzag", "slower": "gather_kv, zigzag", "measured": pytest.approx(2 / 1.05), "predicted": 1.5,
+        "rounds": pytest.approx(2 / 3), "agrees": True,
     }  # fmt: skip
 
 
@@ -125,6 +128,65 @@ def test_a_choice_that_is_slower_by_more_than_a_tenth_is_not_good() -> None:
     both = summary([good, bad])
     assert (both.attentions, both.good, both.worst_over_fastest, both.differing_pairs) == (2, 1, pytest.approx(1.11), 0)
     assert both.line().startswith("1 of 2 choices")
+
+
+def test_pairs_the_other_way_round_are_told_apart_by_how_steadily_they_differ() -> None:
+    """All of them count as disagreeing; how many differ so in nearly every round is told beside that."""
+    ring = record("ring", 1.0, [2.0, 2.0, 2.0, 2.0, 2.0])
+    steady, unsteady = record("ulysses", 2.0, [1.0, 1.0, 1.0, 1.0, 3.0]), record("gather_kv", 3.0, [1.0, 1.0, 1.0, 3.0, 3.0])
+    total = summary([judged("ring", ring, steady, unsteady)])
+    assert (total.differing_pairs, total.agreeing, total.steadily_disagreeing) == (2, 0, 1)
+    assert "0 of 2 pairs whose times differ by over 20% (1 of the others differ so in 80% of rounds)" in total.line()
+
+
+def test_the_table_has_a_line_for_each_place() -> None:
+    good = judged("ring", record("ring", 1.0, [1.0]), record("ulysses", 2.0, [3.0]))
+    bad = judged("ring", record("ring", 1.0, [2.0]), record("ulysses", 2.0, [1.0]))
+    elsewhere = replace(bad, place=Place(1, 2))
+    head, line, *rows = table([good, bad, elsewhere]).splitlines()
+    assert head.count("|") == line.count("|") == 8
+    assert rows == [
+        "| 2x2 at 1mbit | 64 | 1 of 2 | 2.00× (gqa, 64) | 1 of 2 | 1 | 1.57 |",
+        "| local, 2 ranks | 64 | 0 of 1 | 2.00× (gqa, 64) | 0 of 1 | 1 | 2.00 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("done", "taken_s", "more"),
+    [
+        pytest.param(0, 0.0, True, id="the first"),
+        pytest.param(2, 99.0, True, id="a few in any case"),
+        pytest.param(3, 99.0, False, id="no more when the time is up"),
+        pytest.param(3, 9.0, True, id="more while there is time"),
+        pytest.param(15, 0.1, False, id="no more than asked for"),
+    ],
+)
+def test_long_steps_are_timed_in_fewer_rounds(done: int, taken_s: float, more: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
+    asked = Asked((), (), rounds=15, seconds=10.0, quick=False, check=False)
+    assert more_rounds(done, taken_s, asked) == more
+    assert not more_rounds(2, 0.0, replace(asked, rounds=2)), "asked for less than a few"
+
+
+def test_a_place_that_fails_does_not_keep_the_others_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(place: Place, named: Any, asked: Any) -> Any:
+        if place.world_size == 2:
+            raise RankFailed("a rank is tired")
+        parts = {f"{way}_{part}_s": 1.0 for way in ("forward", "backward") for part in ("work", "message")}
+        found = replace(judged("ring", record("ring", 1.0, [1.0]) | parts), place=place)
+        return [found], {"name": place.name}
+
+    monkeypatch.setattr("plan_choice._run", run)
+    file = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as ended:
+        main(seq_len=[64], world_size=[2, 4], only=["local", "gqa"], json_file=file)
+    assert ended.value.code == 1, "something could not run"
+    told = capsys.readouterr()
+    assert "local, 2 ranks: a rank is tired" in told.err
+    assert "| local, 4 ranks | 64 | 1 of 1 |" in told.out
+    assert [place["name"] for place in json.loads(file.read_text())["places"]] == ["local, 4 ranks"]
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from autoseq.runtime.messages import Described, Message, connect, post
 from autoseq.runtime.posted import Posted, post_all_gather, post_all_to_all, post_reduce_scatter
 
 _ops = torch.ops._c10d_functional
-_ENOUGH_S = 0.4  # so long one size of one kind is repeated
-_TOO_LONG_S = 0.1  # a message that takes so long is the last size, but not the only one: a line needs two
+_ENOUGH_S = 0.3  # so long one size of one kind is repeated
+_TOO_LONG_S = 0.05  # a message that takes so long is the last size, but not the only one: a line needs two
 _FIRST = 3  # so many tell how long it takes
 _LEAST_REPEATS = 5
 _ROW_S = 0.02  # short messages are timed so long in a row, or so many: ranks begin at once only as far as their meeting lets them

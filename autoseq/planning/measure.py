@@ -33,7 +33,7 @@ from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import on_nodes
 
 _CPU = (
-    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 25),
+    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 50),
     KernelEffort((128, 256, 512, 1024), 4, 64, (128, 256, 512, 1024), (1 << 20, 1 << 23), 15),
 )
 _CUDA = (

@@ -21,7 +21,7 @@ from autoseq.runtime.tiles import Problem
 
 _BATCH_S = 0.03  # so long calls are made in a row
 _LEAST_S = 1e-6  # a call takes no less, whatever a coarse clock says
-_ENOUGH_S = 0.3
+_ENOUGH_S = 0.2
 _LEAST_BATCHES = 3
 _TINY = 16
 

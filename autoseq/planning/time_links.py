@@ -24,8 +24,6 @@ _ENOUGH_S = 0.3  # so long one size of one kind is repeated
 _TOO_LONG_S = 0.05  # a message that takes so long is the last size, but not the only one: a line needs two
 _FIRST = 3  # so many tell how long it takes
 _LEAST_REPEATS = 5
-_ROW_S = 0.02  # short messages are timed so long in a row, or so many: ranks begin at once only as far as their meeting lets them
-_LONGEST_ROW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,33 +40,32 @@ def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort
     `group` may be one of several that are timed side by side. Raises MessageError when a rank is lost.
     """
     with Described(f"timing {kind}", group):
-        rows: list[_Row] = []
+        sends: list[_Repeated] = []
         for num_bytes in effort.message_bytes:
             send, sent = _message(kind, group, num_bytes, device)
             first = min(slowest([_timed(send, device) for _ in range(_FIRST)], device))
-            length = max(1, min(_LONGEST_ROW, int(_ROW_S / first)))
-            rows.append(_Row(send, sent, length, max(_LEAST_REPEATS, min(effort.repeats, int(_ENOUGH_S / first / length)))))
-            if first > _TOO_LONG_S and len(rows) > 1:
+            sends.append(_Repeated(send, sent, max(_LEAST_REPEATS, min(effort.repeats, int(_ENOUGH_S / first)))))
+            if first > _TOO_LONG_S and len(sends) > 1:
                 break
         # In turn, so that what else happens on the machine for a while slows every size.
-        for turn in range(max(row.repeats for row in rows)):
-            for row in rows:
-                if turn < row.repeats:
-                    dist.barrier()  # or a small message waits for a large one before it
-                    row.seconds.append(_timed(row.send, device, row.length) / row.length)
-        samples = [Sample(row.sent, undisturbed(slowest(row.seconds, device))) for row in rows]
+        for turn in range(max(each.repeats for each in sends)):
+            for each in sends:
+                if turn < each.repeats:
+                    # Or a small message waits for a large one before it; and gloo's thread spins for milliseconds between sends in a row.
+                    dist.barrier()
+                    each.seconds.append(_timed(each.send, device))
+        samples = [Sample(each.sent, undisturbed(slowest(each.seconds, device))) for each in sends]
     for _ in effort.message_bytes:
         advance()
     return samples
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """A message, its bytes, how many are sent one after the other, how often, and what one took each time."""
+class _Repeated:
+    """A message, its bytes, how often it is sent, and what that took."""
 
     send: Callable[[], object]
     sent: int
-    length: int
     repeats: int
     seconds: list[float] = field(default_factory=list)
 
@@ -80,11 +77,10 @@ def slowest(seconds: list[float], device: torch.device) -> list[float]:
     return found.tolist()
 
 
-def _timed(send: Callable[[], object], device: torch.device, times: int = 1) -> float:
+def _timed(send: Callable[[], object], device: torch.device) -> float:
     _finish(device)
     start = time.perf_counter()
-    for _ in range(times):
-        send()
+    send()
     _finish(device)
     return time.perf_counter() - start
 

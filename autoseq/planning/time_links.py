@@ -21,9 +21,11 @@ from autoseq.runtime.posted import Posted, post_all_gather, post_all_to_all, pos
 
 _ops = torch.ops._c10d_functional
 _ENOUGH_S = 0.3  # so long one size of one kind is repeated
-_TOO_LONG_S = 0.05  # a message that takes so long is the last size, but not the only one: a line needs two
-_FIRST = 3  # so many tell how long it takes
-_LEAST_REPEATS = 5
+# A message that takes so long is the last size, but not the only one: a line needs two. Shorter ones would not do, since a network may let
+# the first bytes through faster.
+_TOO_LONG_S = 0.1
+_FIRST = 2  # so many tell how long it takes
+_LEAST_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)

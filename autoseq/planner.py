@@ -15,8 +15,9 @@ from torch import fx
 from autoseq.passes.attention_site import is_attention
 from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken
-from autoseq.planning.prediction import asked_ranks, step_seconds
+from autoseq.planning.prediction import step_seconds
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout

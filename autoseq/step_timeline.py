@@ -17,8 +17,9 @@ from autoseq.node_traffic import NodeTraffic, Sent
 from autoseq.passes.sizes import num_bytes
 from autoseq.passes.source import dotted
 from autoseq.planner import SitePlan
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.model_cost import ModelCost
-from autoseq.planning.prediction import Lane, Segment, asked_ranks, pass_time
+from autoseq.planning.prediction import Lane, Segment, pass_time
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.runtime.layout import Layout

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from autoseq.planner import NamedSite, SitePlan, make_plan, offer
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.measure import Request, measure
-from autoseq.planning.prediction import asked_ranks, pass_time
+from autoseq.planning.prediction import pass_time
 from autoseq.planning.time_kernels import KernelEffort
 from autoseq.planning.time_links import Effort
 from autoseq.planning.topology import Topology

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoseq.planning import time_formulas as formulas
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.exchange_times import NodeLoad, crossing_seconds, exchange_seconds
-from autoseq.planning.prediction import asked_ranks, dtype_of, pass_seconds, pass_time, step_seconds
+from autoseq.planning.prediction import dtype_of, pass_seconds, pass_time, step_seconds
 from autoseq.planning.time_formulas import WORK as WORK_S
 from autoseq.planning.time_formulas import exchange_seconds as symbol_of
 from autoseq.planning.time_formulas import time_formula, uses_links_together
@@ -22,7 +23,7 @@ from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site, Strategy
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Peer, Phase, Way, Work, sends_to
+from autoseq.runtime.timeline import NO_WORK, WAYS, Exchange, Exchanges, MessageKind, Peer, Phase, Scope, Way, Work, alone, sends_to
 from unit_hardware import SITE, link, topology
 
 HALF = sympy.Rational(1, 2)
@@ -264,6 +265,45 @@ def test_the_slowest_rank_decides_and_imbalance_is_seen() -> None:
     contiguous, zigzag = (step_seconds(ring, causal, 4, layout, fast, asked_ranks(4)) for layout in ("contiguous", "zigzag"))
     # The last of 4 ranks sees 3 1/2 of 4 shards; with zigzag rows all see 2.
     assert contiguous / zigzag == pytest.approx(3.5 / 2, rel=0.01)
+
+
+class Uneven(Strategy):
+    """Rank 0 gives most keys and gets fewest gradients, rank 1 the other way round; by `kind` of message, among the ranks of a scope."""
+
+    name = "uneven"
+
+    def __init__(self, kind: MessageKind, scope: Scope = "flat") -> None:
+        self._kind: MessageKind = kind
+        self._scope: Scope = scope
+
+    def formulas(self) -> dict[str, sympy.Expr]:
+        return {}
+
+    def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
+        return {"keys": Exchange(self._kind, self._scope, 9 - rank, 1), "grads": Exchange(self._kind, self._scope, 1 + rank, 1)}
+
+    def phases(self, way: Way) -> tuple[Phase, ...]:
+        return alone("keys", "grads")
+
+    def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
+        return NO_WORK
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rank", "seconds"),
+    [
+        pytest.param(Uneven("send"), 0, 9 + 1, id="messages between two ranks end with these"),
+        pytest.param(Uneven("send"), 3, 6 + 4, id="and so do those of others"),
+        pytest.param(Uneven("all_to_all"), 0, 9 + 4, id="each collective of all ranks ends with its own slowest"),
+        pytest.param(Uneven("all_to_all"), 3, 9 + 4, id="for everyone"),
+        pytest.param(Uneven("all_gather", "inside"), 1, 9 + 2, id="of a node's ranks, with the slowest of the first node"),
+        pytest.param(Uneven("all_gather", "inside"), 2, 7 + 4, id="or of the second"),
+        pytest.param(Uneven("all_gather", "across"), 3, 8 + 4, id="of ranks at one place, with the slowest there"),
+    ],
+)
+def test_a_collective_waits_for_whoever_has_most(strategy: Strategy, rank: int, seconds: float) -> None:
+    site = replace(SITE, mesh=(2, 2))
+    assert pass_seconds(strategy, site, 4, "contiguous", rank, topology(), "backward") == seconds
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])

@@ -16,9 +16,10 @@ from dataclasses import replace
 import pytest
 
 from autoseq.planner import NamedSite
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.degrees import candidates
 from autoseq.planning.model_cost import Collective, ModelCost, PassCost
-from autoseq.planning.prediction import asked_ranks, pass_seconds, step_seconds
+from autoseq.planning.prediction import pass_seconds, step_seconds
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training

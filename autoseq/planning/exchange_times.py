@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.topology import Kind, Topology
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy
-from autoseq.runtime.timeline import Crossing, Way
+from autoseq.runtime.timeline import Crossing, Scope, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,30 @@ class NodeLoad:
 def exchange_seconds(
     strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way
 ) -> dict[str, float]:  # fmt: skip
-    """Seconds of each exchange of `rank` by its name, while all ranks do likewise."""
+    """Seconds of each exchange of `rank` by its name, while all ranks do likewise. A collective ends with the slowest that take part."""
+    exchanges, own = strategy.exchanges(site, P, layout, rank, way), _seconds_of_rank(strategy, site, P, layout, rank, topology, way)
+    collective = {name: each.scope for name, each in exchanges.items() if each.kind != "send"}
+    others = {each: _seconds_of_rank(strategy, site, P, layout, each, topology, way) for each in asked_ranks(P)} if collective else {}
+
+    def slowest(name: str, scope: Scope) -> float:
+        return max(own[name], *(theirs[name] for other, theirs in others.items() if _takes_part(other, rank, scope, site)))
+
+    return {name: slowest(name, collective[name]) if name in collective else seconds for name, seconds in own.items()}
+
+
+def _takes_part(other: int, rank: int, scope: Scope, site: Site) -> bool:
+    """Whether two ranks of a sequence are in one collective."""
+    if scope == "flat":
+        return True
+    (node, place), (others_node, others_place) = divmod(rank, site.mesh[1]), divmod(other, site.mesh[1])
+    return others_node == node if scope == "inside" else others_place == place
+
+
+@lru_cache(maxsize=4096)
+def _seconds_of_rank(
+    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way
+) -> Mapping[str, float]:  # fmt: skip
+    """Of what one rank sends, and its node across the nodes."""
     exchanges, R = strategy.exchanges(site, P, layout, rank, way), topology.ranks_per_node
     if P <= R:
         return {name: topology.seconds(each.kind, each.bytes, each.messages, ranks=P) for name, each in exchanges.items()}

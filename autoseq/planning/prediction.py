@@ -31,9 +31,6 @@ _TOUCHED = 3
 
 MOST_SEGMENTS = 4096
 
-# Of more ranks than these, only three are asked.
-_MANY_RANKS = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -116,11 +113,6 @@ def step_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, topolog
     """Forward and backward of the slowest of some ranks, each way: attention ends with all of them."""
     asked = list(ranks)
     return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in WAYS)
-
-
-def asked_ranks(P: int) -> list[int]:
-    """All ranks, or of many the first, the last and one between; the last has work whenever anyone has."""
-    return list(range(P)) if P <= _MANY_RANKS else [0, P // 2, P - 1]
 
 
 def _seconds(load: _Load) -> float:

@@ -70,7 +70,7 @@ def run_demo(console: Console, *, world_size: int, steps: int, options: Mapping[
         size = sum(p.numel() for p in make()[0].parameters())
     console.print(f"A Llama of {size:,} parameters learns Python: {_BATCH} × {SEQ_LEN} bytes a step, over {world_size} ranks ({where}).")
     console.print(plan_table(found.sites))
-    console.print(f"layout {found.programs[0].plan.layout}\n")
+    console.print(f"layout {found.layout}\n")
     with _Live(console, steps) as live:
         memories = run_ranks(_train, world_size, steps, dict(options), backend="counted", listen=live.listen)
     _print_traffic(console, live.steps)

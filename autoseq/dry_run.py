@@ -8,6 +8,7 @@ sees on real ranks.
 
 import contextlib
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoseq.planner import Plan
-from autoseq.program import Program
+from autoseq.program import Gathered, Program
 from autoseq.runtime.moves import move_traffic
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.traffic import SILENT, Traffic, all_gather_traffic, all_reduce_traffic, all_to_all_traffic, reduce_scatter_traffic
@@ -27,7 +28,7 @@ Counts = dict[str, Traffic]
 
 
 def step_traffic(program: Program, world_size: int) -> Counts:
-    """What rank 0 sends in one forward and backward of a program, besides gathers of deferred outputs."""
+    """What rank 0 sends in one forward and backward of a program, and for those outputs that a later part of the model gathers."""
     if world_size == 1:
         return {}
     counted = CountCollectives(world_size)
@@ -35,7 +36,13 @@ def step_traffic(program: Program, world_size: int) -> Counts:
     inputs = [place.convert(x) for x in program.inputs]
     with place.mode, torch.enable_grad(), counted:
         run_backward(Step(program.gm, place).run(*inputs), inputs)
-    return add_counts(counted.counts, _opaque(program.plan, world_size))
+    counts = add_counts(counted.counts, _opaque(program.plan, world_size))
+    return reduce(add_counts, (gather_counts(each, world_size) for each in program.gathered), counts)
+
+
+def gather_counts(gathered: Gathered, world_size: int) -> Counts:
+    """What rank 0 sends to gather an output; the gradient that comes back is cut up, which moves nothing."""
+    return {"all_gather": all_gather_traffic(gathered.shard_bytes, world_size)}
 
 
 class _Meta:

@@ -113,7 +113,9 @@ class _Page:
         self.inspection = found.inspection
         self.pictures = found.pictures
         self.P, self.seq_len = found.inspection.world_size, found.inspection.sequence_length
-        self.layout: Layout = found.inspection.programs[0].plan.layout
+        split = next((program for program in found.inspection.programs if program.plan.sites), found.inspection.programs[0])
+        self.layout: Layout = split.plan.layout  # of the first part that is split; the figure names all
+        self._layouts = {planned: program.plan.layout for program in found.inspection.programs for planned in program.plan.sites}
         self.most_ranks = MOST_RANKS
         self.strategy_legend = LEGEND
 
@@ -129,7 +131,7 @@ class _Page:
         parameters = sum(costs.totals(each.items).parameter_bytes for each in self.pictures)
         fallbacks = len(self.inspection.fallbacks)
         return [
-            Figure("ranks", f"{self.P:,}", f"layout {self.layout}"),
+            Figure("ranks", f"{self.P:,}", f"layout {self.inspection.layout}"),
             Figure("tokens a rank", f"{local_length(self.seq_len, self.P, self.layout):,}", f"of {self.seq_len:,}"),
             Figure("sent in a step", readable_bytes(sum(m.bytes for m in sent)), f"{sum(m.messages for m in sent):,} messages of rank 0"),
             Figure(
@@ -144,7 +146,7 @@ class _Page:
     @property
     def topology(self) -> str:
         """What the plan is for."""
-        name = self.inspection.programs[0].plan.topology
+        name = next((program.plan.topology for program in self.inspection.programs if program.plan.sites), "")
         return f"a step on {name}" if name else "a step"
 
     @property
@@ -161,17 +163,17 @@ class _Page:
         return busy(self.found.timeline)
 
     def mask(self, planned: SitePlan, by_rank: bool) -> Drawing:
-        return mask_drawing(planned.site.site, self.P, self.layout, by_rank and not splits_heads(planned.strategy))
+        return mask_drawing(planned.site.site, self.P, self._layouts[planned], by_rank and not splits_heads(planned.strategy))
 
     def work(self, planned: SitePlan) -> list[tuple[int, float]]:
-        work = costs.work_of_ranks(planned, self.P, self.layout)
+        work = costs.work_of_ranks(planned, self.P, self._layouts[planned])
         return list(zip(work, share_of_work(work), strict=True))
 
     def attention_formulas(self, planned: SitePlan) -> list[costs.Formula]:
         return costs.attention_formulas(planned, self.P)
 
     def symbols(self, planned: SitePlan) -> list[tuple[str, str]]:
-        return costs.symbol_values(planned, self.P, self.layout)
+        return costs.symbol_values(planned, self.P, self._layouts[planned])
 
     def summary(self, strategy: str) -> str:
         return summary(STRATEGIES[strategy])

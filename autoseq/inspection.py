@@ -7,7 +7,7 @@ would be compiled, so neither memory nor time grows with the model's sizes, only
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +18,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from autoseq.dry_run import Counts, add_counts, step_traffic
 from autoseq.graph_text import remember_global
 from autoseq.options import Options
+from autoseq.passes.attention_site import LeftWhole
 from autoseq.passes.read_masks import DenseMask
 from autoseq.passes.shard import Fallback
 from autoseq.passes.sizes import hint, num_bytes
 from autoseq.planner import SitePlan
+from autoseq.pretended_parts import PretendedPart
 from autoseq.program import Program, build_program
 from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -58,6 +60,15 @@ class Inspection:
     @property
     def fallbacks(self) -> list[Fallback]:
         return [fallback for program in self.programs for fallback in program.fallbacks]
+
+    @property
+    def left_as_written(self) -> list[LeftWhole]:
+        return [each for program in self.programs for each in program.left_as_written] if self.world_size > 1 else []
+
+    @property
+    def layout(self) -> str:
+        """Of the programs with attention: `zigzag`, or `contiguous, zigzag` where parts of a model have their own."""
+        return ", ".join(dict.fromkeys(program.plan.layout for program in self.programs if program.plan.sites))
 
     @property
     def dense_masks(self) -> list[DenseMask]:
@@ -157,7 +168,8 @@ class _CapturingBackend:
 
     def __init__(self, options: Options, group: SequenceGroup) -> None:
         self._options, self._group = options, group
-        self.programs: list[Program] = []
+        self._programs: list[Program] = []
+        self._parts: dict[int, PretendedPart] = {}  # by the number of the program
         self.failure: AutoSeqError | None = None
         self.num_graphs = 0
 
@@ -167,14 +179,25 @@ class _CapturingBackend:
         self.num_graphs += 1
         try:
             program = build_program(
-                gm, inputs, options=self._options, group=self._group, is_fragment=is_fragment, observe=remember_global
+                gm, inputs, options=self._options, group=self._group, is_fragment=is_fragment, observe=remember_global, looking=True
             )
         except AutoSeqError as error:
             self.failure = error
             return _stop
-        if program is not None:
-            self.programs.append(program)
-        return gm if is_fragment else _stop  # a part of a model runs, on the meta device, to get to the next one
+        assert program is not None
+        self._programs.append(program)
+        if not is_fragment:
+            return _stop
+        part = self._parts[len(self._programs) - 1] = PretendedPart(gm, program, self._group.size)
+        return part  # runs, on the meta device, to get to the next one
+
+    @property
+    def programs(self) -> list[Program]:
+        """With what is gathered between them; none if nothing was to be split."""
+        if not any(program.plan.sites for program in self._programs):
+            return []
+        gathered = {number: tuple(part.gathered.values()) for number, part in self._parts.items()}
+        return [replace(program, gathered=gathered.get(number, ())) for number, program in enumerate(self._programs)]
 
 
 def _stop(*_: object) -> Any:

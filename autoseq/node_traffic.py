@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.dry_run import CountCollectives, Counts, Place, Step, add_counts, place_of, run_backward
+from autoseq.dry_run import CountCollectives, Counts, Place, Step, add_counts, gather_counts, place_of, run_backward
 from autoseq.planner import SitePlan
 from autoseq.program import Program
 from autoseq.runtime.strategies import STRATEGIES
@@ -58,6 +58,9 @@ def node_traffic(program: Program, world_size: int) -> NodeTraffic:
     found: dict[fx.Node | None, Sent] = {}
     for node in [*counted.forward, *counted.backward]:
         found[node] = Sent(counted.forward.get(node, {}), counted.backward.get(node, {}))
+    for each in program.gathered:
+        maker: fx.Node = program.gm.graph.output_node().args[0][each.output]  # type: ignore[index, assignment]
+        found[maker] = found.get(maker, NOTHING_SENT) + Sent(gather_counts(each, world_size))
     planned = {site.site.name: site for site in program.plan.sites}
     for node in program.gm.graph.nodes:
         if "attention" in node.meta and node.meta["attention"]["name"] in planned:

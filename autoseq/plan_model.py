@@ -13,10 +13,10 @@ from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.sweep import Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
-from autoseq.planning.training import Training
+from autoseq.planning.training import Training, Warned
 from autoseq.program import Program
 from autoseq.runtime.errors import PlanError
-from autoseq.runtime.layout import local_length
+from autoseq.runtime.layout import Layout, local_length
 
 _LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
 
@@ -40,20 +40,48 @@ class Planned:
 def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False) -> Training:
     """The attentions of a model and the costs of the rest. Raises as `inspect_model`."""
 
-    def look(ranks: int, layout: str = "auto") -> tuple[tuple[NamedSite, ...], ModelCost, str]:
-        def use(programs: Sequence[Program]) -> tuple[tuple[NamedSite, ...], ModelCost, str]:
+    def look(ranks: int, layout: str = "auto") -> _Look:
+        def use(programs: Sequence[Program]) -> _Look:
             sites = tuple(planned.site for program in programs for planned in program.plan.sites)
+            layouts: list[Layout] = list(dict.fromkeys(program.plan.layout for program in programs if program.plan.sites))
             # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
-            taken = programs[0].plan.layout
-            tokens = batch * local_length(seq_len, ranks, taken)
-            return sites, model_cost(programs, world_size=ranks, tokens=tokens), taken
+            tokens = batch * local_length(seq_len, ranks, layouts[0])
+            return _Look(sites, model_cost(programs, world_size=ranks, tokens=tokens), layouts, _warnings(programs, ranks))
 
         return with_programs(make, use, world_size=ranks, options=Options(layout=layout))
 
-    sites, cost, layout = look(min(world_size, _LOOKED_AT_ON))
-    shortest = min(min(named.site.q_len, named.site.k_len) for named in sites)
-    more = look(_AND_ON, layout)[1] if gathers(cost) and shortest >= _AND_ON else None
-    return Training(sites, cost, batch, seq_len, shard_parameters, more)
+    seen = look(min(world_size, _LOOKED_AT_ON))
+    if len(seen.layouts) > 1:  # of the parts of one model; their costs add up where ranks have as many rows in each
+        seen = look(min(world_size, _LOOKED_AT_ON), "contiguous")
+    shortest = min(min(named.site.q_len, named.site.k_len) for named in seen.sites)
+    more = look(_AND_ON, seen.layouts[0]).cost if gathers(seen.cost) and shortest >= _AND_ON else None
+    return Training(seen.sites, seen.cost, batch, seq_len, shard_parameters, more, seen.warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look at a model finds."""
+
+    sites: tuple[NamedSite, ...]
+    cost: ModelCost
+    layouts: list[Layout]
+    warnings: tuple[Warned, ...]
+
+
+def _warnings(programs: Sequence[Program], ranks: int) -> tuple[Warned, ...]:
+    """What a run warns of; the sizes are those of whole values, whatever the ranks."""
+    if ranks == 1:
+        return ()
+    found: list[Warned] = []
+    for program in programs:
+        found += [
+            Warned(f"{each.op} at {each.source} runs on gathered values: {each.reason}", each.bytes_per_rank * ranks // (ranks - 1))
+            for each in program.fallbacks
+        ]
+        found += [Warned(f"the attention at {each.source} is left as it is written: {each.reason}") for each in program.left_as_written]
+        masks = program.dense_masks
+        found += [Warned(f"the mask at {each.source} is held whole: {each.reason}", held_bytes=each.num_bytes) for each in masks]
+    return tuple(found)
 
 
 def plan_training(

@@ -16,7 +16,7 @@ from autoseq.plan_model import Planned
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
 from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
-from autoseq.planning.training import Training
+from autoseq.planning.training import Training, Warned
 from autoseq.report import readable_bytes, table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
@@ -49,6 +49,7 @@ def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
     ))  # fmt: skip
     out.print(table("A step of the first", ["", ":predicted", ":share"], _time_rows(best)))
     out.print(table("Memory of a rank, with the first", ["", ":bytes", ""], _memory_rows(best)))
+    _print_warnings(out, planned)
     _print_sites(out, best)
     if planned.points:
         _print_sweep(out, planned)
@@ -70,6 +71,7 @@ _TIMES = {
 _MEMORY = {
     "parameters": "parameters", "gradients": "gradients", "optimizer": "Adam's moments", "activations": "activations besides attention",
     "attention": "attention: kept, and buffers of messages", "largest": "logits and their gradient, or another largest tensor twice",
+    "gathered": "the largest value that is gathered whole",
 }  # fmt: skip
 
 
@@ -81,6 +83,22 @@ def _time_rows(best: Candidate) -> list[Sequence[object]]:
 def _memory_rows(best: Candidate) -> list[Sequence[object]]:
     parts = [(text, getattr(best.memory, name)) for name, text in _MEMORY.items()]
     return [(text, f"{size:,}", readable_bytes(size)) for text, size in parts if size]
+
+
+def _print_warnings(out: Console, planned: Planned) -> None:
+    """What a run of the model warns of, with the bytes that the first plan sends and holds for it."""
+    if planned.best.split.sequence > 1 and planned.training.warnings:
+        out.print("\nA run warns of what costs it dearly; the numbers above count all of it:")
+        for each in planned.training.warnings:
+            sizes = (sent_for(each, planned.best), "sent a rank"), (each.held_bytes, "held")
+            told = ", ".join(f"{readable_bytes(size)} {what}" for size, what in sizes if size)
+            out.print(f"- {each.what}{f' ({told})' if told else ''}")
+
+
+def sent_for(warned: Warned, best: Candidate) -> int:
+    """What a rank sends where each copy of the data gathers its own."""
+    P = best.split.sequence
+    return warned.gathered_bytes // best.split.data * (P - 1) // P
 
 
 def _print_sites(out: Console, best: Candidate) -> None:
@@ -157,6 +175,10 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
     return json.dumps({
         "world_size": planned.world_size, "batch": training.batch, "sequence_length": training.seq_len,
         "topology": planned.topology.name, "memory_limit_bytes": planned.topology.memory_bytes,
+        "warnings": [
+            {"what": each.what, "bytes_per_rank": sent_for(each, planned.best), "held_bytes": each.held_bytes}
+            for each in training.warnings if planned.best.split.sequence > 1
+        ],
         "plans": [_candidate_json(each) for each in planned.candidates],
         "attention": [
             {

@@ -27,6 +27,7 @@ from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
 from autoseq.passes.sizes import num_bytes
+from autoseq.passes.source import source_line
 from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
 from autoseq.planner import NamedSite, Plan, find_sites, make_plan
@@ -45,8 +46,20 @@ GRADIENT_BUCKET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Gathered:
+    """A sharded output that something after the program needs whole: its number, the bytes of a rank's padded shard and of all of it."""
+
+    output: int
+    shard_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
-    """A rewritten program: the local graph, what it was before, the plan, and every choice that costs something."""
+    """A rewritten program: the local graph, what it was before, the plan, and every choice that costs something.
+
+    `gathered` is known where all parts of a model are looked at; a part without attention, which runs whole, has a program there too.
+    """
 
     gm: fx.GraphModule
     before: fx.Graph
@@ -57,10 +70,17 @@ class Program:
     sharding: Sharding
     dense_masks: tuple[DenseMask, ...]
     left_whole: tuple[LeftWhole, ...]
+    gathered: tuple[Gathered, ...] = ()
 
     @property
     def fallbacks(self) -> list[Fallback]:
         return self.sharding.fallbacks
+
+    @property
+    def left_as_written(self) -> list[LeftWhole]:
+        """The attentions that no strategy serves, besides those among the fallbacks."""
+        told = {fallback.source for fallback in self.fallbacks}
+        return [each for each in self.left_whole if each.source not in told]
 
     def fingerprint(self) -> list[str]:
         """The global graph and the plan, as lines of text without anything that differs between ranks."""
@@ -76,10 +96,12 @@ def build_program(
     is_fragment: bool,
     observe: Callable[[str, fx.GraphModule], None] | None = None,
     found: Topology | None = None,
+    looking: bool = False,
 ) -> Program | None:
     """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole.
 
-    `found` is the hardware that the ranks agreed on where no option names one; without it this rank finds its own.
+    Who is only `looking` gets such a fragment as a program too, without attention, and tells by itself what a run warns of. `found` is
+    the hardware that the ranks agreed on where no option names one; without it this rank finds its own.
     """
     open_regions(gm, inputs)
     keep_meaning(gm)
@@ -94,7 +116,7 @@ def build_program(
     num_found, left_whole = records["find_attention"].result
     if not sites:
         if is_fragment:
-            return None
+            return _whole_part(normal, fake, inputs, group) if looking else None
         raise NoAttentionError(_no_attention(gm, left_whole))
     _check_lengths(sites, group)
     topology, reserved = found or topology_of(options, group), _parameter_bytes(normal, fake)
@@ -108,9 +130,10 @@ def build_program(
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
     assert records["lower"].result == num_found, f"{num_found} attention sites were found, {records['lower'].result} rewritten"
     sharding: Sharding = records["shard"].result
+    sharding.fallbacks.extend(_gathered_inputs(inputs, group))
     dense_masks = tuple(records["read_masks"].result[1])
     program = Program(normal, before, fake, floats, contents, plan, sharding, dense_masks, tuple(left_whole))
-    _tell(program, options, group)
+    _tell(program, options, group, logging.INFO if looking else logging.WARNING)
     return program
 
 
@@ -151,6 +174,26 @@ def _too_large(plan: Plan, topology: Topology, reserved: int) -> str:
         f"{plan.memory_bytes():,} at least, parameters and gradients {reserved:,}. More ranks or a shorter sequence would fit "
         "(autoseq plan says which)"
     )
+
+
+def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fallback]:
+    """Of a part of a program that Dynamo traced in several parts: what another part made as shards."""
+    if group.size == 1:
+        return []
+    shards = [x._shard for x in inputs if isinstance(x, DeferredTensor)]
+    reason = "the program was traced in several parts; TORCH_LOGS=graph_breaks names what breaks it"
+    others = group.size - 1
+    return [Fallback("the part that reads what is made", shard.name, reason, others * num_bytes(shard.padded)) for shard in shards]
+
+
+def _whole_part(gm: fx.GraphModule, fake: list[object], inputs: Sequence[object], group: SequenceGroup) -> Program:
+    """A fragment without attention: every rank runs all of it on gathered values."""
+    sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
+    first = next((node for node in gm.graph.nodes if node.op == "call_function" and node.stack_trace), None)
+    where = source_line(first) if first is not None else "(no source)"
+    reason = "the program was traced in several parts, and a part without attention runs whole on every rank"
+    fallbacks = [Fallback("a part of the program", where, reason, sent)] if group.size > 1 else []
+    return Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), ())
 
 
 def _parameter_bytes(gm: fx.GraphModule, inputs: Sequence[object]) -> int:
@@ -215,19 +258,18 @@ def _check_lengths(sites: Sequence[NamedSite], group: SequenceGroup) -> None:
             )
 
 
-def _tell(program: Program, options: Options, group: SequenceGroup) -> None:
+def _tell(program: Program, options: Options, group: SequenceGroup, level: int) -> None:
     """Each choice that costs something is said once; under `strict` a fallback is an error."""
     lines = [
         f"{f.op} at {f.source} runs on gathered values ({f.reason}); {f.bytes_per_rank:,} bytes a rank" for f in program.fallbacks
     ]
     if group.size > 1:
-        told = {f.source for f in program.fallbacks}
-        lines += [f"the attention at {w.source} is left as it is written: {w.reason}" for w in program.left_whole if w.source not in told]
+        lines += [f"the attention at {w.source} is left as it is written: {w.reason}" for w in program.left_as_written]
         lines += [f"the mask of the attention at {d.source} is held whole: {d.reason}; {d.num_bytes:,} bytes" for d in program.dense_masks]
     if lines and options.strict:
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
     for line in lines:
-        log.warning("%s", line)
+        log.log(level, "%s", line)
     for line in program.plan.lines():
         log.info("%s", line)
     for line in program.plan.reasons():

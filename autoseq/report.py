@@ -82,13 +82,12 @@ def site_messages(planned: SitePlan) -> int:
 
 def print_inspection(console: Console, found: Inspection, graphs: Graphs | None) -> None:
     """Everything that `inspect` found, then the graphs if any are asked for."""
-    layout = found.programs[0].plan.layout
-    head = f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {layout}."
+    head = f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {found.layout}."
     console.print(f"{head} Bytes and messages are those that rank 0 sends in a training step.")
     console.print(plan_table(found.sites))
     console.print(table(
-        "Collectives, forward and backward; the gather of a deferred output comes on top, if the output is used",
-        ["op", ":count", ":bytes", ""],
+        "Collectives, forward and backward; the gather of what the model returns comes on top, if it is used",
+        ["op", ":count", ":bytes", "in short"],
         [(op, c.messages, f"{c.bytes:,}", readable_bytes(c.bytes)) for op, c in found.collectives.items()] or [("(none)", 0, 0, "")],
     ))  # fmt: skip
     _print_fallbacks(console, found)
@@ -134,7 +133,10 @@ def _print_fallbacks(console: Console, found: Inspection) -> None:
         console.print("Fallbacks: none")
     dense = [(short_source(m.source), m.reason, f"{m.num_bytes:,}", readable_bytes(m.num_bytes)) for m in found.dense_masks]
     if dense:
-        console.print(table("Masks that are held dense", ["source", "reason", ":bytes", ""], dense))
+        console.print(table("Masks that are held dense", ["source", "reason", ":bytes", "in short"], dense))
+    left = [(short_source(each.source), each.reason) for each in found.left_as_written]
+    if left:
+        console.print(table("Attentions that are left as they are written", ["source", "reason"], left))
 
 
 def _print_graph(console: Console, title: str, graph: Any) -> None:

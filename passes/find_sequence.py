@@ -26,12 +26,19 @@ aten = torch.ops.aten
 def find_sequence(gm: fx.GraphModule) -> int:
     """Mark every tensor that the sequence reaches; returns how many were marked."""
     queue: deque[fx.Node] = deque()
+    reached: deque[fx.Node] = deque()
     for site in gm.graph.nodes:
         if is_attention(site):
             for node, base in _seeds(site):
                 _mark(node, Mark(2, 1, 1, base), queue)
-    while queue:
-        node = queue.popleft()
+    # Rows that move may make a sequence of their own, so what shared factors reach is marked first: in cross_entropy(logits, pad(ids)[1:])
+    # the logits have the rows of the attention, not those of the padded ids.
+    while queue or reached:
+        if queue:
+            node, carry = queue.popleft(), carry_shared
+            reached.append(node)
+        else:
+            node, carry = reached.popleft(), carry_moved
         producer = node.args[0] if node.target is operator.getitem else node
         for neighbour in (producer, *node.users):
             carry(neighbour, queue)
@@ -54,9 +61,8 @@ def _mark(node: fx.Node, mark: Mark | None, queue: deque[fx.Node]) -> None:
     queue.append(node)
 
 
-def carry(node: fx.Node, queue: deque[fx.Node]) -> None:
+def carry_shared(node: fx.Node, queue: deque[fx.Node]) -> None:
     """Carry marks across one node, between its operands and results."""
-    _carry_moved(node, queue)
     factors = factors_of(node)
     if factors is None:
         return
@@ -80,7 +86,7 @@ def carry(node: fx.Node, queue: deque[fx.Node]) -> None:
 _FEW = 8  # a shorter sequence is not worth sharing out
 
 
-def _carry_moved(node: fx.Node, queue: deque[fx.Node]) -> None:
+def carry_moved(node: fx.Node, queue: deque[fx.Node]) -> None:
     """Sequences that are laid end to end, or cut out of one, are sequences of their own: text beside image tokens.
 
     From an operand to each result; from a result back to the operands only where it spares work, since rows of a value that is

@@ -129,10 +129,15 @@ class Placements:
         value = self.values[node]
         if mark.same(value.mark):
             return value.node
+        if value.mark is not None and not self.can_be_made_again(node):
+            self.rows_lie_elsewhere(node, value.mark)
         source = self.whole(node)
         keywords = self.sharding(node.meta["val"], mark)
         key = f"shard {mark.dim} {keywords['outer']} {keywords['local']}"
         return self._convert(node, key, collectives.take_shard, keywords, source)
+
+    def rows_lie_elsewhere(self, node: fx.Node, mark: Mark) -> None:
+        """Called for a shard, sharded as `mark` says, that is gathered because a user needs it cut up otherwise."""
 
     def _convert(
         self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None,

@@ -193,6 +193,12 @@ class _Sharder(Placements):
         made.meta = dict(node.meta)
         self._set(node, made, None)
 
+    def rows_lie_elsewhere(self, node: fx.Node, mark: Mark) -> None:
+        told = {fallback.source for fallback in self.fallbacks}
+        if source_line(node) not in told:
+            reason = "its rows are cut up as those of another sequence than the step that reads it needs"
+            self.fallbacks.append(Fallback(_op_name(node), source_line(node), reason, self.gather_bytes(node, mark)))
+
     def _attention(self, node: fx.Node) -> None:
         """q, k and v by rows; what mask and score look up is whole."""
         marks = [node.args[i].meta[MARK] for i in range(3)]  # type: ignore[union-attr]

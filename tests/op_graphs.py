@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from autoseq.passes.factors import MARK, Mark
-from autoseq.passes.find_sequence import carry, node_tensors
+from autoseq.passes.find_sequence import carry_moved, carry_shared, node_tensors
 from autoseq.passes.shard import shard
 from autoseq.runtime import collectives, moves, rows
 from autoseq.runtime.layout import Layout
@@ -71,7 +71,8 @@ class OpGraph:
         """Mark one tensor, then what the operator's factors carry it to, as `find_sequence` does."""
         self.tensors[start.tensor].meta[MARK] = Mark(start.dim, start.outer, start.inner, start.length)
         if not start.alone:
-            carry(self.node, deque())
+            carry_shared(self.node, deque())
+            carry_moved(self.node, deque())
 
     def sharded(self, P: int, layout: Layout) -> tuple[str, fx.GraphModule]:
         """The local graph, and the letter of what became of the marked dim."""

@@ -181,8 +181,10 @@ def test_a_model_in_several_parts_is_drawn_part_by_part() -> None:
 
     found = inspect_pictures(make, seq_len=16, world_size=2, options=Options())
     page = html_page(found, "two parts")
-    assert "Part 1 of 2" in words(page)
-    assert "Part 2 of 2" in words(page)
+    # The first attention; the layer after the break, which runs whole; and the second attention.
+    assert "Part 1 of 3" in words(page)
+    assert "Part 3 of 3" in words(page)
+    assert "a part without attention runs whole on every rank" in words(page)
     assert page.count('class="row attention') == 2
 
 

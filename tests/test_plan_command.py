@@ -37,7 +37,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     found, _ = swept
     assert list(found) == [
-        "world_size", "batch", "sequence_length", "topology", "memory_limit_bytes", "plans", "attention", "sweep"
+        "world_size", "batch", "sequence_length", "topology", "memory_limit_bytes", "warnings", "plans", "attention", "sweep"
     ]  # fmt: skip
     assert (found["world_size"], found["batch"], found["sequence_length"], found["topology"]) == (4, 2, 512, "4xA10")
     best, *others = found["plans"]

@@ -45,7 +45,10 @@ def hugging_face(model: str, config: str, **settings: Any) -> Callable[[str], nn
         import transformers
 
         torch.manual_seed(0)
-        return roughened(getattr(transformers, model)(getattr(transformers, config)(**settings, attn_implementation=attention)))
+        made = getattr(transformers, model)(getattr(transformers, config)(**settings, attn_implementation=attention))
+        if made.loss_type is None:
+            made.loss_type = "ForCausalLM"  # GPT-2's is not known by its name, and the warning of that would break the graph
+        return roughened(made)
 
     return make
 

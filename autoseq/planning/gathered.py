@@ -47,4 +47,5 @@ def cost_on(ranks: int, cost: ModelCost, more: ModelCost | None) -> ModelCost:
         exchanged=tuple(exchanged),
         kept_bytes=line(cost.kept_bytes, more.kept_bytes),
         largest_bytes=line(cost.largest_bytes, more.largest_bytes),
+        gathered_bytes=line(cost.gathered_bytes, more.gathered_bytes),
     )

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
-from autoseq.dry_run import CountCollectives, Counts, Place, Step, place_of, run_backward
+from autoseq.dry_run import CountCollectives, Counts, Place, Step, add_counts, gather_counts, place_of, run_backward
 from autoseq.program import Program
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
@@ -29,6 +29,7 @@ from autoseq.runtime.timeline import WAYS, Way
 
 _RECOMPUTED = (CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE)
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "native_layer_norm", "_softmax", "_log_softmax", "nll_loss_forward"}
+_GATHERS = (torch.ops._c10d_functional.all_gather_into_tensor.default,)
 _MAKES_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
@@ -60,7 +61,8 @@ class ModelCost:
     """A model besides its attention, on a rank with so many tokens (rows times batch), of a sequence on so many ranks.
 
     `reduced` are all-reduces, whose size does not depend on the tokens: gradients, and sums of losses. `exchanged` are the
-    collectives of steps that needed other rows, which grow with them. `kept_bytes` (what autograd saves) and `largest_bytes` grow.
+    collectives of steps that needed other rows, which grow with them. `kept_bytes` (what autograd saves, and what one part of a model
+    gathered of another), `largest_bytes` and `gathered_bytes` (the largest value that is gathered within a part) grow.
     """
 
     tokens: int
@@ -75,6 +77,7 @@ class ModelCost:
     gradient_bytes: int
     kept_bytes: int
     largest_bytes: int
+    gathered_bytes: int = 0
 
     def way(self, way: Way) -> PassCost:
         return self.forward if way == "forward" else self.backward
@@ -104,6 +107,7 @@ def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | No
         gradient_bytes=sum(_bytes(x) for x in owned if x.requires_grad),
         kept_bytes=sum(each.kept_bytes for each in counted),
         largest_bytes=max(each.largest_bytes for each in counted),
+        gathered_bytes=max(each.gathered_bytes for each in counted),
     )
 
 
@@ -113,7 +117,7 @@ def _parameters(programs: Sequence[Program]) -> list[Tensor]:
     for program in programs:
         for node, value in zip(program.before.find_nodes(op="placeholder"), program.inputs, strict=True):
             if _is_owned(node, value):
-                found.setdefault(node.name, value)
+                found.setdefault(str(node.meta.get("source_name", node.target)), value)
     return list(found.values())
 
 
@@ -168,7 +172,7 @@ class _Counted(CountCollectives):
         self.again_flops = Counter[str]()
         self.way: Way = "forward"
         self.again = False  # what runs now runs once more in the backward
-        self.kept_bytes = self.largest_bytes = 0
+        self.kept_bytes = self.largest_bytes = self.gathered_bytes = 0
         self._ops = list[_Op]()
         # Of parameters, or as large as they are whatever the tokens.
         self._fixed = {_storage(x) for x in owned}
@@ -178,6 +182,8 @@ class _Counted(CountCollectives):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _GATHERS:
+            self.gathered_bytes = max(self.gathered_bytes, _bytes(out))
         if func.namespace == "aten" and not func.is_view and func._opname not in _MAKES_NOTHING:
             self._note(func, args, kwargs or {}, out)
         return out
@@ -302,6 +308,9 @@ def _counted(program: Program, world_size: int) -> _Counted:
             results = step.run(*inputs)
         counted.end_of_forward([*inputs, *step.held])
         run_backward(results, inputs)
+    for each in program.gathered if world_size > 1 else ():
+        counted.counts = add_counts(counted.counts, gather_counts(each, world_size))
+        counted.kept_bytes += each.full_bytes
     return counted
 
 

@@ -26,11 +26,21 @@ OPTIMIZER_BYTES = 8
 """Of each parameter that is trained: the two float32 moments of Adam."""
 
 
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that costs, and what of it: bytes of a value that is gathered whole, and of one that every rank holds."""
+
+    what: str
+    gathered_bytes: int = 0
+    held_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Training:
     """A model with the batch and length that a step is to have in all.
 
-    `cost_on_more` is a look at it on more ranks than `cost`, for a model with steps that see all rows.
+    `cost_on_more` is a look at it on more ranks than `cost`, for a model with steps that see all rows. `warnings` are what a run of it
+    warns of.
     """
 
     sites: tuple[NamedSite, ...]
@@ -39,6 +49,7 @@ class Training:
     seq_len: int
     shard_parameters: bool = False
     cost_on_more: ModelCost | None = None
+    warnings: tuple[Warned, ...] = ()
 
     def at(self, *, batch: int | None = None, seq_len: int | None = None) -> Training:
         """The same model with another batch or length: all lengths of its attentions change in proportion."""
@@ -89,6 +100,7 @@ class Memory:
     activations: int  # what autograd keeps besides attention
     attention: int  # what attention keeps, and the buffers of its messages
     largest: int  # twice the largest tensor: the logits, and their gradient
+    gathered: int = 0  # the largest value that a step without a rule, or with rows elsewhere, gathers
 
     @property
     def total(self) -> int:
@@ -125,6 +137,7 @@ def memory_besides_attention(training: Training, tokens: int, P: int, world_size
         activations=cost.kept_bytes * tokens // cost.tokens,
         attention=0,
         largest=2 * cost.largest_bytes * tokens // cost.tokens,
+        gathered=cost.gathered_bytes * tokens // cost.tokens if P > 1 else 0,
     )
 
 

@@ -1,0 +1,85 @@
+"""A model that Dynamo traces in several parts, looked at without other ranks: what one part hands to the next as a shard.
+
+On ranks a sharded output is a `DeferredTensor`, which gathers itself when a later part, or Python between the parts, needs its values.
+Here it is one too, of the whole value, which is there already; what a gather would send is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import Function
+
+from autoseq.passes.shard import ShardedOutput
+from autoseq.passes.sizes import num_bytes
+from autoseq.program import Gathered, Program
+from autoseq.runtime.deferred import DeferredTensor
+from autoseq.runtime.layout import local_length
+
+
+@dataclass(slots=True)
+class _PretendedShard:
+    """What a `DeferredTensor` asks of its shard."""
+
+    name: str
+    value: Tensor
+    padded: Tensor
+    note: Callable[[], None]
+    is_gathered: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    def full(self) -> Tensor:
+        if not self.is_gathered:
+            self.is_gathered = True
+            self.note()
+        return self.value
+
+
+class _Defer(Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, shard: Any) -> DeferredTensor:
+        return DeferredTensor.wrap(shard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class PretendedPart:
+    """A part of a model as Dynamo calls it: runs whole, and hands on as shards what its program gives back as shards."""
+
+    def __init__(self, gm: fx.GraphModule, program: Program, world_size: int) -> None:
+        self._gm, self._program, self._P = gm, program, world_size
+        self.gathered: dict[int, Gathered] = {}  # by the number of the output
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        results = list(self._gm(*(x.full() if isinstance(x, DeferredTensor) else x for x in args)))
+        for out in self._program.sharding.outputs:
+            results[out.index] = self._defer(results[out.index], out)
+        return results
+
+    def _defer(self, value: Tensor, out: ShardedOutput) -> Tensor:
+        length = out.length if isinstance(out.length, int) else value.shape[out.dim]
+        local = out.local if isinstance(out.local, int) else local_length(length, self._P, self._program.plan.layout)
+        padded = torch.empty(value.numel() // length * local, dtype=value.dtype, device="meta")
+        found = Gathered(out.index, num_bytes(padded), num_bytes(value))
+
+        def note() -> None:
+            self.gathered[out.index] = found
+
+        return _Defer.apply(value, _PretendedShard(f"{out.name} ({out.source})", value.detach(), padded, note))

@@ -129,5 +129,6 @@ def _hash(value: object) -> str:
     flat = value.detach().reshape(-1)
     if flat.numel() * flat.element_size() > _HASHED_WHOLE_BYTES or value.is_floating_point():
         flat = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)]
-    data = flat.contiguous().cpu().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    # Of a copy: `numpy` fixes the size of a storage for good, and FSDP empties those of parameters between uses.
+    data = flat.clone(memory_format=torch.contiguous_format).cpu().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(data, digest_size=12).hexdigest()}"

@@ -12,7 +12,7 @@ _TARGET_HELP = (
 )
 TargetText = Annotated[str, typer.Argument(metavar="TARGET", help=_TARGET_HELP, show_default=False)]
 SeqLen = Annotated[int, typer.Option("--seq-len", min=1, help="Global length of the sequence, in tokens.", show_default=False)]
-WorldSize = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks that share the sequence.")]
+WorldSize = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks.")]
 RanksPerNode = Annotated[
     int | None, typer.Option("--ranks-per-node", min=1, help="Cut the ranks into nodes of so many, for two-level strategies.")
 ]

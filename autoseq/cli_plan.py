@@ -13,6 +13,8 @@ from autoseq.cli_options import Batch, LayoutName, SeqLen, StrategyName, TargetT
 
 _TOPOLOGY_HELP = "The hardware: a name such as 8xH100 or 2x8xA800-4nic (autoseq topology list), or a JSON file."
 
+_RESERVE_HELP = "Share of the memory that stays free: for CUDA's context, the buffers of NCCL, and what the allocator cannot use."
+
 
 def plan(
     target: TargetText,
@@ -23,6 +25,7 @@ def plan(
     strategy: StrategyName = "auto",
     layout: LayoutName = "auto",
     memory_gib: Annotated[float | None, typer.Option("--memory-gib", min=0.001, help="Memory of a rank, if not the topology's.")] = None,
+    reserve: Annotated[float, typer.Option("--reserve", min=0.0, max=0.9, help=_RESERVE_HELP)] = 0.05,
     shard_parameters: Annotated[bool, typer.Option("--shard-parameters", help="Parameters, gradients and moments as under FSDP.")] = False,
     sweep: Annotated[Literal["seq-len", "world-size"] | None, typer.Option("--sweep", help="Ask for other lengths or fewer ranks.")] = None,
     formulas: Annotated[bool, typer.Option("--formulas", help="Print the cost model in symbols.")] = False,
@@ -53,7 +56,8 @@ def plan(
         make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
         training = look_at(make, batch=batch, seq_len=seq_len, world_size=world_size, shard_parameters=shard_parameters)
         found = plan_training(
-            training, world_size=world_size, topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib, over=sweep
+            training, world_size=world_size, topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib,
+            reserve=reserve, over=sweep,
         )
         if as_json:
             print(plan_json(found, formulas=formulas))

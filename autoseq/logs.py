@@ -1,6 +1,7 @@
 """Where logs go when autoseq is a command: to stderr, and torch's own only when asked for."""
 
 import logging
+import os
 import sys
 from typing import TextIO
 
@@ -20,8 +21,10 @@ _handler.setFormatter(logging.Formatter("autoseq: %(levelname)s: %(message)s"))
 
 
 def log_to_stderr(*, verbose: bool) -> None:
-    """Show autoseq's warnings; with `verbose` all it logs, and torch's graph breaks and tracebacks."""
+    """Show autoseq's warnings; with `verbose` all it logs, and torch's graph breaks and tracebacks. TORCH_LOGS has the last word."""
     logger = logging.getLogger("autoseq")
+    if os.environ.get("TORCH_LOGS"):
+        return
     logger.addHandler(_handler)  # once: a handler is added to a logger no second time
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:

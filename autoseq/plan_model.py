@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from autoseq.planning.sweep import Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training, Warned
 from autoseq.program import Program
-from autoseq.runtime.errors import PlanError
+from autoseq.report import readable_bytes
+from autoseq.runtime.errors import PlanError, StrategyError
 from autoseq.runtime.layout import Layout, local_length
 
 _LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
@@ -27,7 +29,8 @@ class Planned:
 
     training: Training
     world_size: int
-    topology: Topology
+    topology: Topology  # with the memory that plans may use
+    reserved_bytes: int
     candidates: tuple[Candidate, ...]
     over: Over | None = None
     points: tuple[Point, ...] = ()
@@ -86,25 +89,40 @@ def _warnings(programs: Sequence[Program], ranks: int) -> tuple[Warned, ...]:
 
 def plan_training(
     training: Training, *, world_size: int, topology: Topology, strategy: str = "auto", layout: str = "auto",
-    memory_gib: float | None = None, over: Over | None = None,
+    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None,
 ) -> Planned:  # fmt: skip
-    """The plans for a model on so many ranks. Raises PlanError, which says what would fit, if nothing does."""
-    if memory_gib is not None:
-        topology = replace(topology, memory_bytes=int(memory_gib * 2**30))
-    found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
+    """The plans for a model on so many ranks, which leave a share `reserve` of a rank's memory free.
+
+    Raises PlanError, which says what would fit, if nothing does.
+    """
+    memory = topology.memory_bytes if memory_gib is None else int(memory_gib * 2**30)
+    reserved = int(memory * reserve)
+    topology = replace(topology, memory_bytes=memory - reserved)
+    try:
+        found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
+    except StrategyError as error:
+        raise StrategyError(in_a_plan(str(error))) from None
     if not found[0].fits:
-        raise PlanError(_nothing_fits(found[0], training, world_size, topology, strategy, layout))
+        raise PlanError(_nothing_fits(found[0], training, world_size, topology, reserved, strategy, layout))
     points = sweep(training, world_size, topology, over, strategy=strategy, layout=layout) if over is not None else []
-    return Planned(training, world_size, topology, tuple(found), over, tuple(points))
+    return Planned(training, world_size, topology, reserved, tuple(found), over, tuple(points))
 
 
-def _nothing_fits(least: Candidate, training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> str:
-    gib = 2**30
+def in_a_plan(reason: str) -> str:
+    """A refusal without the advice to give the model a mesh: a plan tries all meshes that there are."""
+    return re.sub(r": give option mesh .*? part of the ranks", ", which a sequence of this plan has not", reason)
+
+
+def _nothing_fits(
+    least: Candidate, training: Training, world_size: int, topology: Topology, reserved: int, strategy: str, layout: str
+) -> str:  # fmt: skip
     parts = [(name, getattr(least.memory, name)) for name in least.memory.__dataclass_fields__]
-    most = ", ".join(f"{name} {size / gib:.1f}" for name, size in sorted(parts, key=lambda part: -part[1]) if size)
+    most = ", ".join(f"{name} {readable_bytes(size)}" for name, size in sorted(parts, key=lambda part: -part[1]) if size)
     others = would_fit(training, world_size, topology, strategy=strategy, layout=layout)
-    advice = f"What would fit: {'; or '.join(others)}" if others else "Nothing near it fits either: the model needs larger devices"
+    changes = "; or ".join(f"{change}: {readable_bytes(size)} a rank" for change, size in others)
+    advice = f"What would fit: {changes}" if others else "Nothing near it fits either: the model needs larger devices"
+    free = f" ({readable_bytes(reserved)} more are kept free, --reserve)" if reserved else ""
     return (
-        f"no plan fits in {topology.memory_bytes / gib:.1f} GiB a rank: the smallest, {least.split} ranks (data × sequence), needs "
-        f"{least.memory.total / gib:.1f} ({most} GiB). {advice}"
+        f"no plan fits in {readable_bytes(topology.memory_bytes)} a rank{free}: the smallest, {least.split} ranks (data × sequence), needs "
+        f"{readable_bytes(least.memory.total)} ({most}). {advice}"
     )

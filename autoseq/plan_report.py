@@ -12,13 +12,15 @@ import sympy
 from rich.console import Console
 
 from autoseq.plan_formulas import formulas_json
-from autoseq.plan_model import Planned
+from autoseq.plan_model import Planned, in_a_plan
+from autoseq.planner import SitePlan
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
 from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
 from autoseq.planning.training import Training, Warned
 from autoseq.report import readable_bytes, table
 from autoseq.runtime.errors import OptionError
+from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.strategy_table import formula_text
@@ -36,19 +38,18 @@ def readable_seconds(seconds: float) -> str:
 
 def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
     """The plans, what the best consists of, why other strategies lost, and the sweep."""
-    training, best = planned.training, planned.best
-    ranks = f"{planned.world_size:,} ranks of {planned.topology.name}"
-    limit = f"{planned.topology.memory_bytes / 2**30:.1f} GiB a rank"
-    out.print(f"{training.batch} × {training.seq_len:,} tokens a step on {ranks}, {limit}. Predicted, not measured.")
-    shown = planned.candidates[:_SHOWN]
-    of_all = f" ({len(shown)} of {len(planned.candidates)})" if len(shown) < len(planned.candidates) else ""
-    title = f"Plans, the fastest that fit first{of_all}"
-    out.print(table(
-        title, ["data × sequence", "strategies", "layout", ":step", ":tokens/s", ":MFU", ":sent a rank", ":memory a rank", ""],
-        [_row(each) for each in shown],
-    ))  # fmt: skip
-    out.print(table("A step of the first", ["", ":predicted", ":share"], _time_rows(best)))
-    out.print(table("Memory of a rank, with the first", ["", ":bytes", ""], _memory_rows(best)))
+    training, best, topology = planned.training, planned.best, planned.topology
+    hardware = topology.at(planned.world_size)
+    nodes = f"{hardware.nodes:,} node{'s' if hardware.nodes > 1 else ''} of {hardware.ranks_per_node}"
+    free = f", and {readable_bytes(planned.reserved_bytes)} more kept free (--reserve)" if planned.reserved_bytes else ""
+    out.print(
+        f"{training.batch} × {training.seq_len:,} tokens a step on {planned.world_size:,} ranks of {topology.name} ({nodes}), "
+        f"{readable_bytes(topology.memory_bytes)} a rank for a plan{free}. Predicted, not measured."
+    )
+    _print_plans(out, planned)
+    out.print(f"To run the first: {call_of(best)}")
+    out.print(table("A step of the first", ["goes into", ":predicted", ":share"], _time_rows(best)))
+    out.print(table("Memory of a rank, with the first", ["for", ":bytes", ":in short"], _memory_rows(best)))
     _print_warnings(out, planned)
     _print_sites(out, best)
     if planned.points:
@@ -57,10 +58,53 @@ def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
         print_formulas(out)
 
 
+def _print_plans(out: Console, planned: Planned) -> None:
+    shown = planned.candidates[:_SHOWN]
+    of_all = f" ({len(shown)} of {len(planned.candidates)})" if len(shown) < len(planned.candidates) else ""
+    columns = ["data × sequence", "strategies", "layout", ":step", ":tokens/s", ":MFU", ":sent a rank", ":memory a rank"]
+    rows = [*map(_row, shown)]
+    if not all(each.fits for each in shown):
+        columns = [*columns, "fits"]
+        rows = [(*row, "yes" if each.fits else "no") for row, each in zip(rows, shown, strict=True)]
+    out.print(table(f"Plans, the fastest that fit first{of_all}", columns, rows))
+    meshes = [each.split for each in shown if each.split.mesh]
+    legend = "data × sequence: copies of the data × ranks that share a sequence"
+    if meshes:
+        (nodes, ranks), whole = meshes[0].mesh, meshes[0]
+        legend += f"; {whole}: of these, {nodes} nodes of {ranks} ranks are the mesh of a strategy on two levels"
+    out.print(f"{legend}. MFU: the model's products, none counted twice, by what the devices could do at their peak.")
+
+
+def call_of(best: Candidate) -> str:
+    """The line of Python that has a candidate's degrees, strategy and layout. It is started on all ranks, with CUDA."""
+    split, options = best.split, dict[str, str]()
+    if split.sequence == 1:
+        return "each rank has whole sequences: train with DistributedDataParallel or FSDP, without autoseq"
+    mesh = {"nodes": split.mesh[0], "ranks": split.mesh[1]} if split.mesh else {"ranks": split.sequence}
+    dims = ({"data": split.data} if split.data > 1 else {}) | mesh
+    if len(dims) > 1:
+        made = f'init_device_mesh("cuda", {tuple(dims.values())}, mesh_dim_names={_quoted(dims)})'
+        options["mesh"] = made if split.data == 1 else f"{made}[{_quoted(mesh).strip('()').rstrip(',')}]"
+    taken = best.strategies
+    if len(taken) == 1:
+        options["strategy"] = f'"{next(iter(taken))}"'
+    else:
+        options["topology"] = f'"{best.plan.topology}"'
+    options["layout"] = f'"{best.plan.layout}"'
+    inside = ", ".join(f'"{name}": {value}' for name, value in options.items())
+    return f'torch.compile(model, backend="autoseq", options={{{inside}}})'
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """A tuple of strings in Python."""
+    inside = [f'"{name}"' for name in names]
+    return f"({', '.join(inside)}{',' if len(inside) == 1 else ''})"
+
+
 def _row(each: Candidate) -> Sequence[object]:
     return (
         each.split, mix(each), each.plan.layout, readable_seconds(each.seconds), f"{each.tokens_per_s:,.0f}", f"{each.mfu:.1%}",
-        readable_bytes(each.sent_bytes), readable_bytes(each.memory.total), "" if each.fits else "does not fit",
+        readable_bytes(each.sent_bytes), readable_bytes(each.memory.total),
     )  # fmt: skip
 
 
@@ -109,18 +153,25 @@ def _print_sites(out: Console, best: Candidate) -> None:
         names = one.site.name if len(group) == 1 else f"{one.site.name} … {group[-1].site.name} ({len(group)} ×)"
         seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.busiest_bytes)} sent"
         out.print(f"\n{names}, mask {one.site.mask}: {one.strategy}, {seconds}. Not taken:")
+        by_reason: dict[str, list[str]] = {}
         for name, reason in one.losers:
-            out.print(f"  {name}: {reason}")
+            by_reason.setdefault(in_a_plan(reason), []).append(name)
+        for reason, names_of in by_reason.items():
+            out.print(f"  {', '.join(names_of)}: {reason}")
     for layout, reason in best.plan.refused:
         out.print(f"\nLayout {layout} was not taken: {reason}")
 
 
 def _print_sweep(out: Console, planned: Planned) -> None:
     names = [name for name in STRATEGIES if any(point.seconds.get(name) is not None for point in planned.points)]
-    rows = [_sweep_row(point, names) for point in planned.points]
     header = {"seq-len": "tokens", "world-size": "ranks"}[planned.over or "seq-len"]
-    columns = [f":{header}", "fastest", "data × sequence", ":step", ":tokens/s", ":MFU", *(f":{name}" for name in names)]
-    out.print(table("Sweep: the fastest, and a step with all attention by one strategy", columns, rows))
+    columns = [f":{header}", "fastest", "data × sequence", ":step", ":tokens/s", ":MFU"]
+    out.print(table("Sweep: the fastest", columns, [_sweep_row(point) for point in planned.points]))
+    for start in range(0, len(planned.points) if names else 0, _POINTS_A_TABLE):
+        points = planned.points[start : start + _POINTS_A_TABLE]
+        rows = [(name, *(_alone(point.alone[name]) for point in points)) for name in names]
+        title = f"Sweep: a step with all attention by one strategy, and its data × sequence, by {header}"
+        out.print(table(title, ["strategy", *(f":{point.value:,}" for point in points)], rows))
     found = overtakings(planned.points)
     for value, before, after in found:
         out.print(f"From {value:,} {header} on: {after} (before: {before})")
@@ -128,13 +179,18 @@ def _print_sweep(out: Console, planned: Planned) -> None:
         out.print("No strategy overtakes another.")
 
 
-def _sweep_row(point: Point, names: Sequence[str]) -> Sequence[object]:
+_POINTS_A_TABLE = 5  # what 100 columns have room for
+
+
+def _alone(found: Candidate | None) -> str:
+    return "–" if found is None else f"{readable_seconds(found.seconds)}\n{found.split.data} × {found.split.sequence}"
+
+
+def _sweep_row(point: Point) -> Sequence[object]:
     best = point.best
-    seconds = [readable_seconds(s) if (s := point.seconds[name]) is not None else "–" for name in names]
     if best is None:
-        return (f"{point.value:,}", "nothing fits", "", "", "", "", *seconds)
-    shown = (mix(best), best.split, readable_seconds(best.seconds), f"{best.tokens_per_s:,.0f}", f"{best.mfu:.1%}")
-    return (f"{point.value:,}", *shown, *seconds)
+        return (f"{point.value:,}", "nothing fits", "", "", "", "")
+    return (f"{point.value:,}", mix(best), best.split, readable_seconds(best.seconds), f"{best.tokens_per_s:,.0f}", f"{best.mfu:.1%}")
 
 
 def print_formulas(out: Console) -> None:
@@ -174,23 +230,27 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
     training = planned.training
     return json.dumps({
         "world_size": planned.world_size, "batch": training.batch, "sequence_length": training.seq_len,
-        "topology": planned.topology.name, "memory_limit_bytes": planned.topology.memory_bytes,
+        "topology": planned.topology.name, "memory_limit_bytes": planned.topology.memory_bytes, "reserved_bytes": planned.reserved_bytes,
         "warnings": [
             {"what": each.what, "bytes_per_rank": sent_for(each, planned.best), "held_bytes": each.held_bytes}
             for each in training.warnings if planned.best.split.sequence > 1
         ],
+        "call": call_of(planned.best),
         "plans": [_candidate_json(each) for each in planned.candidates],
         "attention": [
             {
                 "name": p.site.name, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds, "bytes_per_rank": p.busiest_bytes,
-                "losers": [{"strategy": name, "seconds": _seconds_of(p.offers, name), "reason": reason} for name, reason in p.losers],
+                "losers": [_loser_json(p, name, in_a_plan(reason), planned.best.plan.layout) for name, reason in p.losers],
             }
             for p in planned.best.plan.sites
         ],
         "sweep": {
             "over": planned.over,
             "points": [
-                {"value": point.value, "best": point.best and _candidate_json(point.best), "seconds": point.seconds}
+                {
+                    "value": point.value, "best": point.best and _candidate_json(point.best), "seconds": point.seconds,
+                    "degrees": {name: found and [found.split.data, found.split.sequence] for name, found in point.alone.items()},
+                }
                 for point in planned.points
             ],
             "overtakings": [{"value": value, "before": old, "after": new} for value, old, new in overtakings(planned.points)],
@@ -199,8 +259,11 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
     }, indent=2)  # fmt: skip
 
 
-def _seconds_of(offers: Sequence[Any], name: str) -> float | None:
-    return next((offer.seconds for offer in offers if offer.strategy == name), None)
+def _loser_json(planned: SitePlan, name: str, reason: str, layout: Layout) -> dict[str, Any]:
+    """With the seconds and the layout in which it is fastest, if it could serve."""
+    found = planned.best_offer(name, layout)
+    where, seconds = (found[0], found[1].seconds) if found is not None else (None, None)
+    return {"strategy": name, "seconds": seconds, "layout": where, "reason": reason}
 
 
 def _candidate_json(each: Candidate) -> dict[str, Any]:

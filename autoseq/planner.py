@@ -16,7 +16,7 @@ from autoseq.passes.attention_site import is_attention
 from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
 from autoseq.planning.asked_ranks import asked_ranks
-from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken
+from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken, told
 from autoseq.planning.prediction import step_seconds
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import StrategyError
@@ -46,6 +46,12 @@ class SitePlan:
     busiest_bytes: int  # what the rank sends in a step that sends most
     losers: tuple[tuple[str, str], ...]
     offers: tuple[Offer, ...]  # of all that could serve in this layout, the chosen one among them
+    elsewhere: tuple[tuple[Layout, Offer], ...] = ()  # of all that could serve in the layouts that were not taken
+
+    def best_offer(self, strategy: str, layout: Layout) -> tuple[Layout, Offer] | None:
+        """The fastest that a strategy offers in any layout, this one (`layout`) first; None if it could serve in none."""
+        every = [*((layout, offer) for offer in self.offers), *self.elsewhere]
+        return min((each for each in every if each[1].strategy == strategy), key=lambda each: told(each[1].seconds), default=None)
 
     @property
     def offer(self) -> Offer:
@@ -135,7 +141,8 @@ def _learned(captures: Sequence[fx.Node]) -> tuple[int, ...]:
 def make_plan(
     sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str, topology: Topology, reserved_bytes: int = 0
 ) -> Plan:  # fmt: skip
-    """Choose for every site: the fastest step, of equally fast ones what sends fewer bytes, then the first in the registry; and the layout.
+    """Choose for every site: the fastest step, of equally fast ones what sends fewer bytes, then the first in the registry; and the layout,
+    of equally fast ones contiguous rows. Equal are times that are the same in three digits.
 
     What the attentions hold is to fit beside `reserved_bytes` in the memory of a rank of `topology`; where nothing does, the plan is the
     one that holds least, which `Plan.memory_bytes` tells. Raises StrategyError if the strategy asked for, or every one, cannot serve a
@@ -153,9 +160,13 @@ def make_plan(
     if len(refused) == len(asked):
         raise StrategyError("; or ".join(refused.values()))
     found = [_candidate(each, offers, room) for each, offers in offered.items() if not isinstance(offers, str)]
-    best = min(found, key=lambda candidate: (not candidate.fits, candidate.seconds if candidate.fits else candidate.held_bytes))
-    planned = tuple(_site_plan(*each, group_size, best.layout, names) for each in zip(sites, best.offers, best.picks, strict=True))
-    others = [(each.layout, f"{each.seconds:.3g} s of attention a step") for each in found if each is not best]
+    best = min(found, key=lambda candidate: (not candidate.fits, told(candidate.seconds) if candidate.fits else candidate.held_bytes))
+    losing = [each for each in found if each is not best]
+    planned = tuple(
+        _site_plan(named, best, number, [(each.layout, offer) for each in losing for offer in each.offers[number]], group_size, names)
+        for number, named in enumerate(sites)
+    )
+    others = [(each.layout, _layout_lost(each, best)) for each in losing]
     return Plan(best.layout, planned, topology.name, (*refused.items(), *others))
 
 
@@ -243,18 +254,46 @@ def _refusal(site: Site, name: str, P: int, layout: Layout) -> str | None:
     return strategy.cannot_serve(site, P) or strategy.cannot_lay_out(layout)
 
 
-def _site_plan(named: NamedSite, offers: Sequence[Offer], pick: int, P: int, layout: Layout, names: Sequence[str]) -> SitePlan:
-    best, site = offers[pick], named.site
-    by_name = {each.strategy: each for each in offers}
-    losers = tuple((name, _why_not(by_name.get(name), best, site, P, layout, name)) for name in names if name != best.strategy)
-    return SitePlan(named, best.strategy, *_sent(best.strategy, _as_seen(best.strategy, site, P), P, layout), losers, tuple(offers))
+def _layout_lost(lost: _Candidate, best: _Candidate) -> str:
+    seconds = f"{lost.seconds:.3g} s of attention a step, {best.layout} {best.seconds:.3g}"
+    if best.fits and not lost.fits:
+        return f"{seconds}; it does not fit"
+    if not best.fits:
+        return f"{seconds}; neither fits, and it holds {lost.held_bytes - best.held_bytes:,} bytes more"
+    if told(lost.seconds) == told(best.seconds):
+        return f"{seconds}, which is the same in three digits; {best.layout} is simpler"
+    return seconds
 
 
-def _why_not(lost: Offer | None, best: Offer, site: Site, P: int, layout: Layout, name: str) -> str:
-    if lost is None:
+def _site_plan(
+    named: NamedSite, taken_in: _Candidate, number: int, elsewhere: Sequence[tuple[Layout, Offer]], P: int, names: Sequence[str]
+) -> SitePlan:  # fmt: skip
+    layout, offers = taken_in.layout, taken_in.offers[number]
+    best, site = offers[taken_in.picks[number]], named.site
+    sent = _sent(best.strategy, _as_seen(best.strategy, site, P), P, layout)
+    planned = SitePlan(named, best.strategy, *sent, (), tuple(offers), tuple(elsewhere))
+    lost = [(name, planned.best_offer(name, layout)) for name in names if name != best.strategy]
+    losers = tuple((name, _why_not(name, found, best, site, P, layout)) for name, found in lost)
+    return replace(planned, losers=losers)
+
+
+def _why_not(name: str, found: tuple[Layout, Offer] | None, best: Offer, site: Site, P: int, layout: Layout) -> str:
+    """Of a strategy that could serve: its seconds, in the layout that suits it best."""
+    if found is None:
         return str(_refusal(site, name, P, layout))
-    seconds = f"{lost.seconds:.3g} s a step, {best.strategy} {best.seconds:.3g}"
-    if lost.seconds >= best.seconds:
+    where, lost = found
+    other = "" if where == layout else f" with {where} rows"
+    seconds = f"{lost.seconds:.3g} s a step{other}, {best.strategy} {best.seconds:.3g}"
+    if told(lost.seconds) > told(best.seconds):
         return seconds
+    if other:
+        return f"{seconds} with {layout} rows, which suit all attentions together better"
+    if told(lost.seconds) == told(best.seconds) and lost.sent_bytes >= best.sent_bytes:
+        return f"{seconds}, which is the same in three digits; {_tie(lost, best)}"
     held = lost.kept_bytes + lost.buffer_bytes - best.kept_bytes - best.buffer_bytes
     return f"{seconds}, but it holds {held:,} bytes more and does not fit"
+
+
+def _tie(lost: Offer, best: Offer) -> str:
+    more = lost.sent_bytes - best.sent_bytes
+    return f"it sends {more:,} bytes more" if more else f"{best.strategy} comes first in the list of strategies"

@@ -21,6 +21,7 @@ CHOICES = {
     "buffers are there once, not for each site": ([[BUFFERED]] * 3, 180, ["buffered"] * 3),
     "a large buffer is the trouble": ([[BUFFERED, SLOW_AND_SMALL]] * 2, 139, ["slow", "slow"]),
     "of equally fast ones what sends less": ([[Offer("a", 1.0, 1, 0, 7), Offer("b", 1.0, 9, 0, 6)]], 9, ["b"]),
+    "as fast in three digits is equally fast": ([[Offer("a", 1.001, 1, 0, 7), Offer("b", 1.004, 9, 0, 6)]], 9, ["b"]),
     "of equally fast ones the first": ([[Offer("a", 1.0, 9, 0), Offer("b", 1.0, 1, 0)]], 9, ["a"]),
     "of equally fast ones the first that fits": ([[Offer("a", 1.0, 9, 0), Offer("b", 1.0, 1, 0)]], 8, ["b"]),
     "time is given where a byte costs least": (

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
+from autoseq.plan_model import look_at
+from autoseq.plan_report import call_of
+from autoseq.planning.choice import told
+from autoseq.planning.degrees import Split, candidates
 from autoseq.planning.exchange_times import exchange_seconds as seconds_of
 from autoseq.planning.prediction import LANES, pass_time
+from autoseq.planning.presets import load_topology
 from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
+from autoseq.target import load_target
 from unit_hardware import SITE, topology
 
 TINY = "examples/plain_gpt.py:tiny"
@@ -37,7 +47,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     found, _ = swept
     assert list(found) == [
-        "world_size", "batch", "sequence_length", "topology", "memory_limit_bytes", "warnings", "plans", "attention", "sweep"
+        "world_size", "batch", "sequence_length", "topology", "memory_limit_bytes", "reserved_bytes", "warnings", "call", "plans",
+        "attention", "sweep",
     ]  # fmt: skip
     assert (found["world_size"], found["batch"], found["sequence_length"], found["topology"]) == (4, 2, 512, "4xA10")
     best, *others = found["plans"]
@@ -49,14 +60,15 @@ def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
     assert best["memory_bytes"] == sum(best["memory"].values())
     assert best["tokens_per_s"] == pytest.approx(1024 / best["step_seconds"])
-    assert all(best["step_seconds"] <= each["step_seconds"] for each in others if each["fits"])
+    assert all(told(best["step_seconds"]) <= told(each["step_seconds"]) for each in others if each["fits"])
 
 
 def test_every_loser_has_a_reason_and_its_seconds_where_it_could_serve(swept: tuple[dict, Path]) -> None:
     for site in swept[0]["attention"]:
         assert {loser["strategy"] for loser in site["losers"]} | {site["strategy"]} == set(STRATEGIES)
+        assert all((loser["seconds"] is None) == (loser["layout"] is None) for loser in site["losers"])
         assert all(loser["reason"] for loser in site["losers"])
-        assert all(loser["seconds"] is None or loser["seconds"] >= site["seconds"] for loser in site["losers"])
+        assert all(loser["seconds"] is None or told(loser["seconds"]) >= told(site["seconds"]) for loser in site["losers"])
 
 
 def test_the_sweep_has_points_and_the_plot_is_a_picture(swept: tuple[dict, Path]) -> None:
@@ -69,10 +81,47 @@ def test_tables_and_formulas() -> None:
     shown = run(TINY, "--seq-len", "4096", "--world-size", "16", "--topology", "2x8xH100-4nic", "--formulas")
     assert (shown.exit_code, shown.stderr) == (0, "")
     for expected in (
-        "1 × 4,096 tokens a step on 16 ranks of 2x8xH100-4nic", "Predicted, not measured", "data × sequence", "MFU", "Not taken:",
+        "1 × 4,096 tokens a step on 16 ranks of 2x8xH100-4nic (2 nodes of 8), 80.7 GB a rank for a plan, and 4.25 GB more kept free",
+        "To run the first: torch.compile(model, backend=\"autoseq\", options={", "copies of the data × ranks that share a sequence",
+        "Predicted, not measured", "data × sequence", "MFU", "Not taken:",
         "whole sequence on one rank", "T_work = ", "ring, forward:", "times Max(", "T_keys: send among all ranks",
     ):  # fmt: skip
         assert expected in shown.stdout
+    assert "GiB" not in shown.stdout and "ranks-per-node" not in shown.stdout
+
+
+def test_a_sweep_fits_into_100_columns_and_names_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = run(TINY, "--seq-len", "1024", "--world-size", "8", "--batch", "2", "--topology", "8xH100", "--sweep", "seq-len")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    refused = "hybrid, hybrid_gather, hybrid_outer, hybrid_gather_outer, double_ring: it works on two levels and needs several nodes"
+    assert refused in shown.stdout  # once for all five
+    _, _, swept = shown.stdout.partition("Sweep: the fastest")
+    assert max(map(len, swept.splitlines())) <= 100
+    assert re.search(r"│ ring  .*│ +[12] × [48] │", swept.replace("\n", " "))
+
+
+CALLS = {
+    "one strategy": (Split(1, 8), "torch.compile(model, backend=\"autoseq\", options={\"strategy\": \"ring\", \"layout\": \"zigzag\"})"),
+    "copies of the data": (Split(2, 4), 'init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "ranks"))["ranks"]'),
+    "two levels": (Split(1, 8, (2, 4)), 'init_device_mesh("cuda", (2, 4), mesh_dim_names=("nodes", "ranks")),'),
+    "both": (Split(2, 8, (2, 4)), 'init_device_mesh("cuda", (2, 2, 4), mesh_dim_names=("data", "nodes", "ranks"))["nodes", "ranks"]'),
+    "nothing to split": (Split(8, 1), "DistributedDataParallel or FSDP, without autoseq"),
+}
+
+
+@pytest.mark.parametrize(("split", "expected"), CALLS.values(), ids=CALLS)
+def test_the_call_that_runs_a_plan(split: Split, expected: str) -> None:
+    training = look_at(partial(load_target(TINY).make, batch=2, seq_len=64), batch=2, seq_len=64, world_size=2)
+    found = candidates(training, 2, load_topology("4xA10"), strategy="ring", layout="zigzag")
+    ring = next(each for each in found if each.split.sequence == 2)
+    assert expected in call_of(replace(ring, split=split))
+
+
+def test_torch_logs_has_the_last_word() -> None:
+    command = [sys.executable, "-m", "autoseq.cli", "plan", TINY, "--seq-len", "64", "--world-size", "2", "--topology", "4xA10"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TORCH_LOGS": "+autoseq"}, check=True)
+    assert "blocks.0: " in shown.stderr and "s of attention a step" in shown.stderr
 
 
 def test_json_has_the_formulas_that_were_asked_for() -> None:
@@ -97,9 +146,16 @@ MISTAKES = {
     "an unknown strategy": (["--topology", "8xH100", "--strategy", "rings"], 2, "did you mean 'ring'"),
     "a plot of nothing": (["--topology", "8xH100", "--plot", "out.png"], 2, "--plot draws a sweep; add --sweep"),
     "a plot of no known kind": (["--topology", "8xH100", "--sweep", "seq-len", "--plot", "out.txt"], 2, r"\.txt is no kind of picture"),
-    "memory that nothing fits in": (["--topology", "8xH100", "--memory-gib", "0.001"], 1, "no plan fits in 0.0 GiB a rank"),
+    "memory that nothing fits in": (
+        ["--topology", "8xH100", "--memory-gib", "0.001"], 1,
+        r"no plan fits in 1\.02 MB a rank \(53.7 kB more are kept free, --reserve\)"
+    ),
     "memory without a limit": (["--topology", "8xH100", "--memory-gib", "inf"], 2, "--memory-gib inf: this is no number of GiB"),
     "a plot to nowhere": (["--topology", "8xH100", "--sweep", "seq-len", "--plot", "no/where.png"], 2, "there is no folder no"),
+    "a strategy without its mesh": (
+        ["--topology", "8xH100", "--world-size", "2", "--strategy", "hybrid"], 1,
+        "needs several nodes of several ranks, which a sequence of this plan has not"
+    ),
     "a strategy that cannot serve": (["--topology", "8xH100", "--strategy", "halo"], 1, "'halo' cannot serve"),
 }
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autoseq.planner import Plan, make_plan
+from autoseq.planning.choice import told
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Memory, StepTime, Training, memory_besides_attention, sent_bytes, step_time, tokens_of_rank
 from autoseq.runtime.errors import PlanError, StrategyError
@@ -77,7 +78,7 @@ def divisors(n: int) -> list[int]:
 def candidates(
     training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto"
 ) -> list[Candidate]:  # fmt: skip
-    """A plan for each split, the fastest that fit first; where steps take as long, the one with fewer ranks a sequence.
+    """A plan for each split, the fastest that fit first; where steps take as long in three digits, the one with fewer ranks a sequence.
 
     Raises StrategyError if no split can be served, PlanError if the batch cannot be split.
     """
@@ -95,7 +96,11 @@ def candidates(
         raise refusals[-1]
     useful = [each for each in found if not each.split.mesh or _uses_mesh(each.plan)]
     order = {each.split: number for number, each in enumerate(found)}
-    return sorted(useful or found, key=lambda each: (not each.fits, each.seconds if each.fits else each.memory.total, order[each.split]))
+
+    def rank(each: Candidate) -> tuple[bool, float, int]:
+        return not each.fits, told(each.seconds) if each.fits else each.memory.total, order[each.split]
+
+    return sorted(useful or found, key=rank)
 
 
 def candidate(training: Training, split: Split, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> Candidate:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Literal
 
 from autoseq.planning.degrees import Candidate, candidates, splits
+from autoseq.planning.model_cost import ModelCost
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training, memory_besides_attention, tokens_of_rank
 from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
@@ -20,11 +21,16 @@ _HALVINGS, _DOUBLINGS = 4, 4
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One length or number of ranks. `seconds`: of a step with every attention by one strategy, None where it cannot serve or fit."""
+    """One length or number of ranks. `alone`: the best with every attention by one strategy, None where it cannot serve or fit."""
 
     value: int
     best: Candidate | None
-    seconds: dict[str, float | None]
+    alone: dict[str, Candidate | None]
+
+    @property
+    def seconds(self) -> dict[str, float | None]:
+        """Of a step, by strategy."""
+        return {name: found and found.seconds for name, found in self.alone.items()}
 
 
 def values_of(over: Over, *, seq_len: int, world_size: int, topology: Topology) -> list[int]:
@@ -44,8 +50,8 @@ def sweep(
     for value in values_of(over, seq_len=training.seq_len, world_size=world_size, topology=topology):
         asked, ranks = (training.at(seq_len=value), world_size) if over == "seq-len" else (training, value)
         best = _best(asked, ranks, topology, strategy, layout)
-        seconds = {name: _best(asked, ranks, topology, name, layout) for name in STRATEGIES} if strategy == "auto" else {}
-        points.append(Point(value, best, {name: found and found.seconds for name, found in seconds.items()}))
+        alone = {name: _best(asked, ranks, topology, name, layout) for name in STRATEGIES} if strategy == "auto" else {}
+        points.append(Point(value, best, alone))
     return points
 
 
@@ -89,20 +95,51 @@ def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
     return not held or min(held) <= topology.memory_bytes
 
 
-def would_fit(training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> list[str]:
-    """What can be changed, one thing at a time, so that some plan fits."""
-    found = []
-    if not training.shard_parameters and _best(replace(training, shard_parameters=True), world_size, topology, strategy, layout):
-        found.append("parameters sharded over all ranks (--shard-parameters)")
-    for k in range(1, 12):
-        if training.seq_len >> k and _best(training.at(seq_len=training.seq_len >> k), world_size, topology, strategy, layout):
-            found.append(f"a sequence of {training.seq_len >> k:,} tokens")
-            break
-    for k in range(1, 8):
+def would_fit(
+    training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto"
+) -> list[tuple[str, int]]:  # fmt: skip
+    """What can be changed so that some plan fits, and the bytes that a rank needs then: one thing at a time, else several together."""
+    found: list[tuple[str, int]] = []
+
+    def fits(change: str, changed: Training, ranks: int = world_size) -> bool:
         try:
-            if _best(training, world_size << k, topology, strategy, layout):
-                found.append(f"{world_size << k} ranks")
-                break
-        except AutoSeqError:
+            best = _best(changed, ranks, topology, strategy, layout)
+        except AutoSeqError:  # no such number of ranks
+            return False
+        if best is not None:
+            found.append((change, best.memory.total))
+        return best is not None
+
+    def more_ranks(change: str, changed: Training) -> None:
+        for ranks in (world_size << k for k in range(1, 8)):
+            if fits(f"{ranks:,} ranks{change}", changed, ranks):
+                return
+
+    sharded = replace(training, shard_parameters=True)
+    if not training.shard_parameters:
+        fits("parameters sharded over all ranks (--shard-parameters)", sharded)
+    fits("activation checkpointing of each layer", checkpointed(training))
+    if not found and not training.shard_parameters:
+        fits("--shard-parameters and activation checkpointing of each layer", checkpointed(sharded))
+    for length in (training.seq_len >> k for k in range(1, 12)):
+        if length and fits(f"a sequence of {length:,} tokens", training.at(seq_len=length)):
             break
+    more_ranks("", training)
+    if not found:
+        more_ranks(" with --shard-parameters and activation checkpointing", checkpointed(sharded))
     return found
+
+
+def checkpointed(training: Training) -> Training:
+    """As if each layer were computed again in the backward: of what is kept besides attention, only what goes into each is left.
+
+    What attention itself keeps stays: its results came over the network, and are not asked for again.
+    """
+    sites = [named.site for named in training.sites]
+    whole = sum(site.batch * site.q_len * site.heads * site.head_dim * site.element_bytes for site in sites)
+
+    def of(cost: ModelCost) -> ModelCost:
+        return replace(cost, kept_bytes=min(cost.kept_bytes, whole * cost.tokens // training.tokens))
+
+    more = training.cost_on_more
+    return replace(training, cost=of(training.cost), cost_on_more=None if more is None else of(more))

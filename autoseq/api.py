@@ -5,8 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from autoseq.backend import autoseq
-from autoseq.options import parse_options
+from autoseq.backend import autoseq, told_options
 from autoseq.runtime.errors import OptionError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -15,11 +14,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def parallelize(model: Model, **options: Any) -> Model:
     """Compile `model` in place so that its sequence is split over ranks; returns it, `state_dict` keys unchanged.
 
-    `options` are those of `autoseq.Options`; a wrong one raises OptionError here, not at the first call.
+    `options` are those of `autoseq.Options`; a wrong one raises OptionError here, not at the first call. A topology that cannot be read on
+    this rank only raises TopologyError here, once the others have come to their first call, which raises RankMismatchError.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"parallelize takes an nn.Module, not {type(model).__name__}; for a function use torch.compile")
-    parse_options(options)
+    told_options(options)
     model.compile(backend=autoseq, options=options)
     return model
 
@@ -32,7 +32,7 @@ def sequence_parallel(*misplaced: object, **options: Any) -> Callable[[type[Mode
     """
     if misplaced:
         raise OptionError("sequence_parallel takes options by name only; without any, write @autoseq.sequence_parallel()")
-    parse_options(options)
+    told_options(options)
 
     def decorate(cls: type[Model]) -> type[Model]:
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):

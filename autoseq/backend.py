@@ -43,7 +43,7 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
     exception of a backend, and answer some by running the model unsplit.
     """
     try:
-        chosen = _options(options)
+        chosen = told_options(options)
         group = group_from_mesh(chosen.mesh)
         found = agree_on_topology(group, lambda: topology_of(chosen, group)) if chosen.topology is None else None
         return _compile(gm, inputs, chosen, _on_nodes(group, chosen), found)
@@ -51,7 +51,7 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
         return _raiser(error)
 
 
-def _options(given: Mapping[str, Any] | None) -> Options:
+def told_options(given: Mapping[str, Any] | None) -> Options:
     """The options. A topology's file may be missing on this rank's machine only, so the other ranks are told, where they can be."""
     try:
         return parse_options(given)

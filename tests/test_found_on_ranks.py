@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import autoseq
+import models
 from autoseq import program
 from autoseq.agreement import agree_on_topology
 from autoseq.options import Options
@@ -82,6 +83,15 @@ def no_file_on_rank_1(rank: int, folder: Path) -> None:
     attend_split(topology=folder / f"{rank}.json")
 
 
+def no_file_for_parallelize_on_rank_1(rank: int, folder: Path) -> None:
+    """Which reads it at once, where the other rank reads it and goes on to its first call."""
+    if rank == 0:
+        (folder / "0.json").write_text(dump(load_topology("8xH100")))
+    torch._dynamo.reset()
+    model = autoseq.parallelize(models.make("plain", layers=1), inner="aot_eager", topology=folder / f"{rank}.json")
+    model(**models.batch("plain", batch_size=1, length=8))
+
+
 def no_option_on_rank_1(rank: int, folder: Path) -> None:
     attend_split(**({"topology": "8xH100"} if rank == 0 else {}))
 
@@ -94,6 +104,10 @@ def nothing_found_on_rank_0(rank: int, folder: Path) -> None:
 MISTAKES: dict[str, tuple[Callable[[int, Path], None], list[str]]] = {
     "a file is missing on one rank": (
         no_file_on_rank_1,
+        ["RankMismatchError: rank 1 of group .* could not compile the program: TopologyError: .*1.json", "TopologyError: .*1.json"],
+    ),
+    "a file is missing for parallelize on one rank": (
+        no_file_for_parallelize_on_rank_1,
         ["RankMismatchError: rank 1 of group .* could not compile the program: TopologyError: .*1.json", "TopologyError: .*1.json"],
     ),
     "one rank names a topology": (

@@ -34,7 +34,7 @@ done; \
 echo "pyright:"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(BIN)/python || status=$$?
 endef
 
-.PHONY: demo test lint fix gpu-test clean help
+.PHONY: demo test browser lint fix gpu-test clean help
 .DEFAULT_GOAL := help
 
 demo: $(DEMO_STAMP)  ## Train a small Llama on 2 ranks beside the same training on one device
@@ -46,6 +46,17 @@ test: $(TEST_STAMP)  ## Lint, check types, run the test suite
 	echo "pytest:"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || status=$$?; \
 	if [ $$status -ne 0 ]; then echo "make test: FAILED (lint or tests, see above)" >&2; fi; \
 	exit $$status
+
+# An installation that cannot be is no failure. Its time is bounded, and what apt-get prints is shown only where it did not help.
+HAS_BROWSER := command -v chromium || command -v chromium-browser || command -v google-chrome
+APT_GET := apt-get -q -o Acquire::Retries=1 -o Acquire::http::Timeout=30 -o DPkg::Lock::Timeout=60
+
+browser:  ## Install Chromium, in which the HTML report is tested, where it is missing and apt-get can (as root)
+	@if ! { $(HAS_BROWSER); } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Chromium"; export DEBIAN_FRONTEND=noninteractive; \
+	  said=$$( (timeout 120 $(APT_GET) update && timeout 480 $(APT_GET) install -y chromium) 2>&1 </dev/null) || echo "$$said" | tail -n 3; \
+	fi; \
+	{ $(HAS_BROWSER); } || echo "no browser is here and none can be installed: the tests in a browser will be skipped"
 
 lint: $(TEST_STAMP)  ## Lint and check types, nothing else
 	@status=0; $(LINT); exit $$status

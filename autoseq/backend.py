@@ -129,11 +129,14 @@ INDUCTOR = {"reorder_for_peak_memory": False}
 
 
 def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: SequenceGroup) -> Callable[..., Any]:
-    if options.inner == "aot_eager":
+    if options.inner != "inductor":
         from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
         compiler = name_failures(boxed_nop, group)
-        return aot_eager(gm, list(fake), fw_compiler=compiler, bw_compiler=compiler)
+        if options.inner == "aot_eager":
+            return aot_eager(gm, list(fake), fw_compiler=compiler, bw_compiler=compiler)
+        run = compiler(gm, list(fake))
+        return lambda *args: run(list(args))
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     named = name_failures(compile_fx_inner, group)

@@ -15,7 +15,7 @@ from autoseq.runtime.strategies import STRATEGIES
 
 Outputs = Literal["deferred", "full", "local"]
 GradSync = Literal["sequence", "none"]
-Inner = Literal["inductor", "aot_eager"]
+Inner = Literal["inductor", "aot_eager", "eager"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "strategy": ("auto", *STRATEGIES),
@@ -39,7 +39,7 @@ class Options:
         is what the first two become; None is what torch tells of this machine. Every rank gives the same.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
     grad_sync: parameter gradients are reduced over the sequence group in the graph ("sequence") or left to the caller.
-    inner: what compiles the rewritten graph.
+    inner: what compiles the rewritten graph: Inductor, AOTAutograd alone, or nothing: it runs node by node, as the passes left it.
     strict: a step that has to run on gathered values is an error, not a logged fallback.
     """
 

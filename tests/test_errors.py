@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import autoseq
 from autoseq.options import parse_options
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 
 OPTIONS = {"inner": "aot_eager"}
 
@@ -236,8 +236,8 @@ class Scaled(nn.Module):
         return F.scaled_dot_product_attention(x, x, x) * scale
 
 
-def change_a_float(rank: int, world_size: int) -> float:
-    compiled = torch.compile(Scaled(), backend="autoseq", options=OPTIONS, dynamic=True)
+def change_a_float(rank: int, world_size: int, inner: str = "aot_eager") -> float:
+    compiled = torch.compile(Scaled(), backend="autoseq", options={"inner": inner}, dynamic=True)
     x = torch.randn(1, 2, 8, 4)
     expected = F.scaled_dot_product_attention(x, x, x)
     return max((compiled(x, scale) - expected * scale).abs().max().item() for scale in (0.5, 0.25, 0.125))
@@ -245,3 +245,9 @@ def change_a_float(rank: int, world_size: int) -> float:
 
 def test_a_float_input_that_changes_is_never_taken_for_its_old_value() -> None:
     assert max(run_ranks(change_a_float, 2)) <= 1e-6  # float32 rounding of values around 1
+
+
+def test_where_a_float_cannot_be_read_anew_its_change_is_an_error() -> None:
+    """AOTAutograd is what has Dynamo compile again."""
+    with pytest.raises(RankError, match=r"UnsupportedError: the program was compiled for scale = 0\.5 and is called with 0\.25"):
+        run_ranks(change_a_float, 2, "eager")

@@ -29,8 +29,11 @@ import torch.distributed as dist
 
 MAX_RANKS = 8
 # What the process that ranks are forked from has imported, so that a rank starts in milliseconds: a new one after each death.
-# None of them starts a thread, which a fork would lose (Inductor may).
-_PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._functorch.aot_autograd", "autoseq.backend"]
+# None of them starts a thread, which a fork would lose (Inductor's compiler may). The last ones are what a rank's first program imports.
+_PRELOADED = [
+    "torch", "torch.distributed", "torch._dynamo", "torch._functorch.aot_autograd", "autoseq.backend", "torch._dynamo.backends.debugging",
+    "torch._inductor.fx_passes.joint_graph", "transformers.models.llama.modeling_llama",
+]  # fmt: skip
 GRACE_S = 5.0
 
 
@@ -154,6 +157,7 @@ atexit.register(close_pool)
 
 def _serve(pipe: Connection, port: int, stacks_path: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: looking through it again and again is a tenth of a compilation
     client = dist.TCPStore("127.0.0.1", port, is_master=False)
     stacks = open(stacks_path, "a")  # noqa: SIM115 (faulthandler keeps it for the process's life)
     faulthandler.register(signal.SIGUSR1, file=stacks)

@@ -13,7 +13,7 @@ import autoseq
 import models
 from ranks import run_ranks
 
-OPTIONS: dict[str, Any] = {"inner": "aot_eager"}
+OPTIONS: dict[str, Any] = {"inner": "eager"}
 TOLERANCE = 1e-5  # relative L2 of a float32 gradient, whose sums run in another order
 
 

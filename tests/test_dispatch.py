@@ -115,7 +115,7 @@ def train(rank: int, world_size: int, names: list[str]) -> dict[str, float]:
         torch._dynamo.reset()
         model, batch = make(name)
         oracle = copy.deepcopy(model)
-        actual = torch.compile(model, backend="autoseq", options={"inner": "aot_eager"})(**batch)
+        actual = torch.compile(model, backend="autoseq", options={"inner": "eager"})(**batch)
         expected = oracle(**batch)
         (actual.sin().sum()).backward()
         (expected.sin().sum()).backward()

@@ -261,7 +261,7 @@ def train(rank: int, P: int, call: str, strategy: str) -> list[float]:
     torch.manual_seed(0)
     model, x = Model(call), torch.randn(B, S, 16)
     oracle = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "strategy": strategy})
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "eager", "strategy": strategy})
     losses = compiled(x), oracle(x)
     for loss in losses:
         loss.backward()

@@ -21,7 +21,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = ["tests"]
 import torch, models
-torch.compile(models.make("plain", layers=1), backend="autoseq", options={"inner": "aot_eager"})(
+torch.compile(models.make("plain", layers=1), backend="autoseq", options={"inner": "eager"})(
     **models.batch("plain", batch_size=1, length=16)
 )
 """
@@ -56,7 +56,7 @@ def traced() -> Iterator[list[logging.LogRecord]]:
 
 def test_tlparse_gets_the_graphs_and_the_plan(traced: list[logging.LogRecord]) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(models.make("plain", layers=2), backend="autoseq", options={"inner": "aot_eager"})
+    compiled = torch.compile(models.make("plain", layers=2), backend="autoseq", options={"inner": "eager"})
     compiled(**models.batch("plain", batch_size=1, length=16))
     artifacts = {r.metadata["artifact"]["name"]: r.payload for r in traced if "artifact" in r.metadata}
     assert [name for name in artifacts if name.startswith("autoseq_")] == ["autoseq_graph_before", "autoseq_plan", "autoseq_graph_after"]
@@ -70,6 +70,6 @@ def test_tlparse_gets_the_graphs_and_the_plan(traced: list[logging.LogRecord]) -
 def test_a_topology_whose_memory_nothing_fits_in_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     tiny = replace(load_topology("8xH100"), memory_bytes=1000)
     torch._dynamo.reset()
-    compiled = torch.compile(models.make("plain", layers=1), backend="autoseq", options={"inner": "aot_eager", "topology": tiny})
+    compiled = torch.compile(models.make("plain", layers=1), backend="autoseq", options={"inner": "eager", "topology": tiny})
     compiled(**models.batch("plain", batch_size=1, length=16))
     assert "no choice of strategies fits in the memory of topology 8xH100, 1,000 bytes a rank: attention holds" in caplog.text

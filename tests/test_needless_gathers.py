@@ -91,7 +91,7 @@ def train(rank: int, world_size: int) -> dict[str, float]:
     model, batch = make(*THEN)
     oracle = copy.deepcopy(model)
     results = []
-    for one in (torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "layout": "zigzag"}), oracle):
+    for one in (torch.compile(model, backend="autoseq", options={"inner": "eager", "layout": "zigzag"}), oracle):
         torch.manual_seed(3)  # noise is drawn whole, from the same generator
         results.append(one(**batch))
         sum(result.sin().sum() for result in results[-1]).backward()

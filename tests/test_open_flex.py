@@ -318,7 +318,7 @@ def train(rank: int, P: int, with_scores: bool, strategy: str) -> list[float]:
     torch.manual_seed(0)
     model = Flexible(with_scores)
     oracle, x = copy.deepcopy(model), torch.randn(2, S, 32)
-    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "strategy": strategy, "strict": True})
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "eager", "strategy": strategy, "strict": True})
     pairs = [(compiled(x), oracle(x))]
     for loss in pairs[0]:
         loss.backward()

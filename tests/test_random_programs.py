@@ -80,7 +80,7 @@ def run_program(rank: int, P: int, case: dict[str, Any]) -> list[tuple[str, floa
     model = RandomProgram(case["before"], case["after"], case["heads"], case["end"])
     oracle = copy.deepcopy(model)
     ids = torch.randint(0, 16, (case["batch"], case["length"]))
-    options = {"inner": "aot_eager", "strategy": case["strategy"], "layout": case["layout"]}
+    options = {"inner": "eager", "strategy": case["strategy"], "layout": case["layout"]}
     actual, expected = torch.compile(model, backend="autoseq", options=options)(ids), oracle(ids)
     weights = torch.randn(expected.shape)
     (actual * weights).sum().backward()

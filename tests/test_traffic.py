@@ -50,7 +50,7 @@ def test_a_training_step_sends_what_the_formulas_say(strategy: str, P: int, layo
 
 def gather_logits(rank: int, world_size: int) -> dict[str, Any]:
     model = models.make("llama")
-    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager"})
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "eager"})
     batch = models.batch("llama", batch_size=B, length=S)
     compiled(**batch)
     output = compiled(**batch)

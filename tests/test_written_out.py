@@ -277,7 +277,7 @@ def test_values_and_gradients_are_the_programs(fn: Callable[..., Tensor]) -> Non
 
     ours, theirs = inputs(), inputs()
     torch._dynamo.reset()
-    actual = torch.compile(fn, backend="autoseq", options={"inner": "aot_eager"})(*ours)
+    actual = torch.compile(fn, backend="autoseq", options={"inner": "eager"})(*ours)
     with sdpa_kernel(SDPBackend.MATH):
         expected = fn(*theirs)
     tolerance = 3e-2 if fn is halves else 1e-5  # bfloat16 has 8 bits, and the program rounds its scores to them

@@ -80,7 +80,7 @@ def test_only_the_worst_gradients_are_shown_unless_all_are_asked_for(
 
 
 def test_a_model_without_loss_is_compared_through_a_projection_and_without_dropout(factories: str) -> None:
-    result = run(f"{factories}:right", "--seq-len", "10", "--world-size", "2")
+    result = run(f"{factories}:right", "--seq-len", "10", "--world-size", "2", "--inner", "eager")
     assert result.exit_code == 0, result.output
     assert "hidden" in result.stdout
     assert "qkv.weight" in result.stdout
@@ -92,7 +92,7 @@ def test_a_transformers_configuration_is_verified(tmp_path: Path) -> None:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    result = run(f"hf:{tmp_path}", "--seq-len", "24", "--world-size", "2")
+    result = run(f"hf:{tmp_path}", "--seq-len", "24", "--world-size", "2", "--inner", "eager")
     assert result.exit_code == 0, result.output
     assert "logits" in result.stdout
 

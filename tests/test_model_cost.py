@@ -106,6 +106,15 @@ def test_checkpointed_layers_keep_less_and_compute_twice() -> None:
     assert (plain.backward.again, again.backward.again) == ((), (("float32", 2 * 8 * 2 * WIDTH * WIDE),))
 
 
+def test_what_one_checkpointed_layer_hands_to_the_next_is_kept() -> None:
+    class Twice(Small):
+        def _again(self, y: Tensor) -> Tensor:
+            return super()._again(super()._again(y))
+
+    once, twice = cost_of(lambda: Small(checkpointed=True)), cost_of(lambda: Twice(checkpointed=True))
+    assert twice.kept_bytes == once.kept_bytes + 8 * WIDTH * 4
+
+
 def test_steps_that_need_other_rows_are_exchanged() -> None:
     class Rolled(Small):
         def forward(self, x: Tensor) -> Tensor:

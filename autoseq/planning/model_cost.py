@@ -220,6 +220,12 @@ class _Counted(CountCollectives):
             self._saved[_storage(x)] = x
         return x
 
+    def keep_anyway(self, result: Any) -> None:
+        """What one checkpointed region hands to the next: kept, so that each can be computed again by itself, as AOTAutograd does."""
+        for x in _tensors(result):
+            self._made_again.discard(_storage(x))
+            self._saved[_storage(x)] = x
+
     def end_of_forward(self, owned: Sequence[Any]) -> None:
         """What has been kept, besides what the program was given."""
         given = {_storage(x) for x in owned if isinstance(x, Tensor)}
@@ -270,6 +276,15 @@ class _StandIn(Function):
         return tuple(torch.empty(x[0], dtype=x[1], device=x[2]) if x and needed else None for x, needed in wanted)
 
 
+def _is_recomputed(node: fx.Node) -> bool:
+    return node.meta.get("recompute") in _RECOMPUTED
+
+
+def _region(node: fx.Node) -> int:
+    """The checkpointed region of a node that is computed again; regions that come later have larger numbers."""
+    return node.meta.get("ac_graph_id", 0)
+
+
 class _CountingStep(Step):
     """Runs the graph with stand-ins for attention, and says which operators the backward repeats."""
 
@@ -280,11 +295,14 @@ class _CountingStep(Step):
         self.held: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        self._counted.again = n.meta.get("recompute") in _RECOMPUTED
+        self._counted.again = _is_recomputed(n)
         try:
-            return super().run_node(n)
+            result = super().run_node(n)
         finally:
             self._counted.again = False
+        if any(_is_recomputed(user) and _region(user) > _region(n) for user in n.users if _is_recomputed(n)):
+            self._counted.keep_anyway(result)
+        return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         self.held.append(super().get_attr(target, args, kwargs))

@@ -23,17 +23,18 @@ from autoseq.runtime.errors import StrategyError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Cost, Site
-from autoseq.runtime.timeline import WAYS
+from autoseq.runtime.timeline import WAYS, Way
 
 
 @dataclass(frozen=True, slots=True)
 class NamedSite:
-    """An attention site with the words a report needs: module path (made unique), source line, mask formula."""
+    """An attention site with the words a report needs: module path (made unique), source line, mask formula; and the passes it takes."""
 
     name: str
     source: str
     mask: str
     site: Site
+    ways: tuple[Way, ...] = WAYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,13 @@ def find_sites(gm: fx.GraphModule, mesh: tuple[int, ...] = ()) -> list[NamedSite
         count = seen[words["name"]] = seen.get(words["name"], 0) + 1
         if count > 1:
             words["name"] = f"{words['name']}#{count}"
-        sites.append(NamedSite(words["name"], words["source"], words["mask"], replace(_site(node), mesh=mesh)))
+        sites.append(NamedSite(words["name"], words["source"], words["mask"], replace(_site(node), mesh=mesh), _ways(node)))
     return sites
+
+
+def _ways(node: fx.Node) -> tuple[Way, ...]:
+    """Without a gradient to compute there is no backward to plan for."""
+    return WAYS if any(requires_grad(x) for x in node.all_input_nodes) else ("forward",)
 
 
 def _site(node: fx.Node) -> Site:
@@ -207,21 +213,21 @@ def _check_served(named: NamedSite, P: int, asked: str) -> None:
 
 def _offers(sites: Sequence[NamedSite], P: int, names: Sequence[str], layout: Layout, topology: Topology) -> list[list[Offer]] | str:
     """What the strategies that can serve would take, site by site; or why one site has none. Sites that are alike are asked once."""
-    known: dict[Site, list[Offer]] = {}
+    known: dict[tuple[Site, tuple[Way, ...]], list[Offer]] = {}
     for named in sites:
-        if named.site in known:
+        if (named.site, named.ways) in known:
             continue
         able = [name for name in names if _refusal(named.site, name, P, layout) is None]
         if not able:
             reasons = "; ".join(f"{name}: {_refusal(named.site, name, P, layout)}" for name in names)
             return f"layout {layout!r} does not suit the attention at {named.source} ({named.name}): {reasons}"
-        known[named.site] = [offer(name, named.site, P, layout, topology) for name in able]
-    return [known[named.site] for named in sites]
+        known[named.site, named.ways] = [offer(name, named.site, P, layout, topology, named.ways) for name in able]
+    return [known[named.site, named.ways] for named in sites]
 
 
-def offer(name: str, site: Site, P: int, layout: Layout, topology: Topology) -> Offer:
-    """What a strategy takes for a site: of its slowest rank, and of the one that holds most."""
-    return _offer(name, _as_seen(name, site, P), P, layout, topology)
+def offer(name: str, site: Site, P: int, layout: Layout, topology: Topology, ways: tuple[Way, ...] = WAYS) -> Offer:
+    """What a strategy takes for a site: of its slowest rank, and of the one that holds most. Without a backward nothing is kept for it."""
+    return _offer(name, _as_seen(name, site, P), P, layout, topology, ways)
 
 
 def _as_seen(name: str, site: Site, P: int) -> Site:
@@ -231,21 +237,23 @@ def _as_seen(name: str, site: Site, P: int) -> Site:
 
 
 @lru_cache(maxsize=4096)
-def _sent(name: str, site: Site, P: int, layout: Layout) -> tuple[Cost, int]:
+def _sent(name: str, site: Site, P: int, layout: Layout, ways: tuple[Way, ...]) -> tuple[Cost, int]:
     """What rank 0 sends, and the bytes of the rank that sends most."""
-    of_ranks = {rank: STRATEGIES[name].cost(site, P, layout, rank) for rank in asked_ranks(P)}
-    return of_ranks[0], max(cost.step_bytes for cost in of_ranks.values())
+    of_ranks = [STRATEGIES[name].cost(site, P, layout, rank) for rank in asked_ranks(P)]
+    if ways != WAYS:
+        of_ranks = [replace(cost, backward_bytes=0, backward_messages=0) for cost in of_ranks]
+    return of_ranks[0], max(cost.step_bytes for cost in of_ranks)
 
 
 @lru_cache(maxsize=4096)
-def _offer(name: str, site: Site, P: int, layout: Layout, topology: Topology) -> Offer:
+def _offer(name: str, site: Site, P: int, layout: Layout, topology: Topology, ways: tuple[Way, ...]) -> Offer:
     strategy, ranks = STRATEGIES[name], asked_ranks(P)
     return Offer(
         name,
-        float(f"{step_seconds(strategy, site, P, layout, topology, ranks):.6g}"),  # not decided by the order of a sum
-        max(strategy.kept_bytes(site, P, layout, rank) for rank in ranks),
-        max(strategy.buffer_bytes(site, P, layout, rank, way) for rank in ranks for way in WAYS),
-        _sent(name, site, P, layout)[1],
+        float(f"{step_seconds(strategy, site, P, layout, topology, ranks, ways):.6g}"),  # not decided by the order of a sum
+        max(strategy.kept_bytes(site, P, layout, rank) for rank in ranks) if ways == WAYS else 0,
+        max(strategy.buffer_bytes(site, P, layout, rank, way) for rank in ranks for way in ways),
+        _sent(name, site, P, layout, ways)[1],
     )
 
 
@@ -270,7 +278,7 @@ def _site_plan(
 ) -> SitePlan:  # fmt: skip
     layout, offers = taken_in.layout, taken_in.offers[number]
     best, site = offers[taken_in.picks[number]], named.site
-    sent = _sent(best.strategy, _as_seen(best.strategy, site, P), P, layout)
+    sent = _sent(best.strategy, _as_seen(best.strategy, site, P), P, layout, named.ways)
     planned = SitePlan(named, best.strategy, *sent, (), tuple(offers), tuple(elsewhere))
     lost = [(name, planned.best_offer(name, layout)) for name in names if name != best.strategy]
     losers = tuple((name, _why_not(name, found, best, site, P, layout)) for name, found in lost)

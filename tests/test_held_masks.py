@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 import autoseq
-from autoseq.program import build_program
 
 B, H, S, D, N = 2, 2, 7, 4, 12
 
@@ -40,20 +39,6 @@ READ = [
     pytest.param(triangle().triu(-2), lambda s, m: s.masked_fill(m == 0, -torch.inf), "(k <= q) & (k > q - 3)", id="a band"),
     pytest.param(torch.ones(N, N).triu(1), lambda s, m: s.masked_fill(m.bool(), -torch.inf), "k <= q", id="what is forbidden"),
 ]
-
-
-@pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The programs that the backend makes."""
-    made: list[Any] = []
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        made.append(build_program(*args, **kwargs))
-        return made[-1]
-
-    monkeypatch.setattr("autoseq.backend.build_program", record)
-    torch._dynamo.reset()
-    return made
 
 
 def compiled(model: Held) -> Callable[[Tensor], Tensor]:

@@ -245,14 +245,14 @@ def test_auto_takes_the_fastest_and_says_why_others_lost() -> None:
     assert "needs several nodes" in reasons["hybrid"]
     assert "whole sequence on one rank" in reasons["local"]
     able = {offer.strategy for offer in site.offers} - {site.strategy}
-    assert all(re.fullmatch(rf"\S+ s a step, {site.strategy} \S+", reasons[name]) for name in able)
+    assert all(re.fullmatch(rf"\S+ s a step( with zigzag rows)?, {site.strategy} \S+", reasons[name]) for name in able)
 
 
 def test_where_nothing_but_bytes_takes_time_auto_takes_the_fewest() -> None:
     kernels = KernelRates(*[1e30] * 4)
     only_bytes = Topology("bytes", 4, 1, Link(*[Rate(0.0, 1.0)] * 5), None, {"bfloat16": kernels}, 1 << 60, 1e30, 0.0)
     for kv_heads in (8, 1):
-        chosen = plan(topology=only_bytes, kv_heads=kv_heads)
+        chosen = plan(topology=only_bytes, kv_heads=kv_heads, max_ahead=None)  # all ranks alike, so that none waits for another
         site = chosen.sites[0].site.site
         sent = {
             (name, layout): max(strategy.cost(site, 4, layout, rank).step_bytes for rank in range(4))

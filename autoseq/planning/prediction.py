@@ -9,7 +9,7 @@ What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,10 +109,12 @@ def pass_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, rank: i
     return _seconds(_load(strategy, site, P, layout, rank, topology, way, dtype_of(site)))
 
 
-def step_seconds(strategy: Strategy, site: Site, P: int, layout: Layout, topology: Topology, ranks: Iterator[int] | list[int]) -> float:
-    """Forward and backward of the slowest of some ranks, each way: attention ends with all of them."""
+def step_seconds(
+    strategy: Strategy, site: Site, P: int, layout: Layout, topology: Topology, ranks: Iterable[int], ways: Iterable[Way] = WAYS
+) -> float:  # fmt: skip
+    """Passes of the slowest of some ranks, each way: attention ends with all of them."""
     asked = list(ranks)
-    return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in WAYS)
+    return sum(max(pass_seconds(strategy, site, P, layout, rank, topology, way) for rank in asked) for way in ways)
 
 
 def _seconds(load: _Load) -> float:

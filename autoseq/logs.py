@@ -21,11 +21,14 @@ _handler.setFormatter(logging.Formatter("autoseq: %(levelname)s: %(message)s"))
 
 
 def log_to_stderr(*, verbose: bool) -> None:
-    """Show autoseq's warnings; with `verbose` all it logs, and torch's graph breaks and tracebacks. TORCH_LOGS has the last word."""
-    logger = logging.getLogger("autoseq")
-    if os.environ.get("TORCH_LOGS"):
+    """Show autoseq's warnings; with `verbose` all it logs, and torch's graph breaks and tracebacks.
+
+    TORCH_LOGS has the last word on what it names.
+    """
+    logger, told = logging.getLogger("autoseq"), os.environ.get("TORCH_LOGS", "")
+    if "autoseq" in told:
         return
     logger.addHandler(_handler)  # once: a handler is added to a logger no second time
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if not verbose:
+    if not verbose and not told:
         torch._logging.set_logs(all=logging.CRITICAL)

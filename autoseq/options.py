@@ -39,7 +39,8 @@ class Options:
         is what the first two become; None is what torch tells of this machine. Every rank gives the same.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
     grad_sync: parameter gradients are reduced over the sequence group in the graph ("sequence") or left to the caller.
-    inner: what compiles the rewritten graph: Inductor, AOTAutograd alone, or nothing: it runs node by node, as the passes left it.
+    inner: what compiles the rewritten graph: Inductor, AOTAutograd alone, or nothing: it runs node by node, as the passes left it,
+        and what is checkpointed is kept.
     strict: a step that has to run on gathered values is an error, not a logged fallback.
     """
 

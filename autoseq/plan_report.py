@@ -55,7 +55,7 @@ def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
     if planned.points:
         _print_sweep(out, planned)
     if formulas:
-        print_formulas(out)
+        print_formulas(out, host=planned.topology.host is not None)
 
 
 def _print_plans(out: Console, planned: Planned) -> None:
@@ -193,10 +193,12 @@ def _sweep_row(point: Point) -> Sequence[object]:
     return (f"{point.value:,}", mix(best), best.split, readable_seconds(best.seconds), f"{best.tokens_per_s:,.0f}", f"{best.mfu:.1%}")
 
 
-def print_formulas(out: Console) -> None:
+def print_formulas(out: Console, *, host: bool) -> None:
     """The cost model in symbols, strategy by strategy."""
     out.print("\nThe cost model. A pass takes as long as its phases, each so many times; what stands in one Max goes on side by side.")
     out.print("  T_work is what a rank computes by itself, T_… what it sends.")
+    if host:
+        out.print("  H_… is what sending that takes of the cores that compute: messages · latency + bytes / rate of the host.")
     for way in WAYS:
         out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
     out.print("  F flops a second of the kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory.")
@@ -206,10 +208,10 @@ def print_formulas(out: Console) -> None:
             continue
         for way in WAYS:
             out.print(f"\n{name}, {way}:")
-            _print_phases(out, phase_formulas(strategy, way))
+            _print_phases(out, phase_formulas(strategy, way, host=host))
             if uses_links_together(strategy, way):
                 out.print("  and where all ranks are on one node, whose messages share a link:")
-                _print_phases(out, phase_formulas(strategy, way, one_link=True))
+                _print_phases(out, phase_formulas(strategy, way, one_link=True, host=host))
             for line in exchange_text(strategy, way):
                 out.print(f"  {line}")
         work = {of: formula_text(formula) for of, formula in strategy.work_formulas().items()}
@@ -255,7 +257,7 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
             ],
             "overtakings": [{"value": value, "before": old, "after": new} for value, old, new in overtakings(planned.points)],
         } if planned.over else None,
-        **({"formulas": formulas_json()} if formulas else {}),
+        **({"formulas": formulas_json(host=planned.topology.host is not None)} if formulas else {}),
     }, indent=2)  # fmt: skip
 
 

@@ -32,6 +32,9 @@ def print_topology(console: Console, topology: Topology) -> None:
     console.print(table("Kernels", ("dtype", ":peak", ":products", ":attention", ":its backward"), rows))
     console.print(f"memory at {readable_bytes(topology.memory_bytes_per_s)}/s, {_time(topology.launch_s)} for each kernel call")
     console.print(f"attention past a causal diagonal is left out in pieces of {topology.attention_tile} keys")
+    if topology.host is not None:
+        latency, rate = _rate(topology.host)
+        console.print(f"each message takes {latency} of the cores that compute, and its bytes as at {rate}")
     for source in topology.sources:
         console.print(f"- {source}")
 

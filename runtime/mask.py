@@ -105,7 +105,7 @@ def _within_bounds(max_ahead: int | None, max_behind: int | None, first: int, q_
     """Bounds know distances only: it is the same wherever the first query is `first` past the first key."""
     # A tensor that was made in inference mode could serve no training later.
     with torch.inference_mode(False):
-        points = Points.of(1, range(1), torch.arange(first, first + q_rows), torch.arange(k_rows))
+        points = Points.of(1, range(1), *(torch.arange(*span, device="cpu") for span in ((first, first + q_rows), (k_rows,))))
         allowed = Mask(max_ahead, max_behind).allowed(points, [])
     assert allowed is not None
     return allowed

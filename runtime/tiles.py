@@ -159,8 +159,8 @@ class Tiling:
         if not block.ask_predicate and block.kind is not BlockKind.PARTIAL:
             return tile
         mask, bounds = self.problem.mask, block.kind is BlockKind.PARTIAL
-        if not block.ask_predicate and tile.device.type == "cpu":
-            # Elsewhere streams and graphs would have to be told of a tensor that outlives the call.
+        if not block.ask_predicate and tile.device.type == "cpu" and block.q_rows * block.k_rows <= blocks.TILE**2:
+            # Elsewhere streams and graphs would have to be told of a tensor that outlives the call, and rows of all keys are too long.
             *_, queries, keys = tile.indices
             return replace(tile, causal=False, allowed=mask.within_bounds(queries.start, len(queries), keys.start, len(keys)))
         allowed = mask.allowed(tile.points, self.problem.captures, bounds=bounds, predicate=block.ask_predicate)

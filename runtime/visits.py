@@ -231,7 +231,7 @@ Sizes = tuple[tuple[tuple[int, ...], ...], ...]
 """sizes[host][guest][kind]: the bytes of a message."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _sizes(manner: Manner, site: Site, P: int, layout: Layout, way: Way, tile: int) -> tuple[Sizes, Sizes, Sizes]:
     """What guests bring, what of that needs room of its own on arrival, and what hosts send back; all ranks ask for the same.
 

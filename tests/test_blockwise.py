@@ -229,6 +229,16 @@ def test_the_masks_of_a_window_are_made_once() -> None:
     assert (added.call_count, without_keys.call_count) == (2, 2)
 
 
+def test_masks_larger_than_a_tile_are_not_kept() -> None:
+    """A score that needs whole rows has blocks of all keys."""
+    case = Case(40, 40, mask="window", score="a dense float mask", heads=1, kv_heads=1)
+    (q, k, v, _), rows = case.tensors(), [(0, 0, 40)]
+    kept = mask_module._within_bounds
+    with patch.object(blocks, "TILE", 4), patch.object(mask_module, "_within_bounds", wraps=kept) as asked:
+        Forward(q, 1, case.value_dim, rows, rows, case.problem()).add(k, v, rows)
+    assert all(q_rows * k_rows <= 4 * 4 for *_, q_rows, k_rows in (call.args for call in asked.call_args_list))
+
+
 @pytest.mark.parametrize(("first", "count"), [(0, 9), (0, 4), (4, 5), (1, 1), (1, 4), (3, 3), (2, 0)])
 def test_any_run_of_grouped_heads(first: int, count: int) -> None:
     """A rank's heads may start and end within a KV head's group: 9 heads, 3 for each KV head."""

@@ -27,6 +27,7 @@ def test_on_cpus_all_ranks_are_one_node(monkeypatch: pytest.MonkeyPatch) -> None
     assert topology == found_topology(6)
     assert found_topology(1).memory_bytes > topology.memory_bytes > 0
     assert topology.attention_tile == 512  # ATen's; that of CUDA's kernels is in the presets
+    assert topology.host is not None, "gloo sends with the cores that compute"
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,13 @@ def test_a_tile_that_was_kept_in_inference_serves_training() -> None:
     assert not kept.is_inference()
 
 
+def test_a_tile_is_kept_on_the_cpu_whatever_device_is_the_default() -> None:
+    mask_module._within_bounds.cache_clear()
+    with torch.device("meta"):
+        kept = WINDOW.within_bounds(20, 4, 10, 4)
+    assert kept.device.type == "cpu"
+
+
 def test_a_predicate_is_parsed_once() -> None:
     parse.cache_clear()
     for _ in range(3):

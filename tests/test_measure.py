@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -23,7 +24,7 @@ from autoseq.planning.presets import load_topology
 from autoseq.planning.shared_cores import Seat, turns, turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, seconds_of, time_launch
 from autoseq.planning.time_links import Effort
-from autoseq.planning.topology import KINDS, Kind, Scope, Topology
+from autoseq.planning.topology import KINDS, Kind, Rate, Scope, Topology
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime import blockwise
 from autoseq.runtime.errors import OptionError
@@ -211,6 +212,45 @@ def test_a_process_by_itself_shares_its_cores_with_its_own_threads_only(monkeypa
         assert turns_here() == expected
 
 
+@pytest.mark.parametrize(
+    ("cores", "expected"),
+    [
+        pytest.param(4, None, id="a core beside each rank's for the thread that sends"),
+        pytest.param(3, Rate(1e-4, 1e9), id="not for every rank"),
+        pytest.param(1, Rate(2e-4, 5e8), id="ranks that take turns"),
+    ],
+)
+def test_messages_take_of_the_cores_where_none_is_left_for_them(cores: int, expected: Rate | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seats = [Seat("a", frozenset(range(cores)), 1)] * 2
+
+    def here(*, besides: int = 0) -> float:
+        return turns([replace(seat, threads=1 + besides) for seat in seats], 0)
+
+    monkeypatch.setattr(measuring, "turns_here", here)
+    found = measuring._host([line(1e-4, 1e9), line(1e-4, 1e9)], CPU)
+    assert found == expected
+    assert measuring._host([], CPU) is None, "one rank sends nothing"
+    assert measuring._host([line(1e-4, 1e9)], torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param(None, 1.0, id="no control group"),
+        pytest.param("max 100000\n", 1.0, id="no quota"),
+        pytest.param("200000 100000\n", 2.0, id="two of four cores"),
+        pytest.param("50000 100000\n", 4.0, id="half of one"),
+    ],
+)
+def test_a_container_has_the_cores_of_its_quota(text: str | None, expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_cores.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(shared_cores, "_CPU_MAX", tmp_path / "cpu.max")
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    assert turns_here() == expected
+
+
 # Real ranks ----------------------------------------------------------------------------------------------------------
 
 SMALL = Effort((256, 4096), 3), KernelEffort((16, 32), 2, 16, (16, 32), (64, 256), 3)
@@ -252,6 +292,8 @@ def test_ranks_measure_and_agree(ranks: int, request_: Request, nodes: int) -> N
     assert (found.between is None) == (nodes == 1) or ranks == 1, "one rank times no link, and keeps those that are found"
     if found.between is not None:
         assert found.between.lanes == request_.lanes
+    spare = 2 * ranks * torch.get_num_threads() <= len(os.sched_getaffinity(0))
+    assert spare or (found.host is None) == (ranks == 1)
     assert found.name == f"measured: {ranks} x CPU"
     assert all("measured" in source or ":" in source for source in found.sources)
     assert "timing links and kernels" in shown[0], "rank 0 shows progress"
@@ -305,10 +347,10 @@ def test_slow_links_stop_at_the_size_that_takes_too_long(monkeypatch: pytest.Mon
     monkeypatch.setattr(time_links, "slowest", lambda seconds, device: seconds)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setattr(time_links, "_TOO_LONG_S", 0.0)
-    monkeypatch.setattr(time_links, "_message", lambda kind, group, num_bytes, device: (float, num_bytes))
+    monkeypatch.setattr(time_links, "_message", lambda kind, group, num_bytes, device: (lambda: float, num_bytes))
     steps: list[int] = []
     effort = Effort((256, 4096, 8192), 3)
-    samples = time_links.time_messages("send", None, CPU, effort, lambda: steps.append(1))  # type: ignore[arg-type]
-    assert [sample.units for sample in samples] == [256, 4096], "two at least"
+    times = time_links.time_messages("send", None, CPU, effort, lambda: steps.append(1))  # type: ignore[arg-type]
+    assert [sample.units for sample in times.seconds] == [sample.units for sample in times.host] == [256, 4096], "two at least"
     assert len(steps) == len(effort.message_bytes), "and the bar goes on"
 

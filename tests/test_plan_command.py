@@ -23,6 +23,8 @@ from autoseq.planning.exchange_times import exchange_seconds as seconds_of
 from autoseq.planning.prediction import LANES, pass_time
 from autoseq.planning.presets import load_topology
 from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
+from autoseq.planning.topology import Rate
+from autoseq.planning.topology_file import dump
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.target import load_target
@@ -137,6 +139,18 @@ def test_json_has_the_formulas_that_were_asked_for() -> None:
     assert {name: ways for name, ways in on_one_node.items() if ways} == {"double_ring": list(WAYS)}
     forward = found["strategies"]["double_ring"]["forward"]
     assert forward["phases_on_one_node"] != forward["phases"]
+
+
+def test_formulas_tell_what_messages_take_of_the_cores(tmp_path: Path) -> None:
+    hardware = tmp_path / "mine.json"
+    hardware.write_text(dump(replace(load_topology("4xA10"), host=Rate(1e-3, 1e9))))
+    asked = (TINY, "--seq-len", "64", "--world-size", "2", "--topology", str(hardware), "--formulas")
+    shown = run(*asked)
+    assert "H_… is what sending that takes of the cores that compute" in shown.stdout
+    assert "H_keys" in shown.stdout
+    phases = json.loads(run(*asked, "--json").stdout)["formulas"]["strategies"]["ring"]["forward"]["phases"]
+    assert any("H_keys" in phase["seconds"] for phase in phases)
+    assert "H_keys" not in run(*asked[:-2], "4xA10", "--formulas").stdout
 
 
 MISTAKES = {

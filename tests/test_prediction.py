@@ -18,7 +18,7 @@ from autoseq.planning.prediction import dtype_of, pass_seconds, pass_time, step_
 from autoseq.planning.time_formulas import WORK as WORK_S
 from autoseq.planning.time_formulas import exchange_seconds as symbol_of
 from autoseq.planning.time_formulas import time_formula, uses_links_together
-from autoseq.planning.topology import KernelRates, Topology
+from autoseq.planning.topology import KernelRates, Rate, Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -72,6 +72,35 @@ TIMES = {
 def test_a_phase_takes_as_long_as_its_longest_part(phases: Sequence[Phase], seconds: float) -> None:
     found = pass_time(Scripted(*phases), SITE, 4, "contiguous", 0, topology(), "forward")
     assert (found.seconds, found.work_s, found.message_s) == (seconds, WORK, IN_MESSAGES)
+
+
+HOSTED = {
+    "side by side": ([Phase(ONE, sends(keys=1))], WORK + 5),
+    "half of them under the work": ([Phase(ONE, sends(keys=HALF)), Phase(ZERO, sends(keys=HALF))], WORK + 2.5 + 3),
+    "nothing to compute beside": ([Phase(ZERO, sends(keys=1)), Phase(ONE)], IN_MESSAGES + WORK),
+}
+
+
+@pytest.mark.parametrize(("phases", "seconds"), HOSTED.values(), ids=HOSTED)
+def test_messages_that_need_the_cores_make_the_work_longer(phases: Sequence[Phase], seconds: float) -> None:
+    """One message of 6 bytes takes 2 seconds, and 2 bytes a second, of the cores that compute."""
+    found = pass_time(Scripted(*phases), SITE, 4, "contiguous", 0, topology(host=Rate(2.0, 2.0)), "forward")
+    assert (found.seconds, found.work_s, found.message_s) == (seconds, WORK, IN_MESSAGES)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
+def test_the_formula_knows_what_messages_take_of_the_cores(name: str, way: Way) -> None:
+    strategy, plain = STRATEGIES[name], topology(inside=link(0.0, 1e9))
+    hosted = replace(plain, host=Rate(0.5, 3.0))
+    site = replace(SITE, q_len=128, k_len=128, heads=8, kv_heads=8, max_behind=9, max_ahead=0, mesh=(2, 2))
+    exchanges = strategy.exchanges(site, 4, "contiguous", 1, way)
+    values = {symbol_of(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, hosted, way).items()}
+    values |= {formulas.host_seconds(of): 0.5 * each.messages + each.bytes / 3 for of, each in exchanges.items()}
+    found = pass_time(strategy, site, 4, "contiguous", 1, hosted, way)
+    formula = time_formula(strategy, way, one_link=True, host=True).subs({**values, WORK_S: found.work_s})
+    assert float(formula.subs(strategy.sizes(site, 4, "contiguous", 1))) == pytest.approx(found.seconds)
+    assert found.seconds > pass_seconds(strategy, site, 4, "contiguous", 1, plain, way)
 
 
 def test_links_of_two_kinds_carry_messages_side_by_side_and_one_link_one_after_the_other() -> None:

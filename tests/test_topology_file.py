@@ -21,7 +21,8 @@ WHOLE: dict[str, Any] = {
     "inside": {"duplex": "full", **{kind: dict(RATES) for kind in KINDS}},
     "between": {"duplex": "half", "lanes": 3, **{kind: {"latency_ms": 0.5, "bytes_per_s": 12500000} for kind in KINDS}},
     "kernels": {"float32": {"peak_tflops": 4, "matmul_tflops": 3.5, "attention_flops_per_s": 2e12, "attention_backward_tflops": 1}},
-    "memory_gib": 1.5, "memory_gbytes_per_s": 100, "launch_us": 2.5, "attention_tile": 64, "sources": ["all: made up"],
+    "memory_gib": 1.5, "memory_gbytes_per_s": 100, "launch_us": 2.5, "attention_tile": 64,
+    "host": {"latency_ms": 0.25, "gbytes_per_s": 2}, "sources": ["all: made up"],
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ def test_units_are_read_without_rounding() -> None:
     assert found.kernels["float32"] == KernelRates(4e12, 3.5e12, 2e12, 1e12)
     assert (found.memory_bytes, found.memory_bytes_per_s, found.launch_s) == (3 * 2**29, 1e11, 2.5e-6)
     assert (found.name, found.nodes, found.ranks_per_node, found.sources) == ("mine", 2, 4, ("all: made up",))
-    assert found.attention_tile == 64
+    assert (found.attention_tile, found.host) == (64, Rate(2.5e-4, 2e9))
+    assert parse_topology(changed("host", None), "a file").host is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,8 @@ def test_units_are_read_without_rounding() -> None:
         pytest.param("launch_us", 1e-320, r"launch_us is out of range", id="too small for a float"),
         pytest.param("memory_gbytes_per_s", 1e305, r"memory_gbytes_per_s is out of range", id="too large for a float"),
         pytest.param("attention_tile", KeyError, r"attention_tile is missing$", id="a file from before it was asked for"),
+        pytest.param("host", KeyError, r"host is missing$", id="nothing said of what messages take of the cores"),
+        pytest.param("host.latency_ms", -1, r"host\.latency_ms is a number above 0, not -1", id="less than no time of the cores"),
         pytest.param("nodes", 1.5, r"nodes is a whole number, 1 or more, not 1\.5", id="half a node"),
         pytest.param("between.lanes", 0, r"between\.lanes is a whole number, 1 or more, not 0", id="no card"),
         pytest.param("inside.lanes", 1, r"inside\.lanes is unknown; fields here are send, .*duplex", id="cards inside a node"),

@@ -138,4 +138,5 @@ def _cpu(per_node: int) -> Topology:
         "found: CPU", per_node, 1, inside, between, kernels, memory, 1e10, 1e-5,
         ("all but memory_bytes: estimates for any CPU, gloo and 10 Gb/s between machines; `autoseq topology measure` knows better",
          "attention_tile: the keys that ATen's flash attention takes at once (kv_split_size in FlashAttentionKernel.cpp)"), 512,
+        Rate(300e-6, 1e9),
     )  # fmt: skip

@@ -64,7 +64,10 @@ def measure(request: Request, device: torch.device) -> Topology:
     with _progress(steps, shown=group.rank == 0) as advance:
         base = _with_kernels(replace(found_topology(group.size), name=_name(group, device)), dtypes, device, kernels, advance)
         times = {scope: {kind: time_messages(kind, each, device, links, advance) for kind in KINDS} for scope, each in scopes.items()}
-    return _rank_0s(replace(_with_links(base, group.size, request, times), sources=_sources(group, request)), device)
+    seconds = {scope: {kind: each.seconds for kind, each in of_scope.items()} for scope, of_scope in times.items()}
+    linked = _with_links(base, group.size, request, seconds)
+    host = _host([each.host for of_scope in times.values() for each in of_scope.values()], device)
+    return _rank_0s(replace(linked, host=host, sources=_sources(group, request)), device)
 
 
 def _scopes(group: SequenceGroup) -> dict[Scope, SequenceGroup]:
@@ -111,7 +114,22 @@ def _crossing(unit: Topology, P: int, kind: Kind, times: dict[Scope, _Times]) ->
 
 
 def _link(lines: dict[Kind, Line]) -> Link:
-    return Link(**{kind: Rate(line.latency_s, line.units_per_s) for kind, line in lines.items()})
+    return Link(**{kind: _rate(line) for kind, line in lines.items()})
+
+
+def _rate(line: Line) -> Rate:
+    return Rate(line.latency_s, line.units_per_s)
+
+
+def _host(times: Sequence[list[Sample]], device: torch.device) -> Rate | None:
+    """What messages take of the cores that compute: on CPUs where no core is left for the thread that sends."""
+    if device.type != "cpu" or not times:
+        return None
+    turns, with_senders = turns_here(), turns_here(besides=1)
+    if with_senders <= 1:
+        return None
+    line = fit_line([Sample(each.units, turns * each.seconds) for each in _middle([each for of_kind in times for each in of_kind])])
+    return _rate(line)
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -160,7 +178,8 @@ def _sources(group: SequenceGroup, request: Request) -> tuple[str, ...]:
     if group.size == 1:
         return f"measured by autoseq {version} with torch {torch_version}", "inside, between: as found, there is one rank", kernels
     nodes = f"{group.size} ranks in nodes of {request.ranks_per_node}, {dist.get_backend()}"
-    return f"measured by autoseq {version} with torch {torch_version}, {nodes}", "inside, between: fitted to lower quartiles", kernels
+    links = "inside, between, host: fitted to lower quartiles"
+    return f"measured by autoseq {version} with torch {torch_version}, {nodes}", links, kernels
 
 
 def _rank_0s(topology: Topology, device: torch.device) -> Topology:

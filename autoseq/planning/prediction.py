@@ -2,6 +2,8 @@
 
     seconds of a pass  =  sum over phases of  times · max(share of the work, shares of the messages on each kind of link)
 
+where messages that need the cores of the rank itself, as on CPUs, make the work that they travel under longer.
+
 Work is matrix products at the kernel's rate, those of pairs that a kernel computes in vain among them, calls of kernels at the launch time,
 and masks read and results merged in memory at the memory's rate.
 What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `phases`), what that takes the topology's.
@@ -18,7 +20,7 @@ from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
-from autoseq.runtime.timeline import WAYS, Exchanges, Step, Way, flops
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, Step, Way, flops
 
 Lane = Literal["compute", "inside", "across", "links"]
 LANES: dict[str, Lane] = {"inside": "inside", "across": "across", "flat": "links"}
@@ -58,13 +60,15 @@ class _Load:
 
     work_s: float
     exchange_s: Mapping[str, float]
+    host_s: Mapping[str, float]
     lanes: Mapping[str, Lane]
     steps: tuple[Step, ...]
 
     def parts(self, step: Step) -> dict[Lane, float]:
-        """How long each lane is busy in a step. Messages of one kind of link share it."""
+        """How long each lane is busy in a step. Messages of one kind of link share it, and may take a part of the cores besides."""
         busy: dict[Lane, float] = {"compute": step.work * self.work_s}
         for name, share in step.sends:
+            busy["compute"] += share * self.host_s[name]
             lane = self.lanes[name]
             busy[lane] = busy.get(lane, 0.0) + share * self.exchange_s[name]
         return busy
@@ -145,9 +149,15 @@ def _load(
     return _Load(
         work_s=_work_seconds(strategy, site, P, layout, rank, topology, way, dtype),
         exchange_s=exchange_seconds(strategy, site, P, layout, rank, topology, way),
+        host_s={name: host_seconds(exchange, topology) for name, exchange in exchanges.items()},
         lanes=lanes_of(exchanges, one_link=shares_a_link(site, P, topology)),
         steps=strategy.steps(site, P, layout, rank, way),
     )
+
+
+def host_seconds(exchange: Exchange, topology: Topology) -> float:
+    """What an exchange takes of the cores that a rank computes on."""
+    return 0.0 if topology.host is None else exchange.messages * topology.host.latency_s + exchange.bytes / topology.host.bytes_per_s
 
 
 def _work_seconds(

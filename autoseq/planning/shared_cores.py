@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,9 @@ def turns(seats: Sequence[Seat], mine: int) -> float:
     return max(1.0, sum(seat.threads for seat in here) / len(frozenset().union(*(seat.cores for seat in here))))
 
 
-def turns_here() -> float:
-    """The same for this rank among all of the program, which call this together."""
-    seat = _seat()
+def turns_here(*, besides: int = 0) -> float:
+    """The same for this rank among all of the program, which call this together; with so many threads `besides` those that compute."""
+    seat = _seat(besides)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return turns([seat], 0)
     seats = [seat] * dist.get_world_size()
@@ -43,8 +44,14 @@ def turns_here() -> float:
     return turns(seats, dist.get_rank())
 
 
-def _seat() -> Seat:
+def _quota() -> int | None:
+    """How many cores' time a container has, where it has less than that of the cores it may use; a part of one counts as one."""
+    most, _, period = (_CPU_MAX.read_text() if _CPU_MAX.exists() else "max").partition(" ")
+    return None if most.strip() == "max" else max(1, int(most) // int(period))
+
+
+def _seat(besides: int) -> Seat:
     # Nodes that a network emulates, and containers, have other names on the same cores; the kernel under them was started once.
     machine = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else platform.node()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return Seat(machine, frozenset(cores), torch.get_num_threads())
+    return Seat(machine, frozenset(sorted(cores)[: _quota()]), torch.get_num_threads() + besides)

@@ -3,6 +3,7 @@
     T_work = 2 computed (D + V) / F + launches L + a (3 merged + masked) / M
     computed = full + masked + min(squares, (squares + g rows) / 2)
     T_keys = messages latency + bytes / rate
+    H_keys = messages latency + bytes / rate of the host, where messages need the cores that compute, and 0 elsewhere
 
 F flops a second of the attention kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory; latency and
 rate of a link, of which the slower counts: inside a node, or all of a node between nodes. Of a rank's blocks, full and masked are pairs,
@@ -37,20 +38,28 @@ def exchange_seconds(name: str) -> sympy.Symbol:
     return sympy.Symbol(f"T_{name}", nonnegative=True)
 
 
-def time_formula(strategy: Strategy, way: Way, *, one_link: bool = False) -> sympy.Expr:
+def host_seconds(name: str) -> sympy.Symbol:
+    """What all messages of an exchange take of the cores that compute."""
+    return sympy.Symbol(f"H_{name}", nonnegative=True)
+
+
+def time_formula(strategy: Strategy, way: Way, *, one_link: bool = False, host: bool = False) -> sympy.Expr:
     """Seconds of a pass on several ranks, in the symbols of the strategy, WORK, and those of its exchanges."""
-    return sum((times * seconds for times, seconds in phase_formulas(strategy, way, one_link=one_link)), start=sympy.Integer(0))
+    return sum((times * seconds for times, seconds in phase_formulas(strategy, way, one_link=one_link, host=host)), start=sympy.Integer(0))
 
 
-def phase_formulas(strategy: Strategy, way: Way, *, one_link: bool = False) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:
+def phase_formulas(
+    strategy: Strategy, way: Way, *, one_link: bool = False, host: bool = False
+) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:  # fmt: skip
     """How often each phase comes, and its seconds: those of the longest of what goes on side by side.
 
-    `one_link`: as on one node, where messages of two levels take the same link, one after the other.
+    `one_link`: as on one node, where messages of two levels take the same link, one after the other. `host`: messages need cores.
     """
     lanes = lanes_of(_sample(strategy, way), one_link=one_link)
     for phase in strategy.phases(way):
         busy: dict[Lane, sympy.Expr] = {"compute": phase.work * WORK}
         for name, share in phase.sends:
+            busy["compute"] += share * host_seconds(name) if host else 0
             busy[lanes[name]] = busy.get(lanes[name], sympy.Integer(0)) + share * exchange_seconds(name)
         parts = [part for part in busy.values() if part != 0]
         yield phase.times, sympy.Max(*parts) if parts else sympy.Integer(0)

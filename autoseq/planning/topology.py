@@ -105,7 +105,8 @@ class Topology:
 
     memory_bytes: what one rank's device holds. memory_bytes_per_s: how fast it reads and writes that, both counted.
     launch_s: what each kernel call costs beside its work. sources: where the numbers come from. attention_tile: how many keys past a causal
-    diagonal attention kernels leave out at once, for less is not skipped.
+    diagonal attention kernels leave out at once, for less is not skipped. host: what sending and receiving a message, and its bytes, takes
+    of the cores that a rank computes on; None where other hardware sends, or other cores.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Topology:
     launch_s: float
     sources: tuple[str, ...] = ()
     attention_tile: int = 128
+    host: Rate | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", Kernels(self.kernels))

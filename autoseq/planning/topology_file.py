@@ -5,6 +5,7 @@
      "between": null, or as "inside", with "lanes",
      "kernels": {"bfloat16": {"peak_tflops": 125, "matmul_tflops": 70, "attention_tflops": 60, "attention_backward_tflops": 50}},
      "memory_gib": 24, "memory_gbytes_per_s": 600, "launch_us": 5, "attention_tile": 128,
+     "host": null, or {"latency_us": 300, "gbytes_per_s": 1},
      "sources": ["memory_gib: the vendor's data sheet"]}
 
 Numbers are read as decimals, so that what is written comes back as it was.
@@ -57,10 +58,11 @@ def parse_topology(text: str, where: str) -> Topology:
     kernels = _kernels(top.section("kernels"))
     memory_bytes = int(top.number(_MEMORY).to_integral_value())
     speed, launch, tile = float(top.number(_MEMORY_SPEED)), float(top.number(_LAUNCH)), top.count("attention_tile")
+    host = None if top.is_null("host") else _rate(top.section("host"))
     top.end()
     if nodes > 1 and between is None:
         raise TopologyError(f"{where}: between is null, but there are {nodes} nodes; describe the link between them, or make it one node")
-    return Topology(name, ranks_per_node, nodes, inside, between, kernels, memory_bytes, speed, launch, sources, tile)
+    return Topology(name, ranks_per_node, nodes, inside, between, kernels, memory_bytes, speed, launch, sources, tile, host)
 
 
 def dump(topology: Topology) -> str:
@@ -71,7 +73,8 @@ def dump(topology: Topology) -> str:
         "between": topology.between and _link_fields(topology.between, lanes=True),
         "kernels": {dtype: _rates_fields(rates) for dtype, rates in topology.kernels.items()},
         **_written(topology.memory_bytes, _MEMORY), **_written(topology.memory_bytes_per_s, _MEMORY_SPEED),
-        **_written(topology.launch_s, _LAUNCH), "attention_tile": topology.attention_tile, "sources": list(topology.sources),
+        **_written(topology.launch_s, _LAUNCH), "attention_tile": topology.attention_tile,
+        "host": topology.host and _rate_fields(topology.host), "sources": list(topology.sources),
     }, indent=2, ensure_ascii=False)  # fmt: skip
     return _INNERMOST.sub(lambda found: "{" + ", ".join(line.strip(" ,") for line in found[1].splitlines()) + "}", text)
 
@@ -79,15 +82,19 @@ def dump(topology: Topology) -> str:
 def _link(section: _Section, *, lanes: bool) -> Link:
     rates = {}
     for kind in KINDS:
-        each = section.section(kind)
-        rates[kind] = Rate(float(each.number(_LATENCY)), float(each.number(_SPEED)))
-        each.end()
+        rates[kind] = _rate(section.section(kind))
     duplex = section.text("duplex")
     if duplex not in ("full", "half"):
         raise section.error("duplex", f'is "full" or "half", not {duplex!r}')
     count = section.count("lanes") if lanes else 1
     section.end()
     return Link(**rates, duplex=duplex, lanes=count)  # type: ignore[arg-type]
+
+
+def _rate(section: _Section) -> Rate:
+    rate = Rate(float(section.number(_LATENCY)), float(section.number(_SPEED)))
+    section.end()
+    return rate
 
 
 def _kernels(section: _Section) -> dict[str, KernelRates]:
@@ -191,8 +198,12 @@ def _kind(value: Any) -> str:
 
 
 def _link_fields(link: Link, *, lanes: bool) -> dict[str, Any]:
-    rates = {kind: {**_written(link.rate(kind).latency_s, _LATENCY), **_written(link.rate(kind).bytes_per_s, _SPEED)} for kind in KINDS}
+    rates = {kind: _rate_fields(link.rate(kind)) for kind in KINDS}
     return {"duplex": link.duplex, **({"lanes": link.lanes} if lanes else {}), **rates}
+
+
+def _rate_fields(rate: Rate) -> dict[str, Any]:
+    return {**_written(rate.latency_s, _LATENCY), **_written(rate.bytes_per_s, _SPEED)}
 
 
 def _rates_fields(rates: KernelRates) -> dict[str, Any]:

@@ -154,15 +154,16 @@ def task_of(
     return Task(tuple(rows.queries(participant)), tuple(map(tuple, keys)), heads, kv_heads, grid, padded, came_home)
 
 
+MESH_ADVICE = "give option mesh a DeviceMesh of two dimensions, or set ranks_per_node (--ranks-per-node) to a part of the ranks"
+"""How to plan for two levels."""
+
+
 def needs_two_dims(site: Site) -> str | None:
     """Why a strategy of two levels cannot serve, or None."""
     if len(site.mesh) == 2 and min(site.mesh) > 1:
         return None
     found = f"; here the mesh is {site.mesh[0]} x {site.mesh[1]}" if len(site.mesh) == 2 else ""
-    return (
-        f"it works on two levels and needs several nodes of several ranks{found}: give option mesh a DeviceMesh of two dimensions, "
-        "or set ranks_per_node (--ranks-per-node) to a part of the ranks"
-    )
+    return f"it works on two levels and needs several nodes of several ranks{found}: {MESH_ADVICE}"
 
 
 def cost_of(forward: Exchanges, backward: Exchanges) -> Cost:

@@ -27,7 +27,7 @@ from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.needs import Needs
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.ring import Ring
-from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes
+from autoseq.runtime.strategy import Site, Strategy, accumulator_bytes
 from autoseq.runtime.timeline import Exchange, Phase, Way, Work, repeated
 from autoseq.runtime.visiting_queries import VisitingQueries, visiting_queries_attention
 from autoseq.runtime.visits import HOME, THERE
@@ -81,9 +81,6 @@ class BidirectionalRing(Strategy):
 
     def work_formulas(self) -> dict[str, sympy.Expr]:
         return _KEYS.work_formulas()
-
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return _moves(site, group_size, layout).sent(site, group_size, layout, rank)
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         by_queries = isinstance(_moves(site, group_size, layout), VisitingQueries)

@@ -52,11 +52,9 @@ from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
 from autoseq.runtime.strategy import (
-    Cost,
     Site,
     Strategy,
     accumulator_bytes,
-    cost_of,
     needs_of_site,
     needs_two_dims,
     rows_of_site,
@@ -204,9 +202,6 @@ class DoubleRing(Strategy):
 
     def work_formulas(self) -> dict[str, sympy.Expr]:
         return keeps_last_keys(super().work_formulas())
-
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return cost_of(*(self.exchanged(site, group_size, layout, rank, way) for way in WAYS))
 
     def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:
         return cases_of(Case(site, group_size, layout, rank), lcm(site.mesh[1], together))

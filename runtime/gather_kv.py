@@ -47,8 +47,8 @@ from autoseq.runtime.stages import (
     queries_of,
     stage_buffers,
 )
-from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
-from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, MessageKind, Peers, Phase, Scope, Way, peers_of, pipeline
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, rows_of_site, task_of
+from autoseq.runtime.timeline import Exchange, Exchanges, MessageKind, Peers, Phase, Scope, Way, peers_of, pipeline
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task, part_of
 
@@ -203,9 +203,6 @@ class GatherKV(Strategy):
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         return Strategy.sizes(self, site, group_size, layout, rank) | {STAGES: len(_stages(site, group_size, layout))}
 
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return gather_cost(site, group_size, layout, rank)
-
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         return gather_exchanges(site, group_size, layout, rank, way)
 
@@ -226,20 +223,15 @@ class GatherKV(Strategy):
         return opaque_traffic(site, self.cost(site, group_size, layout))
 
 
-def gather_cost(
-    site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), first_head: int = 0, heads_per_kv: int | None = None
-) -> Cost:
-    """What `rank` sends for the heads of a site, of which the first has that number in the program; `places` as for `Holdings`."""
-    if site.kv_heads == 0:
-        return strategy.NOTHING
-    return cost_of(*(gather_exchanges(site, P, layout, rank, way, places, first_head, heads_per_kv) for way in WAYS))
-
-
 def gather_exchanges(
     site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), first_head: int = 0,
     heads_per_kv: int | None = None, scope: Scope = "flat", ranks: range | None = None,
 ) -> Exchanges:  # fmt: skip
-    """The same in one pass: keys, and in a backward their gradients. `ranks` are those of the participants, if they are not all."""
+    """What `rank` sends for a site in one pass: keys, and in a backward their gradients.
+
+    `first_head` is the number of the site's first head in the program, `places` are as for `Holdings`, and `ranks` those of the
+    participants, if they are not all there are.
+    """
     stages = _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []
     sent = [found for stage in stages if (found := _stage_elements(stage, site, P, layout, rank, places, first_head)) is not None]
     kinds: tuple[MessageKind, MessageKind] = ("all_gather", "reduce_scatter") if takes_all(site.mask) else ("all_to_all", "all_to_all")

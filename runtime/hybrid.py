@@ -29,13 +29,13 @@ from autoseq.runtime.gather_kv import GatherKV
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.head_costs import HEADS, OWN_HEADS, OWN_KV_HEADS, ROWS, SENT_KV_HEADS, head_buffers, head_exchanges
 from autoseq.runtime.head_exchange import Exchange
-from autoseq.runtime.lanes import lanes_cost, lanes_exchanges, lanes_task, ring_buffers
+from autoseq.runtime.lanes import lanes_exchanges, lanes_task, ring_buffers
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.stages import STAGES, num_heads
-from autoseq.runtime.strategy import Cost, Site, Strategy, evaluated, needs_two_dims, saved_bytes
-from autoseq.runtime.timeline import Exchanges, Phase, Scope, Way, Work, alone, substituted
+from autoseq.runtime.strategy import Cost, Site, Strategy, cost_of, needs_two_dims, saved_bytes
+from autoseq.runtime.timeline import WAYS, Exchanges, Phase, Scope, Way, Work, alone, substituted
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.ulysses import Ulysses, head_shares, num_heads_of_ranks
 from autoseq.runtime.work_counts import Task, work_of_all
@@ -48,13 +48,11 @@ ACROSS, INSIDE = 0, 1
 class RowTrade:
     """What trades rows: how, the strategy whose formulas it has, what a rank sends, and by which kind of message.
 
-    `attend` takes q, k, v, the terms, groups, places and the first head; `cost` a site of the share, participants, layout, number among
-    them, places, global heads and the program's query heads for each KV head.
+    `attend` takes q, k, v, the terms, groups, places and the first head.
     """
 
     attend: Callable[..., Tensor]
     strategy: Strategy
-    cost: Callable[[Site, int, Layout, int, tuple[int, ...], range, int], Cost]
     kinds: Callable[[Site, Cost], dict[str, Traffic]]
     exchanges: Callable[[Share, Way, Scope], Exchanges]
     tasks: Callable[[Share, Way], list[Task]]
@@ -134,13 +132,10 @@ class _Hybrid(Strategy):
         found: dict[str, Any] = {name: formula.xreplace(ours) for name, formula in self.trade.strategy.work_formulas().items()}
         return found
 
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        along = (strategy.N, strategy.R)[self.heads_along]
-        exchanged = evaluated(_exchange_formulas(along), self.sizes(site, group_size, layout, rank))
-        return exchanged + self._traded(site, layout, rank)
-
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
-        return self.trade.kinds(site, self._traded(site, layout, 0))
+        """Of the rows; heads go through functional collectives."""
+        share = self._share(site, layout, 0)
+        return self.trade.kinds(site, cost_of(*(self.trade.exchanges(share, way, "flat") for way in WAYS)))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         return super().sizes(site, group_size, layout, rank) | self._head_sizes(site, rank) | {
@@ -161,11 +156,6 @@ class _Hybrid(Strategy):
             OWN_KV_HEADS: num_heads(kv_heads[number]),
             SENT_KV_HEADS: sum(map(num_heads, kv_heads)) - num_heads(kv_heads[number]),
         }
-
-    def _traded(self, site: Site, layout: Layout, rank: int) -> Cost:
-        """What a rank sends for its share of the heads to those that have the same."""
-        share = self._share(site, layout, rank)
-        return self.trade.cost(share.site, share.participants, layout, share.number, share.places, share.heads, share.heads_per_kv)
 
     def _share(self, site: Site, layout: Layout, rank: int, smaller: Site | None = None, place: int | None = None) -> Share:
         """Of the heads as `rank` has them on the site's mesh, and of the rows as `place` of a smaller site has them, if that is given."""
@@ -246,14 +236,6 @@ def _attend_by_ring(q: Tensor, k: Tensor, v: Tensor, terms: Terms, **where: Any)
     return terms.call(ring.ring_attention, q, k, v, **where)
 
 
-def _ring_cost(site: Site, P: int, layout: Layout, rank: int, held: tuple[int, ...], heads: range, _: int) -> Cost:
-    return lanes_cost(ring.one_lane, site, P, layout, rank, held, heads)
-
-
-def _gather_cost(site: Site, P: int, layout: Layout, rank: int, held: tuple[int, ...], heads: range, heads_per_kv: int) -> Cost:
-    return gather_kv.gather_cost(site, P, layout, rank, held, heads.start, heads_per_kv)
-
-
 def _sends(_: Site, cost: Cost) -> dict[str, Traffic]:
     return {"send": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 
@@ -300,10 +282,9 @@ def _gather_kept(share: Share) -> int:
     return saved_bytes(share.site, *share.rows)
 
 
-_RING = RowTrade(_attend_by_ring, Ring(), _ring_cost, _sends, _ring_exchanges, _ring_tasks, _ring_buffers, _ring_kept)
+_RING = RowTrade(_attend_by_ring, Ring(), _sends, _ring_exchanges, _ring_tasks, _ring_buffers, _ring_kept)
 _GATHER = RowTrade(
-    gather_kv.gather_and_attend, GatherKV(), _gather_cost, gather_kv.opaque_traffic,
-    _gather_exchanges, _gather_tasks, _gather_buffers, _gather_kept,
+    gather_kv.gather_and_attend, GatherKV(), gather_kv.opaque_traffic, _gather_exchanges, _gather_tasks, _gather_buffers, _gather_kept,
 )  # fmt: skip
 
 ring_across = attention_function(__name__, partial(_compute, _RING, INSIDE), "ring_across")

@@ -23,7 +23,7 @@ from autoseq.runtime.needs import Needs
 from autoseq.runtime.op_call import Call
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.plain import accumulate_dtype
-from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of
+from autoseq.runtime.strategy import Site, accumulator_bytes, needs_of_site, rows_of_site, task_of
 from autoseq.runtime.timeline import (
     WAYS,
     Exchanges,
@@ -82,13 +82,6 @@ def lanes_op(name: str, lanes: Lanes) -> AttentionOp:
     return attention_op(name, forward, backward, kept=as_many_as_own)
 
 
-def lanes_cost(
-    lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, places: tuple[int, ...] = (), heads: range | None = None
-) -> Cost:
-    """What `rank` sends for a site, row by row of what its mask leaves; `places` and `heads` as for `needs_of_site`."""
-    return cost_of(*(lanes_exchanges(lanes, site, P, layout, rank, way, places, heads) for way in WAYS))
-
-
 MessageRows = tuple[list[int], list[int]]
 """Rows in each message of keys, and of their gradients."""
 
@@ -138,7 +131,10 @@ def lanes_exchanges(
     lanes: Lanes, site: Site, P: int, layout: Layout, rank: int, way: Way, places: tuple[int, ...] = (), heads: range | None = None,
     scope: Scope = "flat", ranks: range | None = None,
 ) -> Exchanges:  # fmt: skip
-    """What `rank` sends for a site in one pass; see `lanes_cost`. `ranks` are those of the participants, if they are not all there are."""
+    """What `rank` sends for a site in one pass, row by row of what its mask leaves.
+
+    `places` and `heads` are as for `needs_of_site`, and `ranks` those of the participants, if they are not all there are.
+    """
     found = _lanes_of_site(lanes, site, P, layout, places, heads, blocks.TILE)
     return seats_exchanges(site, [Seat(lane, rank, ranks or range(P)) for lane in found], way, scope)
 

@@ -23,7 +23,6 @@ from autoseq.runtime.lanes import (
     cheapest_lane,
     keeps_last_keys,
     key_bytes,
-    lanes_cost,
     lanes_exchanges,
     lanes_op,
     lanes_task,
@@ -32,7 +31,7 @@ from autoseq.runtime.lanes import (
 )
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.needs import Needs
-from autoseq.runtime.strategy import Cost, Site, Strategy
+from autoseq.runtime.strategy import Site, Strategy
 from autoseq.runtime.timeline import Exchanges, Phase, Way
 from autoseq.runtime.work_counts import Task
 
@@ -74,9 +73,6 @@ class Ring(Strategy):
 
     def work_formulas(self) -> dict[str, sympy.Expr]:
         return keeps_last_keys(super().work_formulas())
-
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return lanes_cost(self.lanes, site, group_size, layout, rank)
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         return lanes_exchanges(self.lanes, site, group_size, layout, rank, way)

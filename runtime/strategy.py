@@ -1,7 +1,7 @@
 """What the planner and the compiler know of a strategy: whether it can serve an attention, what it sends, what to call.
 
-Costs are SymPy formulas, so that a planner can compare and print them; `cost` evaluates them with the real, padded rows of a
-rank, and tests hold the result to counted messages. Conventions of counting: `runtime/traffic.py`.
+`exchanges` say what a rank sends for the rows that a mask leaves, and `cost` is their sum; SymPy formulas say it without a mask, for
+people to compare. Tests hold both to counted messages. Conventions of counting: `runtime/traffic.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, NeedTerms, Rows, needs_of
 from autoseq.runtime.score_facts import makes_infinity, needs_whole_rows
 from autoseq.runtime.tiles import fills_empty_rows
-from autoseq.runtime.timeline import ONE, WAYS, Crossing, Exchange, Exchanges, Peer, Phase, Step, Way, Work, alone, steps
+from autoseq.runtime.timeline import ONE, WAYS, Crossing, Exchanges, Phase, Step, Way, Work, steps
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task, work_of_all
 
@@ -84,9 +84,6 @@ class Cost:
     def step_bytes(self) -> int:
         """Forward and backward."""
         return self.forward_bytes + self.backward_bytes
-
-
-NOTHING = Cost(0, 0, 0, 0)
 
 
 def evaluated(formulas: dict[str, sympy.Expr], sizes: dict[sympy.Symbol, int]) -> Cost:
@@ -221,15 +218,7 @@ class Strategy(ABC):
 
     def cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:
         """What `rank` sends, to the byte. What only the values of a tensor rule out is not known here, and counted."""
-        if group_size == 1:
-            return NOTHING
-        if len(self.cases(site, group_size, layout, rank)) == 1:
-            return self.sent(site, group_size, layout, rank)
         return cost_of(*(self.exchanges(site, group_size, layout, rank, way) for way in WAYS))
-
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        """What `rank` of several sends; the same as without a mask, for a strategy to which it makes no difference."""
-        return self.full_cost(site, group_size, layout, rank)
 
     def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
         """What rank 0 sends in one step from inside opaque operators, by the kind of message as the counting backend names them.
@@ -260,7 +249,7 @@ class Strategy(ABC):
         }
 
     def exchanges(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        """What `rank` sends in one pass, by the names that `phases` uses: in all what `cost` says. Nothing on one rank."""
+        """What `rank` sends in one pass, by the names that `phases` uses. Nothing on one rank."""
         return weighted(self.parts(site, group_size, layout, rank, way)) if group_size > 1 else {}
 
     def crossings(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way, ranks_per_node: int) -> dict[str, Crossing]:
@@ -277,18 +266,12 @@ class Strategy(ABC):
         return cases_of(Case(site, group_size, layout, rank), together)
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        """The same for several ranks: as point-to-point messages to the next rank, if a strategy does not know better."""
-        to, came = (self._sent_in(way, site, group_size, layout, each) for each in (rank, (rank - 1) % group_size))
-        peers = (Peer((rank + 1) % group_size, *to),), (Peer((rank - 1) % group_size, *came),)
-        return {"messages": Exchange("send", "flat", *to, *peers)}
-
-    def _sent_in(self, way: Way, site: Site, group_size: int, layout: Layout, rank: int) -> tuple[int, int]:
-        cost = self.sent(site, group_size, layout, rank)
-        return (cost.forward_bytes, cost.forward_messages) if way == "forward" else (cost.backward_bytes, cost.backward_messages)
+        """The exchanges of one case, of several ranks. Who serves several says so here, or overrides `parts`."""
+        raise NotImplementedError(f"{self.name} does not say what it sends")
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
-        """Which messages travel under which work, in the symbols of `sizes`, for P > 1: one after the other, if nothing better is known."""
-        return (*alone("messages"), Phase(ONE))
+        """Which messages travel under which work, in the symbols of `sizes`, for P > 1. Who serves several ranks says so here."""
+        raise NotImplementedError(f"{self.name} does not say what goes on side by side")
 
     def steps(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> tuple[Step, ...]:
         """The phases in numbers; on one rank there is only work."""

@@ -8,7 +8,7 @@ import sympy
 
 from autoseq.runtime.extrapolation import summed
 from autoseq.runtime.layout import Layout, local_length
-from autoseq.runtime.strategy import Cost, Site, Strategy
+from autoseq.runtime.strategy import Site, Strategy
 from autoseq.runtime.timeline import Exchanges, Phase, Way, pipeline
 from autoseq.runtime.visits import HOME, THERE, Manner
 from autoseq.runtime.work_counts import Task
@@ -18,9 +18,6 @@ class Visiting(Strategy):
     """Keys or queries go directly to whoever works on them."""
 
     manner: ClassVar[Manner]
-
-    def sent(self, site: Site, group_size: int, layout: Layout, rank: int) -> Cost:
-        return self.manner.cost(site, group_size, layout, rank)
 
     def exchanged(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Exchanges:
         return self.manner.exchanges(site, group_size, layout, rank, way)

@@ -25,8 +25,8 @@ from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.mask import Mask
 from autoseq.runtime.needs import Needs, Rows, fills_rows, within_bounds
 from autoseq.runtime.runs import Runs
-from autoseq.runtime.strategy import Cost, Site, accumulator_bytes, cost_of, needs_of_site, rows_of_site, task_of, terms_of_site
-from autoseq.runtime.timeline import WAYS, Exchanges, Way, peers_of, sends_to
+from autoseq.runtime.strategy import Site, accumulator_bytes, needs_of_site, rows_of_site, task_of, terms_of_site
+from autoseq.runtime.timeline import Exchanges, Way, peers_of, sends_to
 from autoseq.runtime.work_counts import Task, part_of
 
 KEYS, QUERIES = range(2)
@@ -151,12 +151,8 @@ class Manner:
         terms, rows = terms_of_site(site), rows_of_site(site, P, layout)
         return self.visits(needs_of_site(site, P, layout), rows, terms.mask, fills=fills_rows(terms, rows))
 
-    def cost(self, site: Site, P: int, layout: Layout, rank: int) -> Cost:
-        """What `rank` sends for a site, row by row of what its mask leaves."""
-        return cost_of(*(self.exchanges(site, P, layout, rank, way) for way in WAYS))
-
     def exchanges(self, site: Site, P: int, layout: Layout, rank: int, way: Way) -> Exchanges:
-        """The same in one pass: what goes there, and what goes home."""
+        """What `rank` sends for a site in one pass, row by row of what its mask leaves: what goes there, and what goes home."""
         there, _, home = _sizes(self, site, P, layout, way, blocks.TILE)
         hosted, visited = (peers_of(enumerate(each)) for each in (there[rank], [of_host[rank] for of_host in there]))
         found, back = (peers_of(enumerate(each)) for each in (home[rank], [of_host[rank] for of_host in home]))

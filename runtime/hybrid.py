@@ -145,7 +145,7 @@ class _Hybrid(Strategy):
 
     def _stages(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         unmasked = replace(site, max_ahead=None, max_behind=None, predicate="")
-        (_, share), *_ = self._weighted_shares(unmasked, group_size, layout, rank)[-1:]
+        _, share = self._shares(unmasked, group_size, layout, rank)[-1]
         return sum(each.messages for each in self.trade.exchanges(share, "forward", "flat").values())
 
     def _head_sizes(self, site: Site, rank: int) -> dict[sympy.Symbol, int]:
@@ -167,10 +167,10 @@ class _Hybrid(Strategy):
         of_others = _along(at, part.mesh, others)
         return Share(part, part.mesh[others], layout, at[others], held, range(*heads), site.heads // site.kv_heads, of_others)
 
-    def _weighted_shares(self, site: Site, group_size: int, layout: Layout, rank: int) -> list[tuple[Fraction, Share]]:
+    def _shares(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> list[tuple[Case, Share]]:
         """What is asked, or what stands for it among fewer nodes: with the same heads, of which many nodes would have other shares."""
-        cases = self.cases(site, group_size, layout, rank)
-        return [(case.weight, self._share(site, layout, rank, case.site, case.rank)) for case in cases]
+        cases = self.cases(site, group_size, layout, rank, together)
+        return [(case, self._share(site, layout, rank, case.site, case.rank)) for case in cases]
 
     def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:
         """Rows that are traded inside a node are those of all nodes."""
@@ -185,11 +185,11 @@ class _Hybrid(Strategy):
         shares = num_heads_of_ranks(mesh[self.heads_along], site.heads, site.kv_heads)
         ranks = _along(at, mesh, self.heads_along)
         heads = head_exchanges(way, sizes, shares, at[self.heads_along], ranks, scopes[self.heads_along])
-        found = [Part(Fraction(1), rank, heads)]
-        for case in self.cases(site, group_size, layout, rank, together):
-            share = self._share(site, layout, rank, case.site, case.rank)
-            found.append(Part(case.weight, case.rank, self.trade.exchanges(share, way, scopes[1 - self.heads_along])))
-        return found
+        traded = [
+            Part(case.weight, case.rank, self.trade.exchanges(share, way, scopes[1 - self.heads_along]))
+            for case, share in self._shares(site, group_size, layout, rank, together)
+        ]
+        return [Part(Fraction(1), rank, heads), *traded]
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """The heads are exchanged before and after, with nothing to compute beside; the rows as what trades them does."""
@@ -200,9 +200,11 @@ class _Hybrid(Strategy):
     def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
         if group_size == 1:
             return super().work(site, group_size, layout, rank, way)
-        found = self._weighted_shares(site, group_size, layout, rank)
-        whole = [(weight, replace(share.site, heads=site.heads, kv_heads=site.kv_heads), share) for weight, share in found]
-        return weighted_work([(weight, work_of_all(all_heads, self.trade.tasks(share, way), way)) for weight, all_heads, share in whole])
+        found = [
+            (case.weight, work_of_all(replace(share.site, heads=site.heads, kv_heads=site.kv_heads), self.trade.tasks(share, way), way))
+            for case, share in self._shares(site, group_size, layout, rank)
+        ]
+        return weighted_work(found)
 
     def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         if group_size == 1:

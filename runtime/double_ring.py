@@ -32,15 +32,15 @@ from autoseq.runtime.circle import Circle, finish
 from autoseq.runtime.extrapolation import Case, cases_of
 from autoseq.runtime.lanes import (
     Lane,
-    Seat,
+    LanePlace,
     cheapest_lane,
     common_lanes,
+    exchanges_at,
     keeps_last_keys,
     key_bytes,
     key_row_elements,
     own_keys,
     ring_phases,
-    seats_exchanges,
     visitor,
     with_gradients,
     with_keys,
@@ -210,9 +210,9 @@ class DoubleRing(Strategy):
         ranks = site.mesh[1]
         node, place = divmod(rank, ranks)
         routes, own_node = _routes(site, group_size, layout), range(node * ranks, (node + 1) * ranks)
-        across = [Seat(routes.across[place], node, range(place, group_size, ranks))]
-        inside = [Seat(lane, place, own_node, keeps=False) for lane in routes.inside[node]]
-        return seats_exchanges(site, across, way, "across", "across_") | seats_exchanges(site, inside, way, "inside", "inside_")
+        across = [LanePlace(routes.across[place], node, range(place, group_size, ranks))]
+        inside = [LanePlace(lane, place, own_node, keeps=False) for lane in routes.inside[node]]
+        return exchanges_at(site, across, way, "across", "across_") | exchanges_at(site, inside, way, "inside", "inside_")
 
     def phases(self, way: Way) -> tuple[Phase, ...]:
         """A circle inside the node for each hop across; a backward's begin with the keys at hand, and end with the way home."""

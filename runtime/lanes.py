@@ -87,7 +87,7 @@ MessageRows = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class LanePlace:
     """A place in a lane, and the ranks that have the places. `keeps` says that a backward starts with the last keys of the forward."""
 
     lane: Lane
@@ -108,15 +108,15 @@ class Seat:
         return (self.place + route.step) % route.size, (self.place - route.step) % route.size
 
 
-def seats_exchanges(site: Site, seats: Sequence[Seat], way: Way, scope: Scope = "flat", prefix: str = "") -> Exchanges:
-    """What the rank on some seats sends in one pass: keys and, in a backward, their gradients."""
+def exchanges_at(site: Site, places: Sequence[LanePlace], way: Way, scope: Scope = "flat", prefix: str = "") -> Exchanges:
+    """What the rank at a place in each of some lanes sends in one pass: keys and, in a backward, their gradients."""
     elements = key_row_elements(site)
     sizes = {"keys": elements * site.element_bytes}
     if way == "backward":
         sizes["gradients"] = elements * accumulator_bytes(site)
-    ends = [(seat, *seat.neighbours(way)) for seat in seats]
-    sent = [(seat.ranks[to], seat.sent(way, seat.place)) for seat, to, _ in ends]
-    came = [(seat.ranks[source], seat.sent(way, source)) for seat, _, source in ends]
+    ends = [(each, *each.neighbours(way)) for each in places]
+    sent = [(each.ranks[to], each.sent(way, each.place)) for each, to, _ in ends]
+    came = [(each.ranks[source], each.sent(way, source)) for each, _, source in ends]
 
     def peers(rows: Sequence[tuple[int, MessageRows]], kind: int, row_bytes: int) -> Peers:
         return peers_of((rank, (row_bytes * count for count in of_kinds[kind])) for rank, of_kinds in rows)
@@ -136,7 +136,7 @@ def lanes_exchanges(
     `places` and `heads` are as for `needs_of_site`, and `ranks` those of the participants, if they are not all there are.
     """
     found = _lanes_of_site(lanes, site, P, layout, places, heads, blocks.TILE)
-    return seats_exchanges(site, [Seat(lane, rank, ranks or range(P)) for lane in found], way, scope)
+    return exchanges_at(site, [LanePlace(lane, rank, ranks or range(P)) for lane in found], way, scope)
 
 
 @lru_cache(maxsize=256)

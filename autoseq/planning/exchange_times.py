@@ -65,22 +65,23 @@ def _seconds_of_rank(
     exchanges, R = strategy.exchanges(site, P, layout, rank, way), topology.ranks_per_node
     if P <= R:
         return {name: topology.seconds(each.kind, each.bytes, each.messages, ranks=P) for name, each in exchanges.items()}
-    crossings = strategy.crossings(site, P, layout, rank, way, R)
-    loads = _node_loads(strategy, site, P, layout, rank // R, way, R)
+    of_node = _crossings_of_node(strategy, site, P, layout, rank // R, way, R)
+    own = of_node[rank % R]
     return {
         name: max(
-            topology.seconds(each.kind, max(0, each.bytes - crossings[name].sent_bytes), crossings[name].inside_messages, ranks=R),
-            crossing_seconds(topology, each.kind, loads[name], P),
+            topology.seconds(each.kind, max(0, each.bytes - own[name].sent_bytes), own[name].inside_messages, ranks=R),
+            crossing_seconds(topology, each.kind, NodeLoad.of([of_rank[name] for of_rank in of_node]), P),
         )
         for name, each in exchanges.items()
     }
 
 
 @lru_cache(maxsize=1024)
-def _node_loads(strategy: Strategy, site: Site, P: int, layout: Layout, node: int, way: Way, R: int) -> Mapping[str, NodeLoad]:
-    """The ranks of a node ask for the same."""
-    of_ranks = [strategy.crossings(site, P, layout, rank, way, R) for rank in range(node * R, (node + 1) * R)]
-    return {name: NodeLoad.of([each[name] for each in of_ranks]) for name in of_ranks[0]}
+def _crossings_of_node(
+    strategy: Strategy, site: Site, P: int, layout: Layout, node: int, way: Way, R: int
+) -> tuple[Mapping[str, Crossing], ...]:  # fmt: skip
+    """Of each of its ranks, which all ask for the same."""
+    return tuple(strategy.crossings(site, P, layout, rank, way, R) for rank in range(node * R, (node + 1) * R))
 
 
 def crossing_seconds(topology: Topology, kind: Kind, load: NodeLoad, ranks: int) -> float:

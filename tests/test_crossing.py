@@ -24,7 +24,7 @@ from autoseq.runtime.timeline import WAYS, Crossing, Exchange, Peer, Way, crossi
 from dense_attention import Case
 from ranks import run_ranks
 from sent_job import sent_on_rank
-from unit_hardware import SITE, link, topology
+from unit_hardware import SITE, link, seconds_in, topology
 
 CASES = {
     "everything, uneven heads": Case(16, 16, heads=9, kv_heads=3, mask="none"),
@@ -186,7 +186,7 @@ def test_where_all_ranks_send_alike_it_is_what_the_topology_says(name: str) -> N
     for way in WAYS:
         found = [exchange_seconds(STRATEGIES[name], site, 8, "contiguous", rank, hardware, way) for rank in range(8)]
         for of, each in STRATEGIES[name].exchanges(site, 8, "contiguous", 0, way).items():
-            expected = hardware.seconds(each.kind, each.bytes, each.messages, ranks=8, scope=each.scope)
+            expected = seconds_in(each.scope, hardware, each.kind, each.bytes, each.messages, ranks=8)
             assert max(of_rank[of] for of_rank in found) == pytest.approx(expected), of
 
 

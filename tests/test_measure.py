@@ -29,6 +29,7 @@ from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime import blockwise
 from autoseq.runtime.errors import OptionError
 from ranks import run_ranks
+from unit_hardware import seconds_in
 
 SIZES = (10**3, 10**5, 10**7)
 
@@ -89,7 +90,7 @@ def times_of(topology: Topology, P: int, scopes: tuple[Scope, ...]) -> TIMES:
     """What timing would find on such hardware."""
     asked = (10**3, 10**6, 10**8)
     return {
-        scope: {kind: [Sample(n, topology.seconds(kind, n, 1, ranks=P, scope=scope)) for n in asked] for kind in KINDS} for scope in scopes
+        scope: {kind: [Sample(n, seconds_in(scope, topology, kind, n, 1, ranks=P)) for n in asked] for kind in KINDS} for scope in scopes
     }
 
 
@@ -111,8 +112,8 @@ def test_the_rates_of_links_are_found_again_from_their_times(name: str, lanes: i
     for scope in scopes:
         for kind in KINDS:
             for num_bytes in SIZES:
-                expected = hardware.seconds(kind, num_bytes, 1, ranks=P, scope=scope)
-                assert found.seconds(kind, num_bytes, 1, ranks=P, scope=scope) == pytest.approx(expected, rel=2e-3)
+                expected = seconds_in(scope, hardware, kind, num_bytes, 1, ranks=P)
+                assert seconds_in(scope, found, kind, num_bytes, 1, ranks=P) == pytest.approx(expected, rel=2e-3)
     if hardware.nodes == 1:
         assert found.between is None
 

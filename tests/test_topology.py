@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from autoseq.planning.topology import KINDS, KernelRates, Kind, Link, Rate, Scope, Topology
 from autoseq.runtime.errors import TopologyError
+from unit_hardware import seconds_in
 
 KERNELS = KernelRates(4e12, 3e12, 2e12, 1e12)
 # Inside a node 10 us and 100 GB/s; between nodes 20 us and 10 GB/s a card.
@@ -27,8 +28,8 @@ RING = ("all_gather", "reduce_scatter", "all_reduce")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scope", ["flat", "inside"])
 def test_in_one_node_messages_cost_latency_and_bytes_the_rate(kind: Kind, scope: Scope) -> None:
-    assert ONE.seconds(kind, 6 * MB, 3, ranks=4, scope=scope) == pytest.approx(3e-5 + 6e-5)
-    assert TWO.seconds(kind, 6 * MB, 3, ranks=8, scope="inside") == pytest.approx(3e-5 + 6e-5)
+    assert seconds_in(scope, ONE, kind, 6 * MB, 3, ranks=4) == pytest.approx(3e-5 + 6e-5)
+    assert seconds_in("inside", TWO, kind, 6 * MB, 3, ranks=8) == pytest.approx(3e-5 + 6e-5)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +42,14 @@ def test_in_one_node_messages_cost_latency_and_bytes_the_rate(kind: Kind, scope:
     ],
 )
 def test_over_two_nodes(kind: Kind, scope: Scope, seconds: float) -> None:
-    assert TWO.seconds(kind, MB, 1, ranks=8, scope=scope) == pytest.approx(seconds)
+    assert seconds_in(scope, TWO, kind, MB, 1, ranks=8) == pytest.approx(seconds)
+    assert scope != "flat" or TWO.seconds(kind, MB, 1, ranks=8) == pytest.approx(seconds)
 
 
 def test_more_cards_than_ranks_do_not_speed_up_one_message() -> None:
     many = replace(TWO, between=replace(BETWEEN, lanes=8))
-    assert many.seconds("send", MB, 1, ranks=8, scope="across") == pytest.approx(2e-5 + 1e-4)
-    assert many.seconds("all_to_all", MB, 1, ranks=8, scope="across") == pytest.approx(2e-5 + 1e-4 / 2)
+    assert seconds_in("across", many, "send", MB, 1, ranks=8) == pytest.approx(2e-5 + 1e-4)
+    assert seconds_in("across", many, "all_to_all", MB, 1, ranks=8) == pytest.approx(2e-5 + 1e-4 / 2)
 
 
 def test_inside_and_crossing_go_on_at_once_and_the_slower_counts() -> None:
@@ -70,8 +72,8 @@ def test_nodes_of_one_rank_have_no_inside() -> None:
 
 @pytest.mark.parametrize("scope", ["flat", "inside", "across"])
 def test_a_rank_by_itself_sends_nothing_and_a_node_by_itself_crosses_nothing(scope: Scope) -> None:
-    assert TWO.seconds("send", 0, 0, ranks=1, scope=scope) == 0
-    assert TWO.seconds("send", MB, 1, ranks=4, scope=scope) == pytest.approx(1e-5 + 1e-5)
+    assert seconds_in(scope, TWO, "send", 0, 0, ranks=1) == 0 == TWO.seconds("send", 0, 0, ranks=1)
+    assert seconds_in(scope, TWO, "send", MB, 1, ranks=4) == pytest.approx(1e-5 + 1e-5)
 
 
 def test_as_many_nodes_as_the_ranks_take() -> None:
@@ -124,7 +126,7 @@ def test_more_takes_longer_and_faster_links_take_less(
     P = topology.world_size
 
     def seconds(hardware: Topology, num_bytes: int, messages: int) -> float:
-        return hardware.seconds(kind, num_bytes, messages, ranks=P, scope=scope)
+        return seconds_in(scope, hardware, kind, num_bytes, messages, ranks=P)
 
     taken = seconds(topology, num_bytes, messages)
     assert (taken > 0) == (P > 1 and num_bytes + messages > 0)

@@ -152,12 +152,12 @@ class Topology:
             raise TopologyError(f"topology {self.name!r} knows no dtype {dtype!r}; kernels have rates for {', '.join(DTYPES)}")
         return next(self.kernels[each] for each in (dtype, *_STAND_INS[dtype]) if each in self.kernels)
 
-    def seconds(self, kind: Kind, num_bytes: float, messages: float, *, ranks: int, scope: Scope = "flat") -> float:
+    def seconds(self, kind: Kind, num_bytes: float, messages: float, *, ranks: int) -> float:
         """How long one rank's messages take while each of the sequence's `ranks` ranks, in whole nodes, does likewise.
 
         `num_bytes` is what one rank sends in all, counted as in `runtime.traffic`. Raises TopologyError as `at` does.
         """
-        return max((path.seconds(num_bytes, messages) for path in self.paths(kind, ranks=ranks, scope=scope)), default=0.0)
+        return max((path.seconds(num_bytes, messages) for path in self.paths(kind, ranks=ranks)), default=0.0)
 
     def paths(self, kind: Kind, *, ranks: int, scope: Scope = "flat") -> tuple[Path, ...]:
         """The ways that one rank's messages take side by side; the slowest decides. None for a rank by itself.

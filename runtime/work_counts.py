@@ -75,7 +75,7 @@ def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
 
 def _of_task(site: Site, task: Task) -> tuple[Work, Work]:
     """Forward and backward, without what comes home."""
-    return _of_site(site, replace(_from_first_head(task, site), came_home=0))
+    return _of_site(site, replace(_from_first_head(task, site), came_home=0), blocks.TILE, MOST_TILES)
 
 
 def _from_first_head(task: Task, site: Site) -> Task:
@@ -88,7 +88,8 @@ def _from_first_head(task: Task, site: Site) -> Task:
 
 
 @lru_cache(maxsize=4096)
-def _of_site(site: Site, task: Task) -> tuple[Work, Work]:
+def _of_site(site: Site, task: Task, tile: int, most_tiles: int) -> tuple[Work, Work]:
+    """Ranks and stages ask for the same. It is counted in tiles of that size, so many of them one by one."""
     sizes = Sizes(site.batch, site.head_dim, site.value_dim, site.q_len, site.heads // site.kv_heads, bool(site.learned))
     empty_rows = cast(EmptyRows, site.empty_rows)
     return works_of(task, Problem(site.mask, [], 1.0, site.score, dropout_p=site.dropout_p, empty_rows=empty_rows), sizes)

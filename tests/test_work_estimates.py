@@ -92,10 +92,8 @@ def test_the_rows_that_stand_for_all_are_spread_over_the_shards(
     site, strategy = replace(LONG, q_len=1024, k_len=1024, predicate=predicate), STRATEGIES[name]
     with small_tiles():
         for rank in (0, 3):
-            work_counts._of_site.cache_clear()
             monkeypatch.setattr(work_counts, "MOST_TILES", 2**30)
             exact = strategy.work(site, 4, layout, rank, "forward")
-            work_counts._of_site.cache_clear()
             monkeypatch.setattr(work_counts, "MOST_TILES", 2**9)
             told = strategy.work(site, 4, layout, rank, "forward")
             for of in ("pairs", *(["launches", "merged_elements"] if "c0" in predicate else [])):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_job import Run, axes_of, call_keywords, shard
-from autoseq.runtime import blocks, blockwise, work_counts
+from autoseq.runtime import blocks, blockwise
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.tiles import Tile
 from autoseq.runtime.timeline import NO_WORK, Work
@@ -24,12 +24,7 @@ def small_tiles() -> Iterator[None]:
     """Tiles of a few rows, so that short sequences have many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "TILE", TILE)
-        # What was counted in tiles of another size says nothing here, nor what is counted here later.
-        work_counts._of_site.cache_clear()
-        try:
-            yield
-        finally:
-            work_counts._of_site.cache_clear()
+        yield
 
 
 def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[tuple[Work, Work]]:

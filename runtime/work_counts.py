@@ -185,15 +185,14 @@ def _counted(task: Task, problem: Problem, sizes: Sizes, *, plain: bool) -> tupl
         for run, q_chunk, k_chunk, block in tiling.blocks(piece, plain=plain, proven_only=True):
             tile = (0, q_chunk[1] + block.q_offset, block.q_rows), (0, k_chunk[1] + block.k_offset, block.k_rows)
             pairs = pairs_within(problem.mask, *tile) if problem.mask.predicate else 0
-            found.add(run, 1, pairs, block.q_rows, block.k_rows)
-            found.given(run, block.kind, block.ask_predicate, block.q_rows * block.k_rows, block.q_rows)
+            kind = BlockKind.PARTIAL if block.ask_predicate else block.kind
+            found.add(run, kind, 1, pairs, block.q_rows * block.k_rows, block.q_rows, block.k_rows)
     if problem.mask.predicate:
         # A predicate that looks up tensors leaves all tiles to be asked: they are counted together.
         for run, tiles in tiling.undecided([chunk for piece in task.keys for chunk in piece], plain=plain):
             q_start, q_rows, k_start, k_rows = tiles.T
-            pairs = int(_pairs_of_tiles(problem.mask, q_start - k_start, q_rows, k_rows).sum())
-            found.add(run, len(tiles), pairs, int(q_rows.sum()), int(k_rows.sum()))
-            found.given(run, BlockKind.PARTIAL, True, int((q_rows * k_rows).sum()), 0)
+            sums = (_pairs_of_tiles(problem.mask, q_start - k_start, q_rows, k_rows), q_rows * k_rows, q_rows, k_rows)
+            found.add(run, BlockKind.PARTIAL, len(tiles), *(int(each.sum()) for each in sums))
     return found.works()
 
 
@@ -212,24 +211,23 @@ class _Tally:
     causal_rows: int = 0
     masked: int = 0
 
-    def add(self, run: HeadRun, calls: int, pairs: int, q_rows: int, k_rows: int) -> None:
-        """So many calls for a run of heads, with so many pairs of one head, rows of queries and of keys in all."""
+    def add(self, run: HeadRun, kind: BlockKind, calls: int, pairs: int, given: int, q_rows: int, k_rows: int) -> None:
+        """So many calls for a run of heads, on blocks of a kind.
+
+        Of one head in all: pairs that the mask leaves, those that kernels are given, and rows of queries and of keys.
+        """
         sizes, (heads, kv_heads) = self.sizes, _counts(run)
         self.calls += calls
         self.pairs += heads * pairs
         self.merged += heads * q_rows * (sizes.value_dim + 1)
         self.merged_back += heads * q_rows * sizes.head_dim + kv_heads * k_rows * (sizes.head_dim + sizes.value_dim)
-
-    def given(self, run: HeadRun, kind: BlockKind, asked: bool, pairs: int, rows: int) -> None:
-        """Blocks of a kind, with so many pairs and rows of one head, whatever is masked of them."""
-        heads, _ = _counts(run)
-        if asked or kind is BlockKind.PARTIAL or self.with_terms:
-            self.masked += heads * pairs
+        if kind is BlockKind.PARTIAL or self.with_terms:
+            self.masked += heads * given
         elif kind is BlockKind.CAUSAL:
-            self.causal += heads * pairs
-            self.causal_rows += heads * rows
+            self.causal += heads * given
+            self.causal_rows += heads * q_rows
         else:
-            self.full += heads * pairs
+            self.full += heads * given
 
     def works(self) -> tuple[Work, Work]:
         """Forward and backward."""

@@ -16,7 +16,7 @@ from autoseq.passes.attention_site import is_attention
 from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
 from autoseq.planning.asked_ranks import asked_ranks
-from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken, told
+from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken, three_digits
 from autoseq.planning.prediction import step_seconds
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import StrategyError
@@ -52,7 +52,7 @@ class SitePlan:
     def best_offer(self, strategy: str, layout: Layout) -> tuple[Layout, Offer] | None:
         """The fastest that a strategy offers in any layout, this one (`layout`) first; None if it could serve in none."""
         every = [*((layout, offer) for offer in self.offers), *self.elsewhere]
-        return min((each for each in every if each[1].strategy == strategy), key=lambda each: told(each[1].seconds), default=None)
+        return min((each for each in every if each[1].strategy == strategy), key=lambda each: three_digits(each[1].seconds), default=None)
 
     @property
     def offer(self) -> Offer:
@@ -166,7 +166,7 @@ def make_plan(
     if len(refused) == len(asked):
         raise StrategyError("; or ".join(refused.values()))
     found = [_candidate(each, offers, room) for each, offers in offered.items() if not isinstance(offers, str)]
-    best = min(found, key=lambda candidate: (not candidate.fits, told(candidate.seconds) if candidate.fits else candidate.held_bytes))
+    best = min(found, key=lambda each: (not each.fits, three_digits(each.seconds) if each.fits else each.held_bytes))
     losing = [each for each in found if each is not best]
     planned = tuple(
         _site_plan(named, best, number, [(each.layout, offer) for each in losing for offer in each.offers[number]], group_size, names)
@@ -268,7 +268,7 @@ def _layout_lost(lost: _Candidate, best: _Candidate) -> str:
         return f"{seconds}; it does not fit"
     if not best.fits:
         return f"{seconds}; neither fits, and it holds {lost.held_bytes - best.held_bytes:,} bytes more"
-    if told(lost.seconds) == told(best.seconds):
+    if three_digits(lost.seconds) == three_digits(best.seconds):
         return f"{seconds}, which is the same in three digits; {best.layout} is simpler"
     return seconds
 
@@ -292,11 +292,11 @@ def _why_not(name: str, found: tuple[Layout, Offer] | None, best: Offer, site: S
     where, lost = found
     other = "" if where == layout else f" with {where} rows"
     seconds = f"{lost.seconds:.3g} s a step{other}, {best.strategy} {best.seconds:.3g}"
-    if told(lost.seconds) > told(best.seconds):
+    if three_digits(lost.seconds) > three_digits(best.seconds):
         return seconds
     if other:
         return f"{seconds} with {layout} rows, which suit all attentions together better"
-    if told(lost.seconds) == told(best.seconds) and lost.sent_bytes >= best.sent_bytes:
+    if three_digits(lost.seconds) == three_digits(best.seconds) and lost.sent_bytes >= best.sent_bytes:
         return f"{seconds}, which is the same in three digits; {_tie(lost, best)}"
     held = lost.kept_bytes + lost.buffer_bytes - best.kept_bytes - best.buffer_bytes
     return f"{seconds}, but it holds {held:,} bytes more and does not fit"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autoseq.plan_model import plan_training
 from autoseq.planner import NamedSite, make_plan
-from autoseq.planning.choice import told
+from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Split, candidates, splits
 from autoseq.planning.model_cost import Collective, ModelCost, PassCost
 from autoseq.planning.presets import load_topology
@@ -77,7 +77,7 @@ def test_copies_of_the_data_are_fastest_where_they_fit() -> None:
     assert found[0].split == Split(8, 1)
     assert found[0].strategies == {"local": 2}
     assert [each.fits for each in found] == sorted((each.fits for each in found), reverse=True)
-    fitting = [told(each.seconds) for each in found if each.fits]
+    fitting = [three_digits(each.seconds) for each in found if each.fits]
     assert fitting == sorted(fitting)
 
 
@@ -86,11 +86,11 @@ def test_times_that_are_the_same_in_three_digits_go_to_the_simpler_plan() -> Non
     free = Link(*[Rate(0.0, 1e30)] * 5)
     best, *others = candidates(training(batch=1, layers=1, window=8191), 4, replace(H100, inside=free, launch_s=0.0))
     assert best.split == Split(1, 4)
-    assert all(told(best.seconds) <= told(each.seconds) for each in others)
+    assert all(three_digits(best.seconds) <= three_digits(each.seconds) for each in others)
     (site,) = best.plan.sites
     for name, reason in site.losers:
         found = site.best_offer(name, best.plan.layout)
-        if found is not None and found[0] == best.plan.layout and told(found[1].seconds) == told(site.seconds):
+        if found is not None and found[0] == best.plan.layout and three_digits(found[1].seconds) == three_digits(site.seconds):
             assert re.search("the same in three digits; (it sends .* more|.* comes first in the list of strategies)", reason), reason
 
 
@@ -202,7 +202,7 @@ def test_a_sweep_has_a_point_for_each_value_and_finds_where_strategies_overtake(
     for point in points:
         assert point.best is not None
         alone = [seconds for seconds in point.seconds.values() if seconds is not None]
-        assert told(point.best.seconds) <= told(min(alone))  # what is the same in three digits goes to the simpler
+        assert three_digits(point.best.seconds) <= three_digits(min(alone))  # what is the same in three digits goes to the simpler
         assert point.seconds["halo"] is None and point.seconds["ring"] is not None
     for value, before, after in overtakings(points):
         assert value in [point.value for point in points] and before != after
@@ -264,6 +264,6 @@ def test_no_strategy_beats_the_choice_and_no_choice_exceeds_memory_that_somethin
             other = make_plan(named, group_size=P, strategy=name, layout=layout, topology=topology)
             if other.memory_bytes() <= topology.memory_bytes:
                 assert chosen.memory_bytes() <= topology.memory_bytes
-                assert not single or told(chosen.seconds()) <= told(other.seconds())  # three digits: `choice.told`
+                assert not single or three_digits(chosen.seconds()) <= three_digits(other.seconds())  # three digits: `choice.three_digits`
             elif chosen.memory_bytes() > topology.memory_bytes:
                 assert chosen.memory_bytes() <= other.memory_bytes()

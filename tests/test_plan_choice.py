@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoseq.planning.choice import told
+from autoseq.planning.choice import three_digits
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology_file import parse_topology
 from autoseq.runtime.strategies import STRATEGIES
@@ -48,7 +48,7 @@ def test_ranks_measure_predict_choose_and_time(tmp_path: Path, capsys: pytest.Ca
         assert candidate.strategy in printed
         assert len(outcome["rounds_s"]) == 2 and 0 < outcome["forward_s"] < sum(outcome["rounds_s"])
         assert outcome["predicted_s"] == prediction(candidate, WORK, TWO, topology)["predicted_s"]
-        assert told(outcome["predicted_s"]) >= told(outcomes[chosen]["predicted_s"])
+        assert three_digits(outcome["predicted_s"]) >= three_digits(outcomes[chosen]["predicted_s"])
     assert f"\n{int(found['is_good'])} of 1 choices are the fastest measured or within 10% of it" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from autoseq.cli import app
 from autoseq.plan_model import look_at
 from autoseq.plan_report import call_of
-from autoseq.planning.choice import told
+from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Split, candidates
 from autoseq.planning.exchange_times import exchange_seconds as seconds_of
 from autoseq.planning.prediction import LANES, pass_time
@@ -62,7 +62,7 @@ def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
     assert best["memory_bytes"] == sum(best["memory"].values())
     assert best["tokens_per_s"] == pytest.approx(1024 / best["step_seconds"])
-    assert all(told(best["step_seconds"]) <= told(each["step_seconds"]) for each in others if each["fits"])
+    assert all(three_digits(best["step_seconds"]) <= three_digits(each["step_seconds"]) for each in others if each["fits"])
 
 
 def test_every_loser_has_a_reason_and_its_seconds_where_it_could_serve(swept: tuple[dict, Path]) -> None:
@@ -70,7 +70,7 @@ def test_every_loser_has_a_reason_and_its_seconds_where_it_could_serve(swept: tu
         assert {loser["strategy"] for loser in site["losers"]} | {site["strategy"]} == set(STRATEGIES)
         assert all((loser["seconds"] is None) == (loser["layout"] is None) for loser in site["losers"])
         assert all(loser["reason"] for loser in site["losers"])
-        assert all(loser["seconds"] is None or told(loser["seconds"]) >= told(site["seconds"]) for loser in site["losers"])
+        assert all(loser["seconds"] is None or three_digits(loser["seconds"]) >= three_digits(site["seconds"]) for loser in site["losers"])
 
 
 def test_the_sweep_has_points_and_the_plot_is_a_picture(swept: tuple[dict, Path]) -> None:

@@ -22,10 +22,10 @@ class Offer:
     @property
     def worth(self) -> tuple[float, int]:
         """What is less is better."""
-        return told(self.seconds), self.sent_bytes
+        return three_digits(self.seconds), self.sent_bytes
 
 
-def told(seconds: float) -> float:
+def three_digits(seconds: float) -> float:
     """Seconds as plans tell them, with three digits: what differs in later ones takes equally long, and the simpler is taken.
 
     A prediction is not as exact as that. A wider band would let a plan be beaten by another's own prediction.
@@ -55,9 +55,9 @@ def smallest(sites: Sequence[Sequence[Offer]]) -> Picks:
 def choose(sites: Sequence[Sequence[Offer]], limit_bytes: float) -> Picks | None:
     """A choice that fits and of which no site can take a faster offer that still fits; None if nothing fits.
 
-    Without a limit in the way it is each site's fastest offer, of equally fast ones (`told`) what sends less, or the first. Otherwise the
-    largest buffer is guessed, time is traded for memory where a byte costs the fewest seconds, and what is left over is spent again.
-    Finding the very best choice is a knapsack problem, but what comes out fits whenever anything does.
+    Without a limit in the way it is each site's fastest offer, of equally fast ones (`three_digits`) what sends less, or the first.
+    Otherwise the largest buffer is guessed, time is traded for memory where a byte costs the fewest seconds, and what is left over is
+    spent again. Finding the very best choice is a knapsack problem, but what comes out fits whenever anything does.
     """
     fastest = tuple(min(range(len(offers)), key=lambda i, of=offers: of[i].worth) for offers in sites)
     if needed_bytes(taken(sites, fastest)) <= limit_bytes:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autoseq.planner import Plan, make_plan
-from autoseq.planning.choice import told
+from autoseq.planning.choice import three_digits
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Memory, StepTime, Training, memory_besides_attention, sent_bytes, step_time, tokens_of_rank
 from autoseq.runtime.errors import PlanError, StrategyError
@@ -98,7 +98,7 @@ def candidates(
     order = {each.split: number for number, each in enumerate(found)}
 
     def rank(each: Candidate) -> tuple[bool, float, int]:
-        return not each.fits, told(each.seconds) if each.fits else each.memory.total, order[each.split]
+        return not each.fits, three_digits(each.seconds) if each.fits else each.memory.total, order[each.split]
 
     return sorted(useful or found, key=rank)
 

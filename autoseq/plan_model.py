@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from autoseq.program import Program
 from autoseq.report import readable_bytes
 from autoseq.runtime.errors import PlanError, StrategyError
 from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.strategy import MESH_ADVICE
 
 _LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
 
@@ -110,7 +110,7 @@ def plan_training(
 
 def in_a_plan(reason: str) -> str:
     """A refusal without the advice to give the model a mesh: a plan tries all meshes that there are."""
-    return re.sub(r": give option mesh .*? part of the ranks", ", which a sequence of this plan has not", reason)
+    return reason.replace(f": {MESH_ADVICE}", ", which a sequence of this plan has not")
 
 
 def _nothing_fits(

@@ -19,10 +19,10 @@ from autoseq.plan_model import look_at
 from autoseq.plan_report import call_of
 from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Split, candidates
-from autoseq.planning.exchange_times import exchange_seconds as seconds_of
+from autoseq.planning.exchange_times import exchange_seconds
 from autoseq.planning.prediction import LANES, pass_time
 from autoseq.planning.presets import load_topology
-from autoseq.planning.time_formulas import WORK, exchange_seconds, time_formula
+from autoseq.planning.time_formulas import WORK, exchange_symbol, time_formula
 from autoseq.planning.topology import Rate
 from autoseq.planning.topology_file import dump
 from autoseq.runtime.strategies import STRATEGIES
@@ -194,7 +194,7 @@ def test_the_formula_gives_the_predicted_seconds(name: str, way: str) -> None:
     found = pass_time(strategy, site, 4, layout, 1, hardware, way)  # type: ignore[arg-type]
     exchanges = strategy.exchanges(site, 4, layout, 1, way)  # type: ignore[arg-type]
     assert {exchange.scope for exchange in exchanges.values()} <= set(LANES)
-    taken = seconds_of(strategy, site, 4, layout, 1, hardware, way)  # type: ignore[arg-type]
-    messages = {exchange_seconds(name): each for name, each in taken.items()}
+    taken = exchange_seconds(strategy, site, 4, layout, 1, hardware, way)  # type: ignore[arg-type]
+    messages = {exchange_symbol(name): each for name, each in taken.items()}
     formula = time_formula(strategy, way)  # type: ignore[arg-type]
     assert float(formula.subs({WORK: found.work_s} | messages | strategy.sizes(site, 4, layout, 1))) == pytest.approx(found.seconds)

@@ -15,9 +15,7 @@ from autoseq.planning import time_formulas as formulas
 from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.exchange_times import NodeLoad, crossing_seconds, exchange_seconds
 from autoseq.planning.prediction import dtype_of, pass_seconds, pass_time, step_seconds
-from autoseq.planning.time_formulas import WORK as WORK_S
-from autoseq.planning.time_formulas import exchange_seconds as symbol_of
-from autoseq.planning.time_formulas import time_formula, uses_links_together
+from autoseq.planning.time_formulas import exchange_symbol, host_symbol, time_formula, uses_links_together
 from autoseq.planning.topology import KernelRates, Rate, Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
@@ -95,10 +93,10 @@ def test_the_formula_knows_what_messages_take_of_the_cores(name: str, way: Way) 
     hosted = replace(plain, host=Rate(0.5, 3.0))
     site = replace(SITE, q_len=128, k_len=128, heads=8, kv_heads=8, max_behind=9, max_ahead=0, mesh=(2, 2))
     exchanges = strategy.exchanges(site, 4, "contiguous", 1, way)
-    values = {symbol_of(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, hosted, way).items()}
-    values |= {formulas.host_seconds(of): 0.5 * each.messages + each.bytes / 3 for of, each in exchanges.items()}
+    values = {exchange_symbol(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, hosted, way).items()}
+    values |= {host_symbol(of): 0.5 * each.messages + each.bytes / 3 for of, each in exchanges.items()}
     found = pass_time(strategy, site, 4, "contiguous", 1, hosted, way)
-    formula = time_formula(strategy, way, one_link=True, host=True).subs({**values, WORK_S: found.work_s})
+    formula = time_formula(strategy, way, one_link=True, host=True).subs({**values, formulas.WORK: found.work_s})
     assert float(formula.subs(strategy.sizes(site, 4, "contiguous", 1))) == pytest.approx(found.seconds)
     assert found.seconds > pass_seconds(strategy, site, 4, "contiguous", 1, plain, way)
 
@@ -206,9 +204,9 @@ def test_the_formula_knows_a_shared_link(name: str, way: Way) -> None:
     strategy = STRATEGIES[name]
     site = replace(SITE, q_len=512, k_len=512, heads=8, kv_heads=8, mesh=(2, 2), max_ahead=0, max_behind=99)
     found = pass_time(strategy, site, 4, "contiguous", 1, topology(), way)
-    messages = {symbol_of(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, topology(), way).items()}
+    messages = {exchange_symbol(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, topology(), way).items()}
     formula = time_formula(strategy, way, one_link=True)
-    values = {WORK_S: found.work_s} | messages | strategy.sizes(site, 4, "contiguous", 1)
+    values = {formulas.WORK: found.work_s} | messages | strategy.sizes(site, 4, "contiguous", 1)
     assert float(formula.subs(values)) == pytest.approx(found.seconds)
     assert (formula != time_formula(strategy, way)) == uses_links_together(strategy, way) == (name == "double_ring")
 

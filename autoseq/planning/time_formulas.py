@@ -33,12 +33,12 @@ _SAMPLE = Site(
 )  # fmt: skip
 
 
-def exchange_seconds(name: str) -> sympy.Symbol:
-    """The seconds of all messages of an exchange by themselves."""
+def exchange_symbol(name: str) -> sympy.Symbol:
+    """Of the seconds of all messages of an exchange by themselves."""
     return sympy.Symbol(f"T_{name}", nonnegative=True)
 
 
-def host_seconds(name: str) -> sympy.Symbol:
+def host_symbol(name: str) -> sympy.Symbol:
     """What all messages of an exchange take of the cores that compute."""
     return sympy.Symbol(f"H_{name}", nonnegative=True)
 
@@ -59,8 +59,8 @@ def phase_formulas(
     for phase in strategy.phases(way):
         busy: dict[Lane, sympy.Expr] = {"compute": phase.work * WORK}
         for name, share in phase.sends:
-            busy["compute"] += share * host_seconds(name) if host else 0
-            busy[lanes[name]] = busy.get(lanes[name], sympy.Integer(0)) + share * exchange_seconds(name)
+            busy["compute"] += share * host_symbol(name) if host else 0
+            busy[lanes[name]] = busy.get(lanes[name], sympy.Integer(0)) + share * exchange_symbol(name)
         parts = [part for part in busy.values() if part != 0]
         yield phase.times, sympy.Max(*parts) if parts else sympy.Integer(0)
 

@@ -39,7 +39,7 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.model_cost import model_cost
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
-from autoseq.report import readable_bytes
+from autoseq.report import readable_bytes, readable_seconds
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.step_timeline import Timeline, step_timeline
@@ -86,7 +86,7 @@ def _environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters.update(bytes=readable_bytes, number="{:,}".format, flops=costs.readable_flops, seconds=costs.readable_seconds)
+    made.filters.update(bytes=readable_bytes, number="{:,}".format, flops=costs.readable_flops, seconds=readable_seconds)
     made.tests.update(block=lambda x: isinstance(x, Block), fold=lambda x: isinstance(x, Fold), row=lambda x: isinstance(x, Row))
     return made
 
@@ -138,7 +138,7 @@ class _Page:
                 "largest intermediate", readable_bytes(self.inspection.largest_intermediate.num_bytes),
                 f"{readable_bytes(before)} on one device",
             ),
-            Figure("attention, predicted", costs.readable_seconds(sum(p.plan.seconds() for p in self.inspection.programs)), self.topology),
+            Figure("attention, predicted", readable_seconds(sum(p.plan.seconds() for p in self.inspection.programs)), self.topology),
             Figure("parameters", readable_bytes(parameters), "on every rank"),
             Figure("fallbacks", f"{fallbacks:,}", "steps on gathered values" if fallbacks else "nothing is gathered whole"),
         ]  # fmt: skip

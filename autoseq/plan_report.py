@@ -18,7 +18,7 @@ from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
 from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
 from autoseq.planning.training import Training, Warned
-from autoseq.report import readable_bytes, table
+from autoseq.report import readable_bytes, readable_seconds, table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -26,14 +26,6 @@ from autoseq.runtime.timeline import WAYS
 from autoseq.strategy_table import formula_text
 
 _SHOWN = 12
-
-
-def readable_seconds(seconds: float) -> str:
-    """`12.3 ms`."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:,.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
-    return f"{seconds * 1e9:.3g} ns"
 
 
 def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:

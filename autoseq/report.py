@@ -36,6 +36,14 @@ def readable_bytes(count: float) -> str:
     return f"{count:,.1f} TB" if count < 1000 else f"{count:,.0f} TB"
 
 
+def readable_seconds(seconds: float) -> str:
+    """`12.3 ms`."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Group:
     """A titled table whose numeric columns (those with `:` in front of their names) are right-aligned."""
     made = Table(header_style="bold")

@@ -7,7 +7,6 @@ from autoseq.html_blocks import Block, Fold, Item, Line, Parameter, Row, rows_of
 from autoseq.html_drawings import MOST_RANKS
 from autoseq.node_traffic import NOTHING_SENT, Sent
 from autoseq.planner import SitePlan
-from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.runtime.traffic import SILENT, Traffic
@@ -145,20 +144,21 @@ def refusals(planned: SitePlan) -> list[tuple[str, str]]:
     return [(", ".join(of_reason), reason) for reason, of_reason in names.items()]
 
 
-def symbol_values(planned: SitePlan, P: int, layout: Layout) -> list[tuple[str, str]]:
+def symbol_values(planned: SitePlan, P: int) -> list[tuple[str, str]]:
     """The symbols of the strategy's formulas at this site."""
     if P == 1:
         return []
     strategy = STRATEGIES[planned.strategy]
     used = {symbol for formula in strategy.formulas().values() for symbol in formula.free_symbols}
-    sizes = strategy.sizes(planned.site.site, P, layout, 0)
+    sizes = strategy.sizes(planned.site.site, P, planned.layout, 0)
     return sorted((str(symbol), f"{size:,}") for symbol, size in sizes.items() if symbol in used)
 
 
-def work_of_ranks(planned: SitePlan, P: int, layout: Layout) -> list[int]:
+def work_of_ranks(planned: SitePlan, P: int) -> list[int]:
     """Pairs of a query and a key that each of the first ranks computes in a forward."""
     strategy = STRATEGIES[planned.strategy]
-    return [strategy.work(planned.site.site, P, layout, rank, "forward").pairs for rank in range(min(P, MOST_RANKS))]
+    asked = planned.site.site, P, planned.layout
+    return [strategy.work(*asked, rank, "forward").pairs for rank in range(min(P, MOST_RANKS))]
 
 
 def result_line(item: Item) -> Line | None:

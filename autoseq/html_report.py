@@ -40,7 +40,7 @@ from autoseq.planning.model_cost import model_cost
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.report import readable_bytes, readable_seconds
-from autoseq.runtime.layout import Layout, local_length
+from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.step_timeline import Timeline, step_timeline
 from autoseq.strategy_table import LEGEND, summary
@@ -113,9 +113,8 @@ class _Page:
         self.inspection = found.inspection
         self.pictures = found.pictures
         self.P, self.seq_len = found.inspection.world_size, found.inspection.sequence_length
-        split = next((program for program in found.inspection.programs if program.plan.sites), found.inspection.programs[0])
-        self.layout: Layout = split.plan.layout  # of the first part that is split; the figure names all
-        self._layouts = {planned: program.plan.layout for program in found.inspection.programs for planned in program.plan.sites}
+        self._plan = next(program.plan for program in found.inspection.programs if program.plan.sites)
+        self.layout = self._plan.layout  # of the first part that is split; the figure names all
         self.most_ranks = MOST_RANKS
         self.strategy_legend = LEGEND
 
@@ -146,8 +145,7 @@ class _Page:
     @property
     def topology(self) -> str:
         """What the plan is for."""
-        name = next((program.plan.topology for program in self.inspection.programs if program.plan.sites), "")
-        return f"a step on {name}" if name else "a step"
+        return f"a step on {self._plan.topology}" if self._plan.topology else "a step"
 
     @property
     def sites(self) -> list[tuple[Row, int]]:
@@ -163,17 +161,17 @@ class _Page:
         return busy(self.found.timeline)
 
     def mask(self, planned: SitePlan, by_rank: bool) -> Drawing:
-        return mask_drawing(planned.site.site, self.P, self._layouts[planned], by_rank and not splits_heads(planned.strategy))
+        return mask_drawing(planned.site.site, self.P, planned.layout, by_rank and not splits_heads(planned.strategy))
 
     def work(self, planned: SitePlan) -> list[tuple[int, float]]:
-        work = costs.work_of_ranks(planned, self.P, self._layouts[planned])
+        work = costs.work_of_ranks(planned, self.P)
         return list(zip(work, share_of_work(work), strict=True))
 
     def attention_formulas(self, planned: SitePlan) -> list[costs.Formula]:
         return costs.attention_formulas(planned, self.P)
 
     def symbols(self, planned: SitePlan) -> list[tuple[str, str]]:
-        return costs.symbol_values(planned, self.P, self._layouts[planned])
+        return costs.symbol_values(planned, self.P)
 
     def summary(self, strategy: str) -> str:
         return summary(STRATEGIES[strategy])

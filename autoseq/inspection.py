@@ -67,8 +67,8 @@ class Inspection:
 
     @property
     def layout(self) -> str:
-        """Of the programs with attention: `zigzag`, or `contiguous, zigzag` where parts of a model have their own."""
-        return ", ".join(dict.fromkeys(program.plan.layout for program in self.programs if program.plan.sites))
+        """Of the attentions: `zigzag`, or `contiguous, zigzag` where parts of a model have their own."""
+        return ", ".join(dict.fromkeys(site.layout for site in self.sites))
 
     @property
     def dense_masks(self) -> list[DenseMask]:

@@ -45,11 +45,12 @@ def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: i
 
     def look(ranks: int, layout: str = "auto") -> _Look:
         def use(programs: Sequence[Program]) -> _Look:
-            sites = tuple(planned.site for program in programs for planned in program.plan.sites)
-            layouts: list[Layout] = list(dict.fromkeys(program.plan.layout for program in programs if program.plan.sites))
+            planned = [site for program in programs for site in program.plan.sites]
+            layouts = list(dict.fromkeys(site.layout for site in planned))
             # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
             tokens = batch * local_length(seq_len, ranks, layouts[0])
-            return _Look(sites, model_cost(programs, world_size=ranks, tokens=tokens), layouts, _warnings(programs, ranks))
+            cost = model_cost(programs, world_size=ranks, tokens=tokens)
+            return _Look(tuple(site.site for site in planned), cost, layouts, _warnings(programs, ranks))
 
         return with_programs(make, use, world_size=ranks, options=Options(layout=layout))
 

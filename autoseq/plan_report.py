@@ -20,7 +20,6 @@ from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_l
 from autoseq.planning.training import Training, Warned
 from autoseq.report import readable_bytes, readable_seconds, table
 from autoseq.runtime.errors import OptionError
-from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.strategy_table import formula_text
@@ -234,7 +233,7 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
         "attention": [
             {
                 "name": p.site.name, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds, "bytes_per_rank": p.busiest_bytes,
-                "losers": [_loser_json(p, name, in_a_plan(reason), planned.best.plan.layout) for name, reason in p.losers],
+                "losers": [_loser_json(p, name, in_a_plan(reason)) for name, reason in p.losers],
             }
             for p in planned.best.plan.sites
         ],
@@ -253,9 +252,9 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
     }, indent=2)  # fmt: skip
 
 
-def _loser_json(planned: SitePlan, name: str, reason: str, layout: Layout) -> dict[str, Any]:
+def _loser_json(planned: SitePlan, name: str, reason: str) -> dict[str, Any]:
     """With the seconds and the layout in which it is fastest, if it could serve."""
-    found = planned.best_offer(name, layout)
+    found = planned.best_offer(name)
     where, seconds = (found[0], found[1].seconds) if found is not None else (None, None)
     return {"strategy": name, "seconds": seconds, "layout": where, "reason": reason}
 

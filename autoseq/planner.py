@@ -39,19 +39,20 @@ class NamedSite:
 
 @dataclass(frozen=True, slots=True)
 class SitePlan:
-    """The strategy of one site, what it sends, and why each other strategy lost."""
+    """The strategy of one site in the layout of its plan, what it sends, and why each other strategy lost."""
 
     site: NamedSite
     strategy: str
+    layout: Layout
     cost: Cost  # of rank 0
     busiest_bytes: int  # what the rank sends in a step that sends most
     losers: tuple[tuple[str, str], ...]
     offers: tuple[Offer, ...]  # of all that could serve in this layout, the chosen one among them
     elsewhere: tuple[tuple[Layout, Offer], ...] = ()  # of all that could serve in the layouts that were not taken
 
-    def best_offer(self, strategy: str, layout: Layout) -> tuple[Layout, Offer] | None:
-        """The fastest that a strategy offers in any layout, this one (`layout`) first; None if it could serve in none."""
-        every = [*((layout, offer) for offer in self.offers), *self.elsewhere]
+    def best_offer(self, strategy: str) -> tuple[Layout, Offer] | None:
+        """The fastest that a strategy offers in any layout, the plan's first; None if it could serve in none."""
+        every = [*((self.layout, offer) for offer in self.offers), *self.elsewhere]
         return min((each for each in every if each[1].strategy == strategy), key=lambda each: three_digits(each[1].seconds), default=None)
 
     @property
@@ -279,8 +280,8 @@ def _site_plan(
     layout, offers = taken_in.layout, taken_in.offers[number]
     best, site = offers[taken_in.picks[number]], named.site
     sent = _sent(best.strategy, _as_seen(best.strategy, site, P), P, layout, named.ways)
-    planned = SitePlan(named, best.strategy, *sent, (), tuple(offers), tuple(elsewhere))
-    lost = [(name, planned.best_offer(name, layout)) for name in names if name != best.strategy]
+    planned = SitePlan(named, best.strategy, layout, *sent, (), tuple(offers), tuple(elsewhere))
+    lost = [(name, planned.best_offer(name)) for name in names if name != best.strategy]
     losers = tuple((name, _why_not(name, found, best, site, P, layout)) for name, found in lost)
     return replace(planned, losers=losers)
 

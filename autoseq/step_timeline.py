@@ -22,7 +22,6 @@ from autoseq.planning.model_cost import ModelCost
 from autoseq.planning.prediction import Lane, Segment, pass_time
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
-from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS, Way
 
@@ -59,7 +58,6 @@ class _Part:
 
     name: str
     site: SitePlan | None = None
-    layout: Layout = "contiguous"  # of the site's program
     sent: Sent | None = None
     flops: int = 0
     num_bytes: int = 0
@@ -80,7 +78,7 @@ def step_timeline(
 def _parts(program: Program, traffic: NodeTraffic) -> Iterator[_Part]:
     """The local graph's nodes in order, those of one module that follow each other together."""
     sites = {planned.site.name: planned for planned in program.plan.sites}
-    found = [_part(node, traffic.get(node), sites, program.plan.layout) for node in program.gm.graph.nodes if node.op == "call_function"]
+    found = [_part(node, traffic.get(node), sites) for node in program.gm.graph.nodes if node.op == "call_function"]
     for (name, alone), same in groupby(found, key=lambda part: (part.name, part.site is not None or part.sent is not None)):
         several = list(same)
         if alone:
@@ -89,10 +87,10 @@ def _parts(program: Program, traffic: NodeTraffic) -> Iterator[_Part]:
             yield reduce(lambda a, b: _Part(name, flops=a.flops + b.flops, num_bytes=a.num_bytes + b.num_bytes), several)
 
 
-def _part(node: fx.Node, sent: Sent | None, sites: Mapping[str, SitePlan], layout: Layout) -> _Part:
+def _part(node: fx.Node, sent: Sent | None, sites: Mapping[str, SitePlan]) -> _Part:
     if "attention" in node.meta:
         planned = sites[node.meta["attention"]["name"]]
-        return _Part(planned.site.name, site=planned, layout=layout)
+        return _Part(planned.site.name, site=planned)
     stack = node.meta.get("nn_module_stack")
     name = (dotted(next(reversed(stack.values()))[0]) if stack else "") or "the model itself"
     made = node.meta.get("val")
@@ -125,7 +123,7 @@ class _Clock:
     def advance(self, part: _Part, way: Way) -> None:
         """All ranks go through a part."""
         if part.site is not None:
-            self._attend(part.site, part.layout, way)
+            self._attend(part.site, way)
             return
         self._compute(part, way)
         for op, sent in ((part.sent.forward if way == "forward" else part.sent.backward) if part.sent else {}).items():
@@ -145,8 +143,8 @@ class _Clock:
             self.spans += [Span(rank, lane, name, self.now_s, seconds, details) for rank in self.ranks]
         self.now_s += seconds
 
-    def _attend(self, planned: SitePlan, layout: Layout, way: Way) -> None:
-        seconds, of_ranks = self._attention(planned, layout, way)
+    def _attend(self, planned: SitePlan, way: Way) -> None:
+        seconds, of_ranks = self._attention(planned, way)
         details = (("pass", way), ("site", planned.site.name), ("strategy", planned.strategy), ("mask", planned.site.mask))
         for rank, segments in zip(self.ranks, of_ranks, strict=True):
             self.spans += [
@@ -155,12 +153,12 @@ class _Clock:
             ]
         self.now_s += seconds
 
-    def _attention(self, planned: SitePlan, layout: Layout, way: Way) -> tuple[float, list[tuple[Segment, ...]]]:
+    def _attention(self, planned: SitePlan, way: Way) -> tuple[float, list[tuple[Segment, ...]]]:
         """How long the slowest rank takes, and what each rank does; layers that are alike are asked once."""
-        key = (planned.site.site, planned.strategy, layout, way)
+        key = (planned.site.site, planned.strategy, planned.layout, way)
         if key not in self._known:
             strategy, site = STRATEGIES[planned.strategy], planned.site.site
-            asked, most = (self._P, layout), self._most_segments
+            asked, most = (self._P, planned.layout), self._most_segments
             times = [pass_time(strategy, site, *asked, rank, self._topology, way, most_segments=most) for rank in self.ranks]
             self._known[key] = max(time.seconds for time in times), [time.segments for time in times]
         return self._known[key]

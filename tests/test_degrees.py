@@ -89,7 +89,7 @@ def test_times_that_are_the_same_in_three_digits_go_to_the_simpler_plan() -> Non
     assert all(three_digits(best.seconds) <= three_digits(each.seconds) for each in others)
     (site,) = best.plan.sites
     for name, reason in site.losers:
-        found = site.best_offer(name, best.plan.layout)
+        found = site.best_offer(name)
         if found is not None and found[0] == best.plan.layout and three_digits(found[1].seconds) == three_digits(site.seconds):
             assert re.search("the same in three digits; (it sends .* more|.* comes first in the list of strategies)", reason), reason
 
@@ -99,7 +99,7 @@ def test_losers_have_the_seconds_of_their_own_best_layout_and_name_it() -> None:
     best = candidates(training(batch=1, seq_len=131072), 8, H100)[0]
     assert best.strategies == {"ulysses": 2} and best.plan.layout == "contiguous"
     site = best.plan.sites[0]
-    layout, offer = site.best_offer("ring", "contiguous") or (None, None)
+    layout, offer = site.best_offer("ring") or (None, None)
     assert layout == "zigzag" and offer is not None
     assert offer.seconds < next(each.seconds for each in site.offers if each.strategy == "ring")
     assert dict(site.losers)["ring"] == f"{offer.seconds:.3g} s a step with zigzag rows, ulysses {site.seconds:.3g}"

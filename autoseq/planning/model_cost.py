@@ -90,7 +90,7 @@ def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | No
     """
     counted = [_counted(program, world_size) for program in programs]
     if tokens is None:
-        sites = [(planned.site.site, program.plan.layout) for program in programs for planned in program.plan.sites]
+        sites = [(planned.site.site, planned.layout) for program in programs for planned in program.plan.sites]
         tokens = max(site.batch * local_length(max(site.q_len, site.k_len), world_size, layout) for site, layout in sites)
     owned = _parameters(programs)
     collectives = _collectives([each.counts for each in counted], world_size)

@@ -60,8 +60,8 @@ def plan(
             reserve=reserve, over=sweep,
         )
         if as_json:
-            print(plan_json(found, formulas=formulas))
+            print(plan_json(found, given=topology, formulas=formulas))
         else:
-            print_plan(results(), found, formulas=formulas)
+            print_plan(results(), found, given=topology, formulas=formulas)
         if plot is not None:
             plot_sweep(found, plot)

@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 from rich.console import Console
 
+from autoseq.plan_call import call_of
 from autoseq.plan_formulas import formulas_json
 from autoseq.plan_model import Planned, in_a_plan
 from autoseq.planner import SitePlan
@@ -27,8 +28,8 @@ from autoseq.strategy_table import formula_text
 _SHOWN = 12
 
 
-def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
-    """The plans, what the best consists of, why other strategies lost, and the sweep."""
+def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) -> None:
+    """The plans, what the best consists of, why other strategies lost, and the sweep. `given` is the topology as --topology names it."""
     training, best, topology = planned.training, planned.best, planned.topology
     hardware = topology.at(planned.world_size)
     nodes = f"{hardware.nodes:,} node{'s' if hardware.nodes > 1 else ''} of {hardware.ranks_per_node}"
@@ -38,7 +39,7 @@ def print_plan(out: Console, planned: Planned, *, formulas: bool) -> None:
         f"{readable_bytes(topology.memory_bytes)} a rank for a plan{free}. Predicted, not measured."
     )
     _print_plans(out, planned)
-    out.print(f"To run the first: {call_of(best)}")
+    out.print(f"To run the first: {call_of(best, given)}")
     out.print(table("A step of the first", ["goes into", ":predicted", ":share"], _time_rows(best)))
     out.print(table("Memory of a rank, with the first", ["for", ":bytes", ":in short"], _memory_rows(best)))
     _print_warnings(out, planned)
@@ -64,32 +65,6 @@ def _print_plans(out: Console, planned: Planned) -> None:
         (nodes, ranks), whole = meshes[0].mesh, meshes[0]
         legend += f"; {whole}: of these, {nodes} nodes of {ranks} ranks are the mesh of a strategy on two levels"
     out.print(f"{legend}. MFU: the model's products, none counted twice, by what the devices could do at their peak.")
-
-
-def call_of(best: Candidate) -> str:
-    """The line of Python that has a candidate's degrees, strategy and layout. It is started on all ranks, with CUDA."""
-    split, options = best.split, dict[str, str]()
-    if split.sequence == 1:
-        return "each rank has whole sequences: train with DistributedDataParallel or FSDP, without autoseq"
-    mesh = {"nodes": split.mesh[0], "ranks": split.mesh[1]} if split.mesh else {"ranks": split.sequence}
-    dims = ({"data": split.data} if split.data > 1 else {}) | mesh
-    if len(dims) > 1:
-        made = f'init_device_mesh("cuda", {tuple(dims.values())}, mesh_dim_names={_quoted(dims)})'
-        options["mesh"] = made if split.data == 1 else f"{made}[{_quoted(mesh).strip('()').rstrip(',')}]"
-    taken = best.strategies
-    if len(taken) == 1:
-        options["strategy"] = f'"{next(iter(taken))}"'
-    else:
-        options["topology"] = f'"{best.plan.topology}"'
-    options["layout"] = f'"{best.plan.layout}"'
-    inside = ", ".join(f'"{name}": {value}' for name, value in options.items())
-    return f'torch.compile(model, backend="autoseq", options={{{inside}}})'
-
-
-def _quoted(names: Iterable[str]) -> str:
-    """A tuple of strings in Python."""
-    inside = [f'"{name}"' for name in names]
-    return f"({', '.join(inside)}{',' if len(inside) == 1 else ''})"
 
 
 def _row(each: Candidate) -> Sequence[object]:
@@ -218,8 +193,8 @@ def _print_phases(out: Console, phases: Iterable[tuple[sympy.Expr, sympy.Expr]])
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
-def plan_json(planned: Planned, *, formulas: bool = False) -> str:
-    """One object, as documented: scripts may rely on these names. `formulas`: with the cost model in symbols."""
+def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
+    """One object, as documented: scripts may rely on these names. `given`: see `print_plan`. `formulas`: with the cost model in symbols."""
     training = planned.training
     return json.dumps({
         "world_size": planned.world_size, "batch": training.batch, "sequence_length": training.seq_len,
@@ -228,7 +203,7 @@ def plan_json(planned: Planned, *, formulas: bool = False) -> str:
             {"what": each.what, "bytes_per_rank": sent_for(each, planned.best), "held_bytes": each.held_bytes}
             for each in training.warnings if planned.best.split.sequence > 1
         ],
-        "call": call_of(planned.best),
+        "call": call_of(planned.best, given),
         "plans": [_candidate_json(each) for each in planned.candidates],
         "attention": [
             {

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
+from autoseq.plan_call import call_of
 from autoseq.plan_model import look_at
-from autoseq.plan_report import call_of
 from autoseq.planning.choice import three_digits
-from autoseq.planning.degrees import Split, candidates
+from autoseq.planning.degrees import Candidate, Split, candidates
 from autoseq.planning.exchange_times import exchange_seconds
 from autoseq.planning.prediction import LANES, pass_time
 from autoseq.planning.presets import load_topology
@@ -112,12 +112,25 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(("split", "expected"), CALLS.values(), ids=CALLS)
-def test_the_call_that_runs_a_plan(split: Split, expected: str) -> None:
+@pytest.fixture(scope="module")
+def ring() -> Candidate:
+    """On two ranks a sequence, with zigzag rows."""
     training = look_at(partial(load_target(TINY).make, batch=2, seq_len=64), batch=2, seq_len=64, world_size=2)
     found = candidates(training, 2, load_topology("4xA10"), strategy="ring", layout="zigzag")
-    ring = next(each for each in found if each.split.sequence == 2)
-    assert expected in call_of(replace(ring, split=split))
+    return next(each for each in found if each.split.sequence == 2)
+
+
+@pytest.mark.parametrize(("split", "expected"), CALLS.values(), ids=CALLS)
+def test_the_call_that_runs_a_plan(ring: Candidate, split: Split, expected: str) -> None:
+    assert expected in call_of(replace(ring, split=split), "4xA10")
+
+
+def test_the_call_of_a_plan_with_several_strategies_names_the_topology_as_it_was_given(ring: Candidate) -> None:
+    first, *others = ring.plan.sites
+    mixed = replace(ring, plan=replace(ring.plan, sites=(replace(first, strategy="halo"), *others)))
+    assert call_of(mixed, "clusters/mine.json") == (
+        'torch.compile(model, backend="autoseq", options={"topology": "clusters/mine.json", "layout": "zigzag"})'
+    )
 
 
 def test_torch_logs_has_the_last_word() -> None:

@@ -16,7 +16,7 @@ from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Split, candidates, splits
 from autoseq.planning.model_cost import Collective, ModelCost, PassCost
 from autoseq.planning.presets import load_topology
-from autoseq.planning.sweep import checkpointed, overtakings, sweep, would_fit
+from autoseq.planning.sweep import overtakings, sweep, would_fit
 from autoseq.planning.topology import KernelRates, Link, Rate, Topology
 from autoseq.planning.training import Training
 from autoseq.runtime.errors import PlanError, StrategyError, TopologyError
@@ -170,7 +170,7 @@ def test_a_limit_that_nothing_fits_says_what_would() -> None:
     ("change", "of"),
     [
         pytest.param(r"\(--shard-parameters\)$", lambda asked: replace(asked, shard_parameters=True), id="sharded parameters"),
-        pytest.param("^activation checkpointing", checkpointed, id="layers computed again"),
+        pytest.param("^activation checkpointing", Training.checkpointed, id="layers computed again"),
         pytest.param("^a sequence of 32,768 tokens$", lambda asked: asked.at(seq_len=32768), id="a shorter sequence"),
     ],
 )

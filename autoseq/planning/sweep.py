@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Literal
 
 from autoseq.planning.degrees import Candidate, candidates, splits
-from autoseq.planning.model_cost import ModelCost
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training, memory_besides_attention, tokens_of_rank
-from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
+from autoseq.runtime.errors import PlanError, StrategyError, TopologyError
 from autoseq.runtime.strategies import STRATEGIES
 
 Over = Literal["seq-len", "world-size"]
@@ -101,10 +100,10 @@ def would_fit(
     """What can be changed so that some plan fits, and the bytes that a rank needs then: one thing at a time, else several together."""
     found: list[tuple[str, int]] = []
 
-    def fits(change: str, changed: Training, ranks: int = world_size) -> bool:
+    def tried(change: str, changed: Training, ranks: int = world_size) -> bool:
         try:
             best = _best(changed, ranks, topology, strategy, layout)
-        except AutoSeqError:  # no such number of ranks
+        except TopologyError:  # no such number of ranks
             return False
         if best is not None:
             found.append((change, best.memory.total))
@@ -112,34 +111,19 @@ def would_fit(
 
     def more_ranks(change: str, changed: Training) -> None:
         for ranks in (world_size << k for k in range(1, 8)):
-            if fits(f"{ranks:,} ranks{change}", changed, ranks):
+            if tried(f"{ranks:,} ranks{change}", changed, ranks):
                 return
 
     sharded = replace(training, shard_parameters=True)
     if not training.shard_parameters:
-        fits("parameters sharded over all ranks (--shard-parameters)", sharded)
-    fits("activation checkpointing of each layer", checkpointed(training))
+        tried("parameters sharded over all ranks (--shard-parameters)", sharded)
+    tried("activation checkpointing of each layer", training.checkpointed())
     if not found and not training.shard_parameters:
-        fits("--shard-parameters and activation checkpointing of each layer", checkpointed(sharded))
+        tried("--shard-parameters and activation checkpointing of each layer", sharded.checkpointed())
     for length in (training.seq_len >> k for k in range(1, 12)):
-        if length and fits(f"a sequence of {length:,} tokens", training.at(seq_len=length)):
+        if length and tried(f"a sequence of {length:,} tokens", training.at(seq_len=length)):
             break
     more_ranks("", training)
     if not found:
-        more_ranks(" with --shard-parameters and activation checkpointing", checkpointed(sharded))
+        more_ranks(" with --shard-parameters and activation checkpointing", sharded.checkpointed())
     return found
-
-
-def checkpointed(training: Training) -> Training:
-    """As if each layer were computed again in the backward: of what is kept besides attention, only what goes into each is left.
-
-    What attention itself keeps stays: its results came over the network, and are not asked for again.
-    """
-    sites = [named.site for named in training.sites]
-    whole = sum(site.batch * site.q_len * site.heads * site.head_dim * site.element_bytes for site in sites)
-
-    def of(cost: ModelCost) -> ModelCost:
-        return replace(cost, kept_bytes=min(cost.kept_bytes, whole * cost.tokens // training.tokens))
-
-    more = training.cost_on_more
-    return replace(training, cost=of(training.cost), cost_on_more=None if more is None else of(more))

@@ -73,6 +73,20 @@ class Training:
         """The cost for `cost.tokens` tokens of a rank, where a sequence is on P ranks."""
         return cost_on(P, self.cost, self.cost_on_more)
 
+    def checkpointed(self) -> Training:
+        """As if each layer were computed again in the backward: of what is kept besides attention, only what goes into each is left.
+
+        What attention itself keeps stays: its results came over the network, and are not asked for again.
+        """
+        sites = [named.site for named in self.sites]
+        whole = sum(site.batch * site.q_len * site.heads * site.head_dim * site.element_bytes for site in sites)
+
+        def of(cost: ModelCost) -> ModelCost:
+            return replace(cost, kept_bytes=min(cost.kept_bytes, whole * cost.tokens // self.tokens))
+
+        more = self.cost_on_more
+        return replace(self, cost=of(self.cost), cost_on_more=None if more is None else of(more))
+
     @property
     def tokens(self) -> int:
         return self.batch * self.seq_len

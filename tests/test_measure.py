@@ -21,7 +21,7 @@ from autoseq.planning import shared_cores, time_kernels, time_links
 from autoseq.planning.fitting import Line, Sample, fit_line, undisturbed
 from autoseq.planning.measure import Request, _with_links, measure, world_of_launcher
 from autoseq.planning.presets import load_topology
-from autoseq.planning.shared_cores import Seat, turns, turns_here
+from autoseq.planning.shared_cores import Threads, turns, turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, seconds_of, time_launch
 from autoseq.planning.time_links import Effort
 from autoseq.planning.topology import KINDS, Kind, Rate, Scope, Topology
@@ -190,20 +190,20 @@ TWO = frozenset({0, 1})
 
 
 @pytest.mark.parametrize(
-    ("seats", "expected"),
+    ("of_ranks", "expected"),
     [
-        pytest.param([Seat("a", TWO, 1)], [1.0], id="one rank"),
-        pytest.param([Seat("a", TWO, 1)] * 2, [1.0] * 2, id="a core each"),
-        pytest.param([Seat("a", TWO, 1)] * 4, [2.0] * 4, id="two ranks a core"),
-        pytest.param([Seat("a", TWO, 2)] * 2, [2.0] * 2, id="threads count"),
-        pytest.param([Seat("a", TWO, 1)] * 2 + [Seat("b", TWO, 1)] * 2, [1.0] * 4, id="two machines"),
-        pytest.param([Seat("a", frozenset({i}), 1) for i in range(4)], [1.0] * 4, id="each has its own core"),
-        pytest.param([Seat("a", TWO, 1)] * 3 + [Seat("b", TWO, 1)], [1.5] * 3 + [1.0], id="unequally many"),
+        pytest.param([Threads("a", TWO, 1)], [1.0], id="one rank"),
+        pytest.param([Threads("a", TWO, 1)] * 2, [1.0] * 2, id="a core each"),
+        pytest.param([Threads("a", TWO, 1)] * 4, [2.0] * 4, id="two ranks a core"),
+        pytest.param([Threads("a", TWO, 2)] * 2, [2.0] * 2, id="threads count"),
+        pytest.param([Threads("a", TWO, 1)] * 2 + [Threads("b", TWO, 1)] * 2, [1.0] * 4, id="two machines"),
+        pytest.param([Threads("a", frozenset({i}), 1) for i in range(4)], [1.0] * 4, id="each has its own core"),
+        pytest.param([Threads("a", TWO, 1)] * 3 + [Threads("b", TWO, 1)], [1.5] * 3 + [1.0], id="unequally many"),
     ],
 )
-def test_ranks_take_turns_on_cores(seats: list[Seat], expected: list[float]) -> None:
-    assert [turns(seats, mine) for mine in range(len(seats))] == expected
-    assert [turns(seats[::-1], mine) for mine in range(len(seats))] == expected[::-1], "the order of ranks does not matter"
+def test_ranks_take_turns_on_cores(of_ranks: list[Threads], expected: list[float]) -> None:
+    assert [turns(of_ranks, mine) for mine in range(len(of_ranks))] == expected
+    assert [turns(of_ranks[::-1], mine) for mine in range(len(of_ranks))] == expected[::-1], "the order of ranks does not matter"
 
 
 def test_a_process_by_itself_shares_its_cores_with_its_own_threads_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,10 +222,10 @@ def test_a_process_by_itself_shares_its_cores_with_its_own_threads_only(monkeypa
     ],
 )
 def test_messages_take_of_the_cores_where_none_is_left_for_them(cores: int, expected: Rate | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    seats = [Seat("a", frozenset(range(cores)), 1)] * 2
+    of_ranks = [Threads("a", frozenset(range(cores)), 1)] * 2
 
     def here(*, besides: int = 0) -> float:
-        return turns([replace(seat, threads=1 + besides) for seat in seats], 0)
+        return turns([replace(each, number=1 + besides) for each in of_ranks], 0)
 
     monkeypatch.setattr(measuring, "turns_here", here)
     found = measuring._host([line(1e-4, 1e9), line(1e-4, 1e9)], CPU)

@@ -20,28 +20,28 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """Where a rank computes: its machine, the cores it may use, and with how many threads."""
+class Threads:
+    """What a rank computes with: its machine, the cores it may use, and how many threads."""
 
     machine: str
     cores: frozenset[int]
-    threads: int
+    number: int
 
 
-def turns(seats: Sequence[Seat], mine: int) -> float:
+def turns(of_ranks: Sequence[Threads], mine: int) -> float:
     """How many threads take turns on a core of rank `mine`'s machine while all ranks compute; 1 where there are cores enough."""
-    here = [seat for seat in seats if seat.machine == seats[mine].machine]
-    return max(1.0, sum(seat.threads for seat in here) / len(frozenset().union(*(seat.cores for seat in here))))
+    here = [each for each in of_ranks if each.machine == of_ranks[mine].machine]
+    return max(1.0, sum(each.number for each in here) / len(frozenset().union(*(each.cores for each in here))))
 
 
 def turns_here(*, besides: int = 0) -> float:
     """The same for this rank among all of the program, which call this together; with so many threads `besides` those that compute."""
-    seat = _seat(besides)
+    mine = _threads(besides)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return turns([seat], 0)
-    seats = [seat] * dist.get_world_size()
-    dist.all_gather_object(seats, seat)
-    return turns(seats, dist.get_rank())
+        return turns([mine], 0)
+    of_ranks = [mine] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    return turns(of_ranks, dist.get_rank())
 
 
 def _quota() -> int | None:
@@ -50,8 +50,8 @@ def _quota() -> int | None:
     return None if most.strip() == "max" else max(1, int(most) // int(period))
 
 
-def _seat(besides: int) -> Seat:
+def _threads(besides: int) -> Threads:
     # Nodes that a network emulates, and containers, have other names on the same cores; the kernel under them was started once.
     machine = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else platform.node()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return Seat(machine, frozenset(sorted(cores)[: _quota()]), torch.get_num_threads() + besides)
+    return Threads(machine, frozenset(sorted(cores)[: _quota()]), torch.get_num_threads() + besides)

@@ -29,7 +29,7 @@ from autoseq.runtime.timeline import WAYS, Way
 
 _RECOMPUTED = (CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE)
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var_mean", "native_layer_norm", "_softmax", "_log_softmax", "nll_loss_forward"}
-_GATHERS = (torch.ops._c10d_functional.all_gather_into_tensor.default,)
+_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 _MAKES_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
@@ -182,7 +182,7 @@ class _Counted(CountCollectives):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func in _GATHERS:
+        if func is _GATHER:
             self.gathered_bytes = max(self.gathered_bytes, _bytes(out))
         if func.namespace == "aten" and not func.is_view and func._opname not in _MAKES_NOTHING:
             self._note(func, args, kwargs or {}, out)
@@ -300,7 +300,7 @@ class _CountingStep(Step):
             result = super().run_node(n)
         finally:
             self._counted.again = False
-        if any(_is_recomputed(user) and _region(user) > _region(n) for user in n.users if _is_recomputed(n)):
+        if _is_recomputed(n) and any(_is_recomputed(user) and _region(user) > _region(n) for user in n.users):
             self._counted.keep_anyway(result)
         return result
 

@@ -196,7 +196,7 @@ class _CapturingBackend:
         """With what is gathered between them; none if nothing was to be split."""
         if not any(program.plan.sites for program in self._programs):
             return []
-        gathered = {number: tuple(part.gathered.values()) for number, part in self._parts.items()}
+        gathered = {number: part.gathered for number, part in self._parts.items()}
         return [replace(program, gathered=gathered.get(number, ())) for number, program in enumerate(self._programs)]
 
 

@@ -6,7 +6,7 @@ Here it is one too, of the whole value, which is there already; what a gather wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class _PretendedShard:
     name: str
     value: Tensor
     padded: Tensor
-    note: Callable[[], None]
+    gathered: Gathered  # what is gathered where somebody needs the values
     is_gathered: bool = False
 
     @property
@@ -44,9 +44,7 @@ class _PretendedShard:
         return self.value.device
 
     def full(self) -> Tensor:
-        if not self.is_gathered:
-            self.is_gathered = True
-            self.note()
+        self.is_gathered = True
         return self.value
 
 
@@ -65,7 +63,7 @@ class PretendedPart:
 
     def __init__(self, gm: fx.GraphModule, program: Program, world_size: int) -> None:
         self._gm, self._program, self._P = gm, program, world_size
-        self.gathered: dict[int, Gathered] = {}  # by the number of the output
+        self._shards: list[_PretendedShard] = []
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         results = list(self._gm(*(x.full() if isinstance(x, DeferredTensor) else x for x in args)))
@@ -73,13 +71,15 @@ class PretendedPart:
             results[out.index] = self._defer(results[out.index], out)
         return results
 
+    @property
+    def gathered(self) -> tuple[Gathered, ...]:
+        """The outputs that something after this part needed whole, each once even if the part was called for several layers."""
+        return tuple({shard.gathered.output: shard.gathered for shard in self._shards if shard.is_gathered}.values())
+
     def _defer(self, value: Tensor, out: ShardedOutput) -> Tensor:
         length = out.length if isinstance(out.length, int) else value.shape[out.dim]
         local = out.local if isinstance(out.local, int) else local_length(length, self._P, self._program.plan.layout)
         padded = torch.empty(value.numel() // length * local, dtype=value.dtype, device="meta")
-        found = Gathered(out.index, num_bytes(padded), num_bytes(value))
-
-        def note() -> None:
-            self.gathered[out.index] = found
-
-        return _Defer.apply(value, _PretendedShard(f"{out.name} ({out.source})", value.detach(), padded, note))
+        sizes = Gathered(out.index, num_bytes(padded), num_bytes(value))
+        self._shards.append(_PretendedShard(f"{out.name} ({out.source})", value.detach(), padded, sizes))
+        return _Defer.apply(value, self._shards[-1])

@@ -63,11 +63,6 @@ def make(model: type[nn.Module] = Broken, batch: int = 1, seq_len: int = LENGTH)
     return model(), {"x": torch.randn(batch, seq_len, 8)}
 
 
-def broken(batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
-    """As `autoseq plan` calls it."""
-    return make(batch=batch, seq_len=seq_len)
-
-
 def train(rank: int, world_size: int, model: type[nn.Module]) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """What a step sends, and what compiling warns of."""
     warned: list[str] = []
@@ -134,7 +129,7 @@ def test_a_plan_calculates_for_eight_ranks_what_a_look_at_eight_finds(training: 
 
 
 def test_the_plan_command_says_once_what_a_run_warns_of() -> None:
-    shown = CliRunner().invoke(app, ["plan", f"{__file__}:broken", "--seq-len", "64", "--world-size", "8", "--topology", "8xH100"])
+    shown = CliRunner().invoke(app, ["plan", f"{__file__}:make", "--seq-len", "64", "--world-size", "8", "--topology", "8xH100"])
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert shown.stdout.count("a part without attention runs whole on every rank") == 1
     assert shown.stdout.count("the part that reads what is made at") == 1

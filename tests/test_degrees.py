@@ -81,17 +81,29 @@ def test_copies_of_the_data_are_fastest_where_they_fit() -> None:
     assert fitting == sorted(fitting)
 
 
-def test_times_that_are_the_same_in_three_digits_go_to_the_simpler_plan() -> None:
-    """On one link that is never waited for and with no other difference, a mesh and other layouts gain nothing."""
-    free = Link(*[Rate(0.0, 1e30)] * 5)
-    best, *others = candidates(training(batch=1, layers=1, window=8191), 4, replace(H100, inside=free, launch_s=0.0))
-    assert best.split == Split(1, 4)
+MORE, LATER = "it sends .* bytes more", "ring comes first in the list of strategies"
+
+
+@pytest.mark.parametrize(
+    ("heads", "chosen", "tied"),
+    [
+        pytest.param(8, "ulysses", {"ring": MORE, "bidirectional_ring": MORE, "gather_kv": MORE}, id="what sends less"),
+        pytest.param(2, "ring", {"bidirectional_ring": LATER, "gather_kv": MORE}, id="what comes first, where others send as much"),
+    ],
+)
+def test_times_that_are_the_same_in_three_digits_go_to_the_simpler_plan(heads: int, chosen: str, tied: dict[str, str]) -> None:
+    """On links and memory that are never waited for, without a mask, nothing gains by a mesh, another layout or another strategy."""
+    free = replace(H100, inside=Link(*[Rate(0.0, 1e30)] * 5), memory_bytes_per_s=1e30, launch_s=0.0)
+    asked = training(batch=1, layers=1)
+    (named,) = asked.sites
+    unmasked = replace(named, site=replace(named.site, heads=heads, kv_heads=heads, max_ahead=None))
+    best, *others = candidates(replace(asked, sites=(unmasked,)), 4, free)
+    assert (best.split, best.plan.layout) == (Split(1, 4), "contiguous")
     assert all(three_digits(best.seconds) <= three_digits(each.seconds) for each in others)
     (site,) = best.plan.sites
-    for name, reason in site.losers:
-        found = site.best_offer(name)
-        if found is not None and found[0] == best.plan.layout and three_digits(found[1].seconds) == three_digits(site.seconds):
-            assert re.search("the same in three digits; (it sends .* more|.* comes first in the list of strategies)", reason), reason
+    told = {name: why for name, reason in site.losers if (why := reason.partition(", which is the same in three digits; ")[2])}
+    assert (site.strategy, list(told)) == (chosen, list(tied))
+    assert all(re.fullmatch(tied[name], why) for name, why in told.items()), told
 
 
 def test_losers_have_the_seconds_of_their_own_best_layout_and_name_it() -> None:

@@ -13,8 +13,8 @@ from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.sweep import Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
-from autoseq.planning.training import Training, Warned
-from autoseq.program import Program
+from autoseq.planning.training import Training
+from autoseq.program import Program, Warned
 from autoseq.report import readable_bytes
 from autoseq.runtime.errors import PlanError, StrategyError
 from autoseq.runtime.layout import Layout, local_length
@@ -76,16 +76,8 @@ def _warnings(programs: Sequence[Program], ranks: int) -> tuple[Warned, ...]:
     """What a run warns of; the sizes are those of whole values, whatever the ranks."""
     if ranks == 1:
         return ()
-    found: list[Warned] = []
-    for program in programs:
-        found += [
-            Warned(f"{each.op} at {each.source} runs on gathered values: {each.reason}", each.bytes_per_rank * ranks // (ranks - 1))
-            for each in program.fallbacks
-        ]
-        found += [Warned(f"the attention at {each.source} is left as it is written: {each.reason}") for each in program.left_as_written]
-        masks = program.dense_masks
-        found += [Warned(f"the mask at {each.source} is held whole: {each.reason}", held_bytes=each.num_bytes) for each in masks]
-    return tuple(found)
+    found = [each for program in programs for each in program.warned()]
+    return tuple(replace(each, gathered_bytes=each.gathered_bytes * ranks // (ranks - 1)) for each in found)
 
 
 def plan_training(

@@ -18,7 +18,8 @@ from autoseq.planner import SitePlan
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
 from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
-from autoseq.planning.training import Training, Warned
+from autoseq.planning.training import Training
+from autoseq.program import Warned
 from autoseq.report import readable_bytes, readable_seconds, table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
@@ -101,8 +102,7 @@ def _print_warnings(out: Console, planned: Planned) -> None:
         out.print("\nA run warns of what costs it dearly; the numbers above count all of it:")
         for each in planned.training.warnings:
             sizes = (sent_for(each, planned.best), "sent a rank"), (each.held_bytes, "held")
-            told = ", ".join(f"{readable_bytes(size)} {what}" for size, what in sizes if size)
-            out.print(f"- {each.what}{f' ({told})' if told else ''}")
+            out.print("; ".join([f"- {each.what}", *(f"{readable_bytes(size)} {what}" for size, what in sizes if size)]))
 
 
 def sent_for(warned: Warned, best: Candidate) -> int:

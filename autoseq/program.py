@@ -55,6 +55,15 @@ class Gathered:
 
 
 @dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that costs, and what of it: bytes that are sent for a value that is gathered whole, and of one that every rank holds."""
+
+    what: str
+    gathered_bytes: int = 0
+    held_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """A rewritten program: the local graph, what it was before, the plan, and every choice that costs something.
 
@@ -81,6 +90,14 @@ class Program:
         """The attentions that no strategy serves, besides those among the fallbacks."""
         told = {fallback.source for fallback in self.fallbacks}
         return [each for each in self.left_whole if each.source not in told]
+
+    def warned(self) -> list[Warned]:
+        """What a run on several ranks warns of; what is gathered is what a rank sends."""
+        whole = [Warned(f"{f.op} at {f.source} runs on gathered values ({f.reason})", f.bytes_per_rank) for f in self.fallbacks]
+        left = [Warned(f"the attention at {each.source} is left as it is written: {each.reason}") for each in self.left_as_written]
+        masks = self.dense_masks
+        held = [Warned(f"the mask of the attention at {m.source} is held whole: {m.reason}", held_bytes=m.num_bytes) for m in masks]
+        return [*whole, *left, *held]
 
     def fingerprint(self) -> list[str]:
         """The global graph and the plan, as lines of text without anything that differs between ranks."""
@@ -260,12 +277,7 @@ def _check_lengths(sites: Sequence[NamedSite], group: SequenceGroup) -> None:
 
 def _tell(program: Program, options: Options, group: SequenceGroup, level: int) -> None:
     """Each choice that costs something is said once; under `strict` a fallback is an error."""
-    lines = [
-        f"{f.op} at {f.source} runs on gathered values ({f.reason}); {f.bytes_per_rank:,} bytes a rank" for f in program.fallbacks
-    ]
-    if group.size > 1:
-        lines += [f"the attention at {w.source} is left as it is written: {w.reason}" for w in program.left_as_written]
-        lines += [f"the mask of the attention at {d.source} is held whole: {d.reason}; {d.num_bytes:,} bytes" for d in program.dense_masks]
+    lines = [_line(each) for each in program.warned()] if group.size > 1 else []
     if lines and options.strict:
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
     for line in lines:
@@ -274,3 +286,8 @@ def _tell(program: Program, options: Options, group: SequenceGroup, level: int) 
         log.info("%s", line)
     for line in program.plan.reasons():
         log.debug("%s", line)
+
+
+def _line(warned: Warned) -> str:
+    sizes = (warned.gathered_bytes, "bytes a rank"), (warned.held_bytes, "bytes")
+    return "; ".join([warned.what, *(f"{size:,} {unit}" for size, unit in sizes if size)])

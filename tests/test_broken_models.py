@@ -133,7 +133,7 @@ def test_the_plan_command_says_once_what_a_run_warns_of() -> None:
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert shown.stdout.count("a part without attention runs whole on every rank") == 1
     assert shown.stdout.count("the part that reads what is made at") == 1
-    assert "(1.79 kB sent a rank)" in shown.stdout  # 7 of 8 shards of 64 rows of 8 float32
+    assert "; 1.79 kB sent a rank" in shown.stdout  # 7 of 8 shards of 64 rows of 8 float32
 
 
 # Rows that lie elsewhere ----------------------------------------------------------------------------------------------

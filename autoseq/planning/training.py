@@ -18,6 +18,7 @@ from autoseq.planner import NamedSite, Plan
 from autoseq.planning.gathered import cost_on
 from autoseq.planning.model_cost import Collective, ModelCost
 from autoseq.planning.topology import Topology
+from autoseq.program import Warned
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS, Way, flops
@@ -26,21 +27,12 @@ OPTIMIZER_BYTES = 8
 """Of each parameter that is trained: the two float32 moments of Adam."""
 
 
-@dataclass(frozen=True, slots=True)
-class Warned:
-    """Something that costs, and what of it: bytes of a value that is gathered whole, and of one that every rank holds."""
-
-    what: str
-    gathered_bytes: int = 0
-    held_bytes: int = 0
-
-
 @dataclass(frozen=True)
 class Training:
     """A model with the batch and length that a step is to have in all.
 
     `cost_on_more` is a look at it on more ranks than `cost`, for a model with steps that see all rows. `warnings` are what a run of it
-    warns of.
+    warns of, with the bytes of whole values.
     """
 
     sites: tuple[NamedSite, ...]

@@ -24,7 +24,7 @@ from autoseq.peer_failures import name_failures
 from autoseq.planning.topology import Topology
 from autoseq.program import Program, build_program, fake_inputs, mark_trainable, topology_of
 from autoseq.runtime.deferred import DeferredTensor, defer
-from autoseq.runtime.errors import AutoSeqError, FallbackError, TopologyError, UnsupportedError
+from autoseq.runtime.errors import AutoSeqError, TopologyError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
@@ -87,36 +87,21 @@ def _compile(
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
         failure = AutoSeqError(f"internal error while rewriting the program: {type(error).__name__}: {error}")
         failure.__cause__ = error
-    lines = program.fingerprint() if program else ["(a fragment without attention)", *str(gm.graph).splitlines()]
+    split = program if program is not None and program.plan.sites else None  # a fragment without attention runs whole, as it was traced
+    lines = split.fingerprint() if split else ["(a fragment without attention)", *str(gm.graph).splitlines()]
     digest = agree_on_program(group, [*lines, repr(_comparable(options))], failure)
     if failure is not None:
         raise failure
     names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
-    if program is None:
-        _tell_fragment(inputs, options, group)
+    if split is None:
         if options.grad_sync == "none":
             mark_trainable(gm, inputs)
             leave_gradients_unsummed(gm, group=group.name)
             gm.recompile()
         return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group), None, names, group, options, None)
-    trace_program(program)
-    compiled = _inner(program.gm, program.inputs, options, group)
-    return _Runner(compiled, program, names, group, options, CallShapes(group, digest, names, program.inputs))
-
-
-def _tell_fragment(inputs: Sequence[object], options: Options, group: SequenceGroup) -> None:
-    """A part of a program that Dynamo traced in several parts, without attention, is a fallback like any other."""
-    if group.size == 1:
-        return
-    shards = [x._shard.padded for x in inputs if isinstance(x, DeferredTensor)]
-    gathered = sum((group.size - 1) * shard.numel() * shard.element_size() for shard in shards)
-    line = (
-        "the program was traced in several parts, and a part without attention runs whole on every rank; "
-        f"its inputs that were shards are gathered: {gathered:,} bytes a rank (TORCH_LOGS=graph_breaks names it)"
-    )
-    if options.strict:
-        raise FallbackError(f"strict=True forbids fallbacks: {line}")
-    log.warning("%s", line)
+    trace_program(split)
+    compiled = _inner(split.gm, split.inputs, options, group)
+    return _Runner(compiled, split, names, group, options, CallShapes(group, digest, names, split.inputs))
 
 
 def _comparable(options: Options) -> Mapping[str, object]:

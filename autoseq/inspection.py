@@ -179,12 +179,11 @@ class _CapturingBackend:
         self.num_graphs += 1
         try:
             program = build_program(
-                gm, inputs, options=self._options, group=self._group, is_fragment=is_fragment, observe=remember_global, looking=True
+                gm, inputs, options=self._options, group=self._group, is_fragment=is_fragment, observe=remember_global, level=logging.INFO
             )
         except AutoSeqError as error:
             self.failure = error
             return _stop
-        assert program is not None
         self._programs.append(program)
         if not is_fragment:
             return _stop

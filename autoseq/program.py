@@ -113,12 +113,12 @@ def build_program(
     is_fragment: bool,
     observe: Callable[[str, fx.GraphModule], None] | None = None,
     found: Topology | None = None,
-    looking: bool = False,
-) -> Program | None:
-    """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. None: a fragment without attention, to run whole.
+    level: int = logging.WARNING,
+) -> Program:
+    """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. A fragment without attention has no sites, and is to run whole.
 
-    Who is only `looking` gets such a fragment as a program too, without attention, and tells by itself what a run warns of. `found` is
-    the hardware that the ranks agreed on where no option names one; without it this rank finds its own.
+    `found` is the hardware that the ranks agreed on where no option names one; without it this rank finds its own. `level` is that of what
+    a run warns of.
     """
     open_regions(gm, inputs)
     keep_meaning(gm)
@@ -133,7 +133,9 @@ def build_program(
     num_found, left_whole = records["find_attention"].result
     if not sites:
         if is_fragment:
-            return _whole_part(normal, fake, inputs, group) if looking else None
+            whole = _whole_part(normal, fake, inputs, group)
+            _tell(whole, options, group, level)
+            return whole
         raise NoAttentionError(_no_attention(gm, left_whole))
     _check_lengths(sites, group)
     topology, reserved = found or topology_of(options, group), _parameter_bytes(normal, fake)
@@ -150,7 +152,7 @@ def build_program(
     sharding.fallbacks.extend(_gathered_inputs(inputs, group))
     dense_masks = tuple(records["read_masks"].result[1])
     program = Program(normal, before, fake, floats, contents, plan, sharding, dense_masks, tuple(left_whole))
-    _tell(program, options, group, logging.INFO if looking else logging.WARNING)
+    _tell(program, options, group, level)
     return program
 
 
@@ -193,12 +195,15 @@ def _too_large(plan: Plan, topology: Topology, reserved: int) -> str:
     )
 
 
+_NAMES_BREAKS = "; TORCH_LOGS=graph_breaks names what breaks it"
+
+
 def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fallback]:
     """Of a part of a program that Dynamo traced in several parts: what another part made as shards."""
     if group.size == 1:
         return []
     shards = [x._shard for x in inputs if isinstance(x, DeferredTensor)]
-    reason = "the program was traced in several parts; TORCH_LOGS=graph_breaks names what breaks it"
+    reason = "the program was traced in several parts" + _NAMES_BREAKS
     others = group.size - 1
     return [Fallback("the part that reads what is made", shard.name, reason, others * num_bytes(shard.padded)) for shard in shards]
 
@@ -208,7 +213,7 @@ def _whole_part(gm: fx.GraphModule, fake: list[object], inputs: Sequence[object]
     sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
     first = next((node for node in gm.graph.nodes if node.op == "call_function" and node.stack_trace), None)
     where = source_line(first) if first is not None else "(no source)"
-    reason = "the program was traced in several parts, and a part without attention runs whole on every rank"
+    reason = "the program was traced in several parts, and a part without attention runs whole on every rank" + _NAMES_BREAKS
     fallbacks = [Fallback("a part of the program", where, reason, sent)] if group.size > 1 else []
     return Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), ())
 
@@ -282,7 +287,7 @@ def _tell(program: Program, options: Options, group: SequenceGroup, level: int) 
         raise FallbackError("strict=True forbids fallbacks, and there are:\n  " + "\n  ".join(lines))
     for line in lines:
         log.log(level, "%s", line)
-    for line in program.plan.lines():
+    for line in program.plan.lines() if program.plan.sites else ():
         log.info("%s", line)
     for line in program.plan.reasons():
         log.debug("%s", line)

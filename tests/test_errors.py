@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import autoseq
 from autoseq.options import parse_options
+from inspected_models import break_graph
 from ranks import RankError, run_ranks
 
 OPTIONS = {"inner": "aot_eager"}
@@ -86,7 +87,9 @@ class TinyAttention(nn.Module):
 
 def compile_tiny(length: int = 8, after: str = "", **options: Any) -> Tensor:
     torch.manual_seed(0)
-    steps: dict[str, Callable[[Tensor], Tensor]] = {"": lambda x: x, "roll": lambda x: x.roll(1, 1)}
+    steps: dict[str, Callable[[Tensor], Tensor]] = {
+        "": lambda x: x, "roll": lambda x: x.roll(1, 1), "break": lambda x: break_graph(x).relu(),
+    }  # fmt: skip
     return torch.compile(TinyAttention(steps[after]), backend="autoseq", options={**OPTIONS, **options})(torch.randn(1, length, 8))
 
 
@@ -141,6 +144,7 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
     "more ranks than positions": lambda rank: compile_tiny(length=1),
     "local attention on two ranks": lambda rank: compile_tiny(strategy="local"),
     "a fallback under strict": lambda rank: compile_tiny(after="roll", strict=True),
+    "a part without attention under strict": lambda rank: compile_tiny(after="break", strict=True),
     "other lengths on each rank": _other_lengths,
     "other strategies on each rank": _other_strategies,
     "other inputs on each rank": _other_inputs,
@@ -161,6 +165,10 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
         (
             "a fallback under strict",
             ["FallbackError: strict=True forbids fallbacks.*aten.roll.default at .*test_errors.py:.*bytes a rank"] * 2,
+        ),
+        (
+            "a part without attention under strict",
+            ["FallbackError: strict=True forbids .*a part of the program at .*test_errors.py:.*runs whole on every rank.*bytes a rank"] * 2,
         ),
         (
             "other lengths on each rank",

@@ -41,6 +41,7 @@ class Placements:
         self.values: dict[fx.Node, Value] = {}
         self._top: set[fx.Node] = set()  # conversions of inputs, which stand between the anchors
         self._remade: dict[fx.Node, bool] = {}
+        self.cut_anew: dict[fx.Node, Mark] = {}  # shards that are gathered because a user needs their rows cut up otherwise
 
     def start(self, inputs: list[fx.Node]) -> None:
         """Copy the inputs and set up the anchors."""
@@ -130,14 +131,11 @@ class Placements:
         if mark.same(value.mark):
             return value.node
         if value.mark is not None and not self.can_be_made_again(node):
-            self.rows_lie_elsewhere(node, value.mark)
+            self.cut_anew[node] = value.mark
         source = self.whole(node)
         keywords = self.sharding(node.meta["val"], mark)
         key = f"shard {mark.dim} {keywords['outer']} {keywords['local']}"
         return self._convert(node, key, collectives.take_shard, keywords, source)
-
-    def rows_lie_elsewhere(self, node: fx.Node, mark: Mark) -> None:
-        """Called for a shard, sharded as `mark` says, that is gathered because a user needs it cut up otherwise."""
 
     def _convert(
         self, node: fx.Node, key: str, target: Callable[..., Any], keywords: dict[str, Any], source: fx.Node | None = None,

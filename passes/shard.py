@@ -101,6 +101,7 @@ class _Sharder(Placements):
                 dispatch.emit(node)
             elif node.op != "placeholder":
                 self._visit(node)
+        self._note_cut_anew()
         self.finish()
         self.gm.graph = self.graph
 
@@ -193,11 +194,14 @@ class _Sharder(Placements):
         made.meta = dict(node.meta)
         self._set(node, made, None)
 
-    def rows_lie_elsewhere(self, node: fx.Node, mark: Mark) -> None:
+    def _note_cut_anew(self) -> None:
+        """The shards that were gathered to be cut up otherwise, one for each source line that is not among the fallbacks yet."""
+        reason = "its rows are cut up as those of another sequence than the step that reads it needs"
         told = {fallback.source for fallback in self.fallbacks}
-        if source_line(node) not in told:
-            reason = "its rows are cut up as those of another sequence than the step that reads it needs"
-            self.fallbacks.append(Fallback(_op_name(node), source_line(node), reason, self.gather_bytes(node, mark)))
+        for node, mark in self.cut_anew.items():
+            if (source := source_line(node)) not in told:
+                told.add(source)
+                self.fallbacks.append(Fallback(_op_name(node), source, reason, self.gather_bytes(node, mark)))
 
     def _attention(self, node: fx.Node) -> None:
         """q, k and v by rows; what mask and score look up is whole."""

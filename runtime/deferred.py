@@ -116,6 +116,7 @@ class DeferredTensor(Tensor):
         return self._shard.full()
 
     @classmethod
+    @torch._disable_dynamo  # between the parts of a model it would be compiled as one more part
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _STILL_DEFERRED:
             return cls.wrap(args[0]._shard)

@@ -81,7 +81,7 @@ def _compile(
 ) -> Callable[..., Any]:  # fmt: skip
     program, failure = None, None
     try:
-        program = build_program(gm, inputs, options=options, group=group, is_fragment=_is_fragment(gm, inputs), found=found)
+        program = build_program(gm, inputs, options=options, group=group, is_fragment=is_fragment(gm, inputs), found=found)
     except AutoSeqError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
@@ -128,7 +128,7 @@ def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: 
     return compile_fx(gm, list(fake), inner_compile=named, config_patches=INDUCTOR)  # type: ignore[return-value, arg-type]
 
 
-def _is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
+def is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
     """Whether this graph is a part of a program that Dynamo traced in several parts."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:

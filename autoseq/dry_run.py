@@ -17,6 +17,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoseq.passes.sizes import hint
 from autoseq.planner import Plan
 from autoseq.program import Gathered, Program
 from autoseq.runtime.moves import move_traffic
@@ -46,14 +47,16 @@ def gather_counts(gathered: Gathered, world_size: int) -> Counts:
 
 
 class _Meta:
-    """Where a program made on the meta device runs: there, which is several times faster than a fake mode."""
+    """Where a program made on the meta device runs: there, which is several times faster than a fake mode. It knows no symbolic sizes."""
 
     mode = contextlib.nullcontext()
 
     def convert(self, x: Any) -> Any:
+        if isinstance(x, torch.SymInt):
+            return hint(x)
         if not isinstance(x, torch.Tensor):
             return x
-        return torch.empty(x.shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
+        return torch.empty([hint(size) for size in x.shape], dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
 
 
 class _Fake:

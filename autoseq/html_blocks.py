@@ -129,10 +129,11 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A program to draw: its blocks, and the exchange of its gradients behind them."""
+    """A program to draw: its blocks, the exchange of its gradients behind them, and how often a step calls it."""
 
     items: tuple[Item, ...]
     gradients: tuple[Gradients, ...]
+    times: int = 1
 
 
 def rows_of(items: Iterable[Item]) -> Iterable[tuple[Row, int]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
+from torch import nn
 
 from autoseq import html_costs as costs
 from autoseq.html_blocks import Block, Fold, Item, Picture, Row, rows_of, shown_source
@@ -31,7 +32,7 @@ from autoseq.html_folding import fold
 from autoseq.html_timeline import Busy, busy, timeline_drawing
 from autoseq.html_tree import picture
 from autoseq.inspection import Inspection, Made, inspected, with_programs
-from autoseq.node_traffic import node_traffic
+from autoseq.node_traffic import NodeTraffic, node_traffic
 from autoseq.options import Options
 from autoseq.passes.sizes import num_bytes
 from autoseq.planner import SitePlan
@@ -62,13 +63,20 @@ def inspect_pictures(make: Callable[[], Made], *, seq_len: int, world_size: int,
 
     def look(programs: Sequence[Program]) -> Pictured:
         traffic = [node_traffic(program, world_size) for program in programs]
-        pictures = [picture(program, sent) for program, sent in zip(programs, traffic, strict=True)]
-        folded = [Picture(fold(each.items), each.gradients) for each in pictures]
         topology = options.topology if isinstance(options.topology, Topology) else found_topology(world_size)
         timeline = step_timeline(programs, traffic, model_cost(programs, world_size=world_size), topology, world_size)
-        return Pictured(inspected(programs, seq_len, world_size), tuple(folded), timeline)
+        return Pictured(inspected(programs, seq_len, world_size), _pictures(programs, traffic), timeline)
 
     return with_programs(make, look, world_size=world_size, options=options)
+
+
+def _pictures(programs: Sequence[Program], traffic: Sequence[NodeTraffic]) -> tuple[Picture, ...]:
+    """One for all calls of a part of a model that send as much."""
+    calls: dict[object, list[int]] = {}
+    for number, program in enumerate(programs):
+        calls.setdefault((id(program.gm), program.gathered), []).append(number)
+    drawn = [(picture(programs[first], traffic[first]), 1 + len(others)) for first, *others in calls.values()]
+    return tuple(Picture(fold(each.items), each.gradients, times) for each, times in drawn)
 
 
 def html_page(found: Pictured, target: str) -> str:
@@ -127,7 +135,8 @@ class _Page:
     def figures(self) -> list[Figure]:
         sent = list(self.inspection.collectives.values())
         before = max((value for value in map(_largest_before, self.inspection.programs)), default=0)
-        parameters = sum(costs.totals(each.items).parameter_bytes for each in self.pictures)
+        owned = {id(x): x for program in self.inspection.programs for x in program.owned if isinstance(x, nn.Parameter)}
+        parameters = sum(map(num_bytes, owned.values()))
         fallbacks = len(self.inspection.fallbacks)
         return [
             Figure("ranks", f"{self.P:,}", f"layout {self.inspection.layout}"),
@@ -150,7 +159,7 @@ class _Page:
     @property
     def sites(self) -> list[tuple[Row, int]]:
         """The attention rows, and how often each comes."""
-        return [(row, times) for each in self.pictures for row, times in rows_of(each.items) if row.site is not None]
+        return [(row, times * each.times) for each in self.pictures for row, times in rows_of(each.items) if row.site is not None]
 
     @property
     def timeline(self) -> Drawing:

@@ -7,7 +7,7 @@ would be compiled, so neither memory nor time grows with the model's sizes, only
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from autoseq.backend import is_fragment
 from autoseq.dry_run import Counts, add_counts, step_traffic
 from autoseq.graph_text import remember_global
 from autoseq.options import Options
@@ -22,8 +23,8 @@ from autoseq.passes.attention_site import LeftWhole
 from autoseq.passes.read_masks import DenseMask
 from autoseq.passes.shard import Fallback
 from autoseq.passes.sizes import hint, num_bytes
-from autoseq.planner import SitePlan
-from autoseq.pretended_parts import PretendedPart
+from autoseq.planner import SitePlan, joined_sites
+from autoseq.pretended_parts import PretendedCall, PretendedPart
 from autoseq.program import Program, build_program
 from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -34,6 +35,8 @@ log = logging.getLogger("autoseq")
 
 Made = tuple[nn.Module, Mapping[str, Any]]
 T = TypeVar("T")
+
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class Intermediate:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """The rewritten programs (one, unless Dynamo traced the model in several parts) and what a step of them sends."""
+    """The rewritten programs (one, or one for each call of a part that Dynamo traced by itself) and what a step of them sends."""
 
     world_size: int
     sequence_length: int
@@ -55,7 +58,7 @@ class Inspection:
 
     @property
     def sites(self) -> list[SitePlan]:
-        return [site for program in self.programs for site in program.plan.sites]
+        return joined_sites(program.plan for program in self.programs)
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -158,9 +161,25 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
         torch._dynamo.reset()
     if backend.failure is not None:
         raise backend.failure
-    if not backend.programs:
+    programs = backend.programs
+    if not programs:
         raise NoAttentionError(f"no attention was found in the {backend.num_graphs} graphs torch.compile made of {type(model).__name__}")
-    return backend.programs
+    if backend.is_in_parts:
+        _tell_untraced(model, programs)
+    return programs
+
+
+def _tell_untraced(model: nn.Module, programs: Sequence[Program]) -> None:
+    """What Python does between the parts of a model is in none of them; that it computes with parameters can be known."""
+    traced = {id(x) for program in programs for x in program.owned}
+    left = [name for name, x in model.named_parameters() if id(x) not in traced]
+    if left:
+        shown = ", ".join(left[:_MOST_NAMED]) + (", …" if len(left) > _MOST_NAMED else "")
+        log.warning(
+            "%d parameters (%s) are in no part of the model that torch.compile traced. If Python computes with them between the parts "
+            "(TORCH_LOGS=graph_breaks says why), neither they nor that work are counted",
+            len(left), shown,
+        )  # fmt: skip
 
 
 class _CapturingBackend:
@@ -168,35 +187,32 @@ class _CapturingBackend:
 
     def __init__(self, options: Options, group: SequenceGroup) -> None:
         self._options, self._group = options, group
-        self._programs: list[Program] = []
-        self._parts: dict[int, PretendedPart] = {}  # by the number of the program
+        self._calls: list[PretendedCall] = []
         self.failure: AutoSeqError | None = None
         self.num_graphs = 0
+        self.is_in_parts = False
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        is_fragment = bool(reason is not None and reason.graph_break) or self.num_graphs > 0
+        is_part = is_fragment(gm, inputs) or self.num_graphs > 0
+        self.is_in_parts = self.is_in_parts or is_part
         self.num_graphs += 1
         try:
             program = build_program(
-                gm, inputs, options=self._options, group=self._group, is_fragment=is_fragment, observe=remember_global, level=logging.INFO
+                gm, inputs, options=self._options, group=self._group, is_fragment=is_part, observe=remember_global, level=logging.INFO
             )
         except AutoSeqError as error:
             self.failure = error
             return _stop
-        self._programs.append(program)
-        if not is_fragment:
+        if not is_part:
+            self._calls.append(PretendedCall(program, inputs))
             return _stop
-        part = self._parts[len(self._programs) - 1] = PretendedPart(gm, program, self._group.size)
-        return part  # runs, on the meta device, to get to the next one
+        return PretendedPart(gm, program, self._group.size, self._calls.append)  # runs, on the meta device, to get to the next one
 
     @property
     def programs(self) -> list[Program]:
-        """With what is gathered between them; none if nothing was to be split."""
-        if not any(program.plan.sites for program in self._programs):
-            return []
-        gathered = {number: part.gathered for number, part in self._parts.items()}
-        return [replace(program, gathered=gathered.get(number, ())) for number, program in enumerate(self._programs)]
+        """One for each call, in their order, with what is gathered between them; none if nothing was to be split."""
+        programs = [call.program for call in self._calls]
+        return programs if any(program.plan.sites for program in programs) else []
 
 
 def _stop(*_: object) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from autoseq.inspection import Made, with_programs
 from autoseq.options import Options
-from autoseq.planner import NamedSite
+from autoseq.planner import NamedSite, joined_sites
 from autoseq.planning.degrees import Candidate, candidates
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
@@ -45,7 +45,7 @@ def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: i
 
     def look(ranks: int, layout: str = "auto") -> _Look:
         def use(programs: Sequence[Program]) -> _Look:
-            planned = [site for program in programs for site in program.plan.sites]
+            planned = joined_sites(program.plan for program in programs)
             layouts = list(dict.fromkeys(site.layout for site in planned))
             # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
             tokens = batch * local_length(seq_len, ranks, layouts[0])

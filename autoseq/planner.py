@@ -5,7 +5,8 @@ takes, of what is legal and fits in memory, what is predicted to be fastest (`pl
 seconds and their reasons.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import get_args
@@ -112,16 +113,30 @@ def find_sites(gm: fx.GraphModule, mesh: tuple[int, ...] = ()) -> list[NamedSite
     A symbolic length is planned for by the length of this trace; the strategy serves any.
     """
     sites: list[NamedSite] = []
-    seen: dict[str, int] = {}
-    for node in gm.graph.nodes:
-        if not is_attention(node):
-            continue
+    nodes = [node for node in gm.graph.nodes if is_attention(node)]
+    names = _numbered([node.meta["attention"]["name"] for node in nodes])
+    for node, name in zip(nodes, names, strict=True):
         words = node.meta["attention"]
-        count = seen[words["name"]] = seen.get(words["name"], 0) + 1
-        if count > 1:
-            words["name"] = f"{words['name']}#{count}"
-        sites.append(NamedSite(words["name"], words["source"], words["mask"], replace(_site(node), mesh=mesh), _ways(node)))
+        words["name"] = name
+        sites.append(NamedSite(name, words["source"], words["mask"], replace(_site(node), mesh=mesh), _ways(node)))
     return sites
+
+
+def joined_sites(plans: Iterable[Plan]) -> list[SitePlan]:
+    """The sites of all parts of a model in one list, their names made unique in it."""
+    sites = [planned for plan in plans for planned in plan.sites]
+    names = _numbered([planned.site.name for planned in sites])
+    return [replace(planned, site=replace(planned.site, name=name)) for planned, name in zip(sites, names, strict=True)]
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """`attn, attn` as `attn, attn#2`; a number that a name has already gives way to the new one."""
+    seen, numbered = Counter[str](), list[str]()
+    for name in names:
+        base = name.partition("#")[0]
+        seen[base] += 1
+        numbered.append(base if seen[base] == 1 else f"{base}#{seen[base]}")
+    return numbered
 
 
 def _ways(node: fx.Node) -> tuple[Way, ...]:

@@ -27,7 +27,7 @@ from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
 from autoseq.passes.sizes import num_bytes
-from autoseq.passes.source import source_line
+from autoseq.passes.source import first_source
 from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
 from autoseq.planner import NamedSite, Plan, find_sites, make_plan
@@ -67,7 +67,8 @@ class Warned:
 class Program:
     """A rewritten program: the local graph, what it was before, the plan, and every choice that costs something.
 
-    `gathered` is known where all parts of a model are looked at; a part without attention, which runs whole, has a program there too.
+    Where all parts of a model are looked at, there is one for each call of a part, also of a part without attention, which runs whole;
+    `gathered` is known there, and `owned`: the model's own parameters and buffers, so that those which calls share are the same tensors.
     """
 
     gm: fx.GraphModule
@@ -80,6 +81,7 @@ class Program:
     dense_masks: tuple[DenseMask, ...]
     left_whole: tuple[LeftWhole, ...]
     gathered: tuple[Gathered, ...] = ()
+    owned: tuple[torch.Tensor, ...] = ()
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -98,6 +100,11 @@ class Program:
         masks = self.dense_masks
         held = [Warned(f"the mask of the attention at {m.source} is held whole: {m.reason}", held_bytes=m.num_bytes) for m in masks]
         return [*whole, *left, *held]
+
+    def owned_among(self, values: Sequence[object]) -> tuple[torch.Tensor, ...]:
+        """Of values for all its inputs, those of parameters and buffers."""
+        given = zip(self.before.find_nodes(op="placeholder"), values, strict=True)
+        return tuple(x for node, x in given if isinstance(x, torch.Tensor) and _is_owned(node))
 
     def fingerprint(self) -> list[str]:
         """The global graph and the plan, as lines of text without anything that differs between ranks."""
@@ -211,18 +218,20 @@ def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fal
 def _whole_part(gm: fx.GraphModule, fake: list[object], inputs: Sequence[object], group: SequenceGroup) -> Program:
     """A fragment without attention: every rank runs all of it on gathered values."""
     sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
-    first = next((node for node in gm.graph.nodes if node.op == "call_function" and node.stack_trace), None)
-    where = source_line(first) if first is not None else "(no source)"
     reason = "the program was traced in several parts, and a part without attention runs whole on every rank" + _NAMES_BREAKS
-    fallbacks = [Fallback("a part of the program", where, reason, sent)] if group.size > 1 else []
+    fallbacks = [Fallback("a part of the program", first_source(gm.graph), reason, sent)] if group.size > 1 else []
     return Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), ())
 
 
 def _parameter_bytes(gm: fx.GraphModule, inputs: Sequence[object]) -> int:
     """Of parameters and their gradients, which are whole on every rank."""
     given = zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    owned = [(node, x) for node, x in given if isinstance(x, torch.Tensor) and (node.meta["is_parameter"] or node.meta.get("is_buffer"))]
+    owned = [(node, x) for node, x in given if isinstance(x, torch.Tensor) and _is_owned(node)]
     return sum(num_bytes(x) * (2 if node.meta["requires_grad"] else 1) for node, x in owned)
+
+
+def _is_owned(placeholder: fx.Node) -> bool:
+    return bool(placeholder.meta.get("is_parameter") or placeholder.meta.get("is_buffer"))
 
 
 def mark_trainable(gm: fx.GraphModule, inputs: Sequence[object]) -> None:

@@ -102,7 +102,7 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs | None)
     largest = found.largest_intermediate
     shape = " × ".join(map(str, largest.shape))
     console.print(f"Largest intermediate of a rank: {shape}, {largest.num_bytes:,} bytes ({readable_bytes(largest.num_bytes)})")
-    for program in found.programs:
+    for program in {id(program.gm): program for program in found.programs}.values():  # calls of one part share a graph
         if graphs in ("before", "both"):
             _print_graph(console, "before, its attention and masks already read", program.before)
         if graphs in ("after", "both"):
@@ -125,7 +125,7 @@ def plan_table(sites: Sequence[SitePlan]) -> Group:
 
 def _alike(planned: SitePlan) -> tuple[object, ...]:
     named = planned.site
-    return re.sub(r"\d+", "#", named.name), named.source, named.site, named.mask, planned.strategy, planned.cost
+    return re.sub(r"\d+", "#", re.sub(r"#\d+$", "", named.name)), named.source, named.site, named.mask, planned.strategy, planned.cost
 
 
 def _names(group: Sequence[SitePlan]) -> str:

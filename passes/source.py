@@ -20,6 +20,12 @@ def source_line(node: fx.Node) -> str:
     return f"{short}:{innermost['line']} in {innermost['name'].strip()}: {innermost['code'].strip()}"
 
 
+def first_source(graph: fx.Graph) -> str:
+    """Where the first operator comes from that tracing kept a frame of."""
+    first = next((node for node in graph.nodes if node.op == "call_function" and node.stack_trace), None)
+    return source_line(first) if first is not None else "(no source)"
+
+
 def has_source_line(node: fx.Node) -> bool:
     """Whether tracing kept a frame that is not torch's own."""
     return not all(_in_torch(frame) for frame in _FRAME.finditer(node.meta.get("stack_trace") or ""))

@@ -112,17 +112,11 @@ def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | No
 
 
 def _parameters(programs: Sequence[Program]) -> list[Tensor]:
-    """The distinct parameters and buffers of some programs: a later part of a model may use those of an earlier one."""
-    found: dict[str, Tensor] = {}
-    for program in programs:
-        for node, value in zip(program.before.find_nodes(op="placeholder"), program.inputs, strict=True):
-            if _is_owned(node, value):
-                found.setdefault(str(node.meta.get("source_name", node.target)), value)
-    return list(found.values())
+    """The distinct parameters and buffers of some programs: a later part of a model may use those of an earlier one.
 
-
-def _is_owned(node: fx.Node, value: object) -> bool:
-    return isinstance(value, Tensor) and bool(node.meta.get("is_parameter") or node.meta.get("is_buffer"))
+    Not told apart by their names: layers of one class have the same in a part that is traced once for all of them.
+    """
+    return list({id(x): x for program in programs for x in program.owned}.values())
 
 
 def _pass_cost(counted: Sequence["_Counted"], way: Way) -> PassCost:
@@ -318,8 +312,7 @@ class _CountingStep(Step):
 def _counted(program: Program, world_size: int) -> _Counted:
     place = place_of(program)
     inputs = [place.convert(x) for x in program.inputs]
-    owned = [x for given, x in zip(program.before.find_nodes(op="placeholder"), inputs, strict=True) if _is_owned(given, x)]
-    counted = _Counted(world_size, owned)
+    counted = _Counted(world_size, program.owned_among(inputs))
     step = _CountingStep(program.gm, place, counted)
     with place.mode, torch.enable_grad(), counted:
         with torch.autograd.graph.saved_tensors_hooks(counted.keep, lambda x: x):

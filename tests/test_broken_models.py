@@ -199,7 +199,8 @@ REPEATED = {
 
 
 def is_told(fallback: Fallback, line: str) -> bool:
-    return f"{fallback.bytes_per_rank:,} bytes a rank" in line and fallback.reason.partition(";")[0] in line
+    sends = f"{fallback.bytes_per_rank:,} bytes a rank" if fallback.bytes_per_rank else ""
+    return sends in line and fallback.reason.partition(";")[0] in line
 
 
 @pytest.mark.parametrize("model", REPEATED.values(), ids=REPEATED.keys())

@@ -294,6 +294,13 @@ def test_the_slowest_rank_decides_and_imbalance_is_seen() -> None:
     assert contiguous / zigzag == pytest.approx(3.5 / 2, rel=0.01)
 
 
+def test_a_rank_with_whose_collectives_none_of_those_asked_takes_part_counts_alone() -> None:
+    site = replace(SITE, q_len=128, k_len=128, heads=8, kv_heads=8, mesh=(8, 8))
+    assert 5 not in asked_ranks(64)
+    found = exchange_seconds(STRATEGIES["hybrid_outer"], site, 64, "contiguous", 5, topology(ranks_per_node=8), "forward")
+    assert all(seconds > 0 for seconds in found.values())
+
+
 class Uneven(Strategy):
     """Rank 0 gives most keys and gets fewest gradients, rank 1 the other way round; by `kind` of message, among the ranks of a scope."""
 

@@ -44,7 +44,7 @@ def exchange_seconds(
     others = {each: _seconds_of_rank(strategy, site, P, layout, each, topology, way) for each in asked_ranks(P)} if collective else {}
 
     def slowest(name: str, scope: Scope) -> float:
-        return max(own[name], *(theirs[name] for other, theirs in others.items() if _takes_part(other, rank, scope, site)))
+        return max([own[name], *(theirs[name] for other, theirs in others.items() if _takes_part(other, rank, scope, site))])
 
     return {name: slowest(name, collective[name]) if name in collective else seconds for name, seconds in own.items()}
 

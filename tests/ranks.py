@@ -157,6 +157,8 @@ atexit.register(close_pool)
 
 def _serve(pipe: Connection, port: int, stacks_path: str) -> None:
     torch.set_num_threads(1)
+    # Or a rank whose job is done at once closes connections that another one has not finished making.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     gc.freeze()  # what is imported stays: looking through it again and again is a tenth of a compilation
     client = dist.TCPStore("127.0.0.1", port, is_master=False)
     stacks = open(stacks_path, "a")  # noqa: SIM115 (faulthandler keeps it for the process's life)

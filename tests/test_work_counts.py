@@ -176,7 +176,7 @@ def test_formulas_of_work_are_what_is_counted() -> None:
 
 def test_formulas_of_work_are_printed() -> None:
     out = Console(file=io.StringIO(), width=400)
-    print_formulas(out)
+    print_formulas(out, host=False)
     shown = out.file.getvalue()  # type: ignore[attr-defined]
     for name in NAMES:
         assert f"pairs = {formula_text(STRATEGIES[name].work_formulas()['pairs'])}, kept" in shown, name

@@ -28,7 +28,7 @@ T5_BUCKETS = {  # 12 of them, the far ones logarithmic: both sides in the encode
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One model: how it is made and called; the mask (and score) of each attention, in order; and the parameters whose gradient
-    is zero but for rounding (a bias that shifts all scores of a row alike)."""
+    is zero but for rounding (a bias that shifts all scores of a row alike); and the operators that run on gathered values."""
 
     make: Callable[[str], nn.Module]
     batch: Callable[[], dict[str, Any]]
@@ -36,6 +36,7 @@ class Entry:
     attention: tuple[str, ...] = ("sdpa", "eager")
     sequence_sizes: frozenset[int] = frozenset({15, 16, LENGTH})
     zero_gradients: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
 
 
 def hugging_face(model: str, config: str, **settings: Any) -> Callable[[str], nn.Module]:
@@ -43,11 +44,14 @@ def hugging_face(model: str, config: str, **settings: Any) -> Callable[[str], nn
 
     def make(attention: str) -> nn.Module:
         import transformers
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
         torch.manual_seed(0)
         made = getattr(transformers, model)(getattr(transformers, config)(**settings, attn_implementation=attention))
         if made.loss_type is None:
             made.loss_type = "ForCausalLM"  # GPT-2's is not known by its name, and the warning of that would break the graph
+        if settings.get("output_router_logits"):
+            maybe_install_capturing_hooks(made.model)  # the first call would, and Dynamo cannot trace that
         return roughened(made)
 
     return make
@@ -228,7 +232,7 @@ ZOO: dict[str, Entry] = {
     "mixtral": Entry(decoder("Mixtral", **_EXPERTS), language(), (CAUSAL,)),
     "mixtral with batched experts and a router's loss": Entry(
         decoder("Mixtral", **_EXPERTS, experts_implementation="batched_mm", output_router_logits=True, router_aux_loss_coef=0.1),
-        language(), (CAUSAL,), ("sdpa",)),
+        language(), (CAUSAL,), ("sdpa",), gathered=("aten.histc.default",)),  # which expert each token went to, a number each
     "gpt_oss": Entry(
         decoder("GptOss", **{**_TWO_KINDS, **_EXPERTS}, experts_implementation="grouped_mm"),
         language(), tuple(f"{mask}, sinks model.layers.{i}.self_attn.sinks" for i, mask in enumerate((WINDOW, CAUSAL))), ("eager",)),

@@ -24,10 +24,11 @@ from autoseq.planning.presets import load_topology
 from autoseq.planning.shared_cores import Threads, turns, turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, seconds_of, time_launch
 from autoseq.planning.time_links import Effort
-from autoseq.planning.topology import KINDS, Kind, Rate, Scope, Topology
+from autoseq.planning.topology import KINDS, Rate, Topology
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime import blockwise
 from autoseq.runtime.errors import OptionError
+from autoseq.runtime.timeline import MessageKind, Scope
 from ranks import run_ranks
 from unit_hardware import seconds_in
 
@@ -83,7 +84,7 @@ def test_nothing_makes_a_message_faster_than_it_is() -> None:
     assert undisturbed([2.0]) == 2.0
 
 
-TIMES = dict[Scope, dict[Kind, list[Sample]]]
+TIMES = dict[Scope, dict[MessageKind, list[Sample]]]
 
 
 def times_of(topology: Topology, P: int, scopes: tuple[Scope, ...]) -> TIMES:
@@ -120,7 +121,7 @@ def test_the_rates_of_links_are_found_again_from_their_times(name: str, lanes: i
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("later", [1.5, 3.0])
-def test_messages_that_begin_later_among_all_ranks_than_across_have_one_rate(kind: Kind, later: float) -> None:
+def test_messages_that_begin_later_among_all_ranks_than_across_have_one_rate(kind: MessageKind, later: float) -> None:
     """gloo begins an exchange with each other rank, so one with more of them has a longer latency, and bytes as fast."""
     hardware = load_topology("2x4xL20-1nic")
     assert hardware.between is not None

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoseq.planning.topology import KINDS, KernelRates, Kind, Link, Rate, Scope, Topology
+from autoseq.planning.topology import KINDS, KernelRates, Link, Rate, Topology
 from autoseq.runtime.errors import TopologyError
+from autoseq.runtime.timeline import MessageKind, Scope
 from unit_hardware import seconds_in
 
 KERNELS = KernelRates(4e12, 3e12, 2e12, 1e12)
@@ -27,7 +28,7 @@ RING = ("all_gather", "reduce_scatter", "all_reduce")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scope", ["flat", "inside"])
-def test_in_one_node_messages_cost_latency_and_bytes_the_rate(kind: Kind, scope: Scope) -> None:
+def test_in_one_node_messages_cost_latency_and_bytes_the_rate(kind: MessageKind, scope: Scope) -> None:
     assert seconds_in(scope, ONE, kind, 6 * MB, 3, ranks=4) == pytest.approx(3e-5 + 6e-5)
     assert seconds_in("inside", TWO, kind, 6 * MB, 3, ranks=8) == pytest.approx(3e-5 + 6e-5)
 
@@ -41,7 +42,7 @@ def test_in_one_node_messages_cost_latency_and_bytes_the_rate(kind: Kind, scope:
         *(pytest.param(kind, "across", 2e-5 + 1e-4 * 4 / 2, id=f"{kind} across: four ranks share two cards") for kind in KINDS),
     ],
 )
-def test_over_two_nodes(kind: Kind, scope: Scope, seconds: float) -> None:
+def test_over_two_nodes(kind: MessageKind, scope: Scope, seconds: float) -> None:
     assert seconds_in(scope, TWO, kind, MB, 1, ranks=8) == pytest.approx(seconds)
     assert scope != "flat" or TWO.seconds(kind, MB, 1, ranks=8) == pytest.approx(seconds)
 
@@ -120,7 +121,7 @@ LINKS = st.builds(Link, RATES, RATES, RATES, RATES, RATES, st.sampled_from(["ful
 
 @given(COUNT, COUNT, LINKS, LINKS, st.sampled_from(KINDS), st.sampled_from(get_args(Scope)), st.integers(0, 10**9), st.integers(0, 100))
 def test_more_takes_longer_and_faster_links_take_less(
-    R: int, nodes: int, inside: Link, between: Link, kind: Kind, scope: Scope, num_bytes: int, messages: int
+    R: int, nodes: int, inside: Link, between: Link, kind: MessageKind, scope: Scope, num_bytes: int, messages: int
 ) -> None:
     topology = replace(ONE, ranks_per_node=R, nodes=nodes, inside=inside, between=between)
     P = topology.world_size

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from autoseq.planning.asked_ranks import asked_ranks
-from autoseq.planning.topology import Kind, Topology
+from autoseq.planning.topology import Topology
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategy import Site, Strategy
-from autoseq.runtime.timeline import Crossing, Scope, Way
+from autoseq.runtime.timeline import Crossing, MessageKind, Scope, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def _crossings_of_node(
     return tuple(strategy.crossings(site, P, layout, rank, way, R) for rank in range(node * R, (node + 1) * R))
 
 
-def crossing_seconds(topology: Topology, kind: Kind, load: NodeLoad, ranks: int) -> float:
+def crossing_seconds(topology: Topology, kind: MessageKind, load: NodeLoad, ranks: int) -> float:
     """How long the cards of a node take. Collectives use all of them; of point-to-point messages, those of one rank go through one."""
     link = topology.between_nodes(ranks)
     both_ways = link.duplex == "half"

@@ -26,11 +26,12 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.shared_cores import turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, KernelTimes, time_kernels, time_launch, time_memory
 from autoseq.planning.time_links import Effort, groups_of, time_messages
-from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Kind, Link, Rate, Scope, Topology
+from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Link, Rate, Topology
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import on_nodes
+from autoseq.runtime.timeline import MessageKind, Scope
 
 _CPU = (
     Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 50),
@@ -82,7 +83,7 @@ def _scopes(group: SequenceGroup) -> dict[Scope, SequenceGroup]:
 
 # Links ---------------------------------------------------------------------------------------------------------------
 
-_Times = dict[Kind, list[Sample]]
+_Times = dict[MessageKind, list[Sample]]
 
 
 def _with_links(base: Topology, P: int, request: Request, times: dict[Scope, _Times]) -> Topology:
@@ -100,7 +101,7 @@ def _with_links(base: Topology, P: int, request: Request, times: dict[Scope, _Ti
     return replace(shaped, between=replace(between, lanes=request.lanes))
 
 
-def _crossing(unit: Topology, P: int, kind: Kind, times: dict[Scope, _Times]) -> list[Sample]:
+def _crossing(unit: Topology, P: int, kind: MessageKind, times: dict[Scope, _Times]) -> list[Sample]:
     """The times that the link between nodes decides, with bytes as they load one card; `unit` has a rate of 1 there."""
     samples = []
     for scope in ("across", "flat"):
@@ -113,7 +114,7 @@ def _crossing(unit: Topology, P: int, kind: Kind, times: dict[Scope, _Times]) ->
     return samples
 
 
-def _link(lines: dict[Kind, Line]) -> Link:
+def _link(lines: dict[MessageKind, Line]) -> Link:
     return Link(**{kind: _rate(line) for kind, line in lines.items()})
 
 

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from autoseq.planning.fitting import Sample, undisturbed
-from autoseq.planning.topology import Kind
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.messages import Described, Message, connect, post
 from autoseq.runtime.posted import Posted, post_all_gather, post_all_to_all, post_reduce_scatter
+from autoseq.runtime.timeline import MessageKind
 
 _ops = torch.ops._c10d_functional
 _ENOUGH_S = 0.3  # so long one size of one kind is repeated
@@ -49,7 +49,9 @@ class MessageTimes:
     host: list[Sample]
 
 
-def time_messages(kind: Kind, group: SequenceGroup, device: torch.device, effort: Effort, advance: Callable[[], None]) -> MessageTimes:
+def time_messages(
+    kind: MessageKind, group: SequenceGroup, device: torch.device, effort: Effort, advance: Callable[[], None]
+) -> MessageTimes:  # fmt: skip
     """Undisturbed times of one message of each size, the seconds equal on all ranks of the program; all call this at once.
 
     `group` may be one of several that are timed side by side. Raises MessageError when a rank is lost.
@@ -118,7 +120,9 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _message(kind: Kind, group: SequenceGroup, num_bytes: int, device: torch.device) -> tuple[Callable[[], Callable[[], object]], int]:
+def _message(
+    kind: MessageKind, group: SequenceGroup, num_bytes: int, device: torch.device
+) -> tuple[Callable[[], Callable[[], object]], int]:  # fmt: skip
     """What posts a message of about so many bytes from each rank, as strategies do, and gives what waits for it; and how many they are."""
     P = group.size
     if kind == "send":
@@ -129,7 +133,7 @@ def _message(kind: Kind, group: SequenceGroup, num_bytes: int, device: torch.dev
     times = 2 if kind == "all_reduce" else 1
     shard = max(1, num_bytes // (4 * (P - 1) * times))
     part, whole = torch.zeros(shard, device=device), torch.zeros(shard * P, device=device)
-    posts: dict[Kind, Callable[[], Posted]] = {
+    posts: dict[MessageKind, Callable[[], Posted]] = {
         "all_to_all": lambda: post_all_to_all(group, whole, [shard] * P, [shard] * P),
         "all_gather": lambda: post_all_gather(group, part),
         "reduce_scatter": lambda: post_reduce_scatter(group, whole),

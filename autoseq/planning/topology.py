@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from autoseq.runtime.errors import TopologyError
+from autoseq.runtime.timeline import MessageKind, Scope
 
-Kind = Literal["send", "all_to_all", "all_gather", "reduce_scatter", "all_reduce"]
-Scope = Literal["flat", "inside", "across"]
-"""Who talk to each other: all ranks of the sequence, those of a node, or those at the same place of each node."""
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[MessageKind, ...] = get_args(MessageKind)
 
 # Where a file tells nothing of a dtype, the first of these that it does tell of stands in for it.
 _STAND_INS = {
@@ -53,7 +50,7 @@ class Link:
     duplex: Literal["full", "half"] = "full"
     lanes: int = 1
 
-    def rate(self, kind: Kind) -> Rate:
+    def rate(self, kind: MessageKind) -> Rate:
         """That of a kind of message."""
         return getattr(self, kind)
 
@@ -152,14 +149,14 @@ class Topology:
             raise TopologyError(f"topology {self.name!r} knows no dtype {dtype!r}; kernels have rates for {', '.join(DTYPES)}")
         return next(self.kernels[each] for each in (dtype, *_STAND_INS[dtype]) if each in self.kernels)
 
-    def seconds(self, kind: Kind, num_bytes: float, messages: float, *, ranks: int) -> float:
+    def seconds(self, kind: MessageKind, num_bytes: float, messages: float, *, ranks: int) -> float:
         """How long one rank's messages take while each of the sequence's `ranks` ranks, in whole nodes, does likewise.
 
         `num_bytes` is what one rank sends in all, counted as in `runtime.traffic`. Raises TopologyError as `at` does.
         """
         return max((path.seconds(num_bytes, messages) for path in self.paths(kind, ranks=ranks)), default=0.0)
 
-    def paths(self, kind: Kind, *, ranks: int, scope: Scope = "flat") -> tuple[Path, ...]:
+    def paths(self, kind: MessageKind, *, ranks: int, scope: Scope = "flat") -> tuple[Path, ...]:
         """The ways that one rank's messages take side by side; the slowest decides. None for a rank by itself.
 
         Whatever the scope, a sequence that fits into one node stays inside it.
@@ -184,7 +181,7 @@ class Topology:
         paths = self._path("inside", self.inside, kind, inside), self._path("between", between, kind, crossing)
         return paths if R > 1 else paths[1:]
 
-    def _path(self, where: Literal["inside", "between"], link: Link, kind: Kind, share: float) -> Path:
+    def _path(self, where: Literal["inside", "between"], link: Link, kind: MessageKind, share: float) -> Path:
         rate = link.rate(kind)
         both_ways = 2.0 if link.duplex == "half" else 1.0
         return Path(where, rate.latency_s, share * both_ways / rate.bytes_per_s)

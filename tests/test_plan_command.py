@@ -23,7 +23,7 @@ from autoseq.planning.exchange_times import exchange_seconds
 from autoseq.planning.prediction import LANES, pass_time
 from autoseq.planning.presets import load_topology
 from autoseq.planning.time_formulas import WORK, exchange_symbol, time_formula
-from autoseq.planning.topology import Rate
+from autoseq.planning.topology import Host
 from autoseq.planning.topology_file import dump
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
@@ -156,7 +156,7 @@ def test_json_has_the_formulas_that_were_asked_for() -> None:
 
 def test_formulas_tell_what_messages_take_of_the_cores(tmp_path: Path) -> None:
     hardware = tmp_path / "mine.json"
-    hardware.write_text(dump(replace(load_topology("4xA10"), host=Rate(1e-3, 1e9))))
+    hardware.write_text(dump(replace(load_topology("4xA10"), host=Host(1e-3, 1e9))))
     asked = (TINY, "--seq-len", "64", "--world-size", "2", "--topology", str(hardware), "--formulas")
     shown = run(*asked)
     assert "H_… is what sending that takes of the cores that compute" in shown.stdout

@@ -16,7 +16,7 @@ from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.exchange_times import NodeLoad, crossing_seconds, exchange_seconds
 from autoseq.planning.prediction import dtype_of, pass_seconds, pass_time, step_seconds
 from autoseq.planning.time_formulas import exchange_symbol, host_symbol, time_formula, uses_links_together
-from autoseq.planning.topology import KernelRates, Rate, Topology
+from autoseq.planning.topology import Host, KernelRates, Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.strategies import STRATEGIES
@@ -82,15 +82,41 @@ HOSTED = {
 @pytest.mark.parametrize(("phases", "seconds"), HOSTED.values(), ids=HOSTED)
 def test_messages_that_need_the_cores_make_the_work_longer(phases: Sequence[Phase], seconds: float) -> None:
     """One message of 6 bytes takes 2 seconds, and 2 bytes a second, of the cores that compute."""
-    found = pass_time(Scripted(*phases), SITE, 4, "contiguous", 0, topology(host=Rate(2.0, 2.0)), "forward")
+    found = pass_time(Scripted(*phases), SITE, 4, "contiguous", 0, topology(host=Host(2.0, 2.0)), "forward")
     assert (found.seconds, found.work_s, found.message_s) == (seconds, WORK, IN_MESSAGES)
+
+
+class OnSharedCores(Scripted):
+    """Each rank's seconds of work, while all compute."""
+
+    def __init__(self, *seconds: int) -> None:
+        super().__init__(Phase(ONE))
+        self._seconds = seconds
+
+    def work(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Work:
+        return Work(pairs=self._seconds[rank], launches=0, merged_elements=0, full_pairs=self._seconds[rank])
+
+
+SHARED_CORES = {
+    "all have as much to do": ((2, 2, 2, 2), 2, (2, 2, 2, 2)),
+    "the longest has a core for itself once the others are done": ((1, 2, 2, 3), 2, (1, 2, 2, 2)),
+    "but is no faster than that": ((0, 0, 0, 4), 2, (0, 0, 0, 2)),
+    "a core for each": ((1, 2, 2, 3), 1, (1, 2, 2, 3)),
+}
+
+
+@pytest.mark.parametrize(("seconds", "ranks_per_core", "expected"), SHARED_CORES.values(), ids=SHARED_CORES)
+def test_ranks_that_are_done_leave_their_cores_to_others(seconds: Sequence[int], ranks_per_core: int, expected: Sequence[int]) -> None:
+    hardware = topology(host=Host(1e-9, 1e9, ranks_per_core))
+    found = [pass_time(OnSharedCores(*seconds), SITE, 4, "contiguous", rank, hardware, "forward").work_s for rank in range(4)]
+    assert found == [WORK * each for each in expected]
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
 def test_the_formula_knows_what_messages_take_of_the_cores(name: str, way: Way) -> None:
     strategy, plain = STRATEGIES[name], topology(inside=link(0.0, 1e9))
-    hosted = replace(plain, host=Rate(0.5, 3.0))
+    hosted = replace(plain, host=Host(0.5, 3.0))
     site = replace(SITE, q_len=128, k_len=128, heads=8, kv_heads=8, max_behind=9, max_ahead=0, mesh=(2, 2))
     exchanges = strategy.exchanges(site, 4, "contiguous", 1, way)
     values = {exchange_symbol(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, hosted, way).items()}

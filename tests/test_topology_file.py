@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Link, Rate, Topology
+from autoseq.planning.topology import DTYPES, KINDS, Host, KernelRates, Link, Rate, Topology
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import TopologyError
 
@@ -22,7 +22,7 @@ WHOLE: dict[str, Any] = {
     "between": {"duplex": "half", "lanes": 3, **{kind: {"latency_ms": 0.5, "bytes_per_s": 12500000} for kind in KINDS}},
     "kernels": {"float32": {"peak_tflops": 4, "matmul_tflops": 3.5, "attention_flops_per_s": 2e12, "attention_backward_tflops": 1}},
     "memory_gib": 1.5, "memory_gbytes_per_s": 100, "launch_us": 2.5, "attention_tile": 64,
-    "host": {"latency_ms": 0.25, "gbytes_per_s": 2}, "sources": ["all: made up"],
+    "host": {"latency_ms": 0.25, "gbytes_per_s": 2, "ranks_per_core": 1.5}, "sources": ["all: made up"],
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_units_are_read_without_rounding() -> None:
     assert found.kernels["float32"] == KernelRates(4e12, 3.5e12, 2e12, 1e12)
     assert (found.memory_bytes, found.memory_bytes_per_s, found.launch_s) == (3 * 2**29, 1e11, 2.5e-6)
     assert (found.name, found.nodes, found.ranks_per_node, found.sources) == ("mine", 2, 4, ("all: made up",))
-    assert (found.attention_tile, found.host) == (64, Rate(2.5e-4, 2e9))
+    assert (found.attention_tile, found.host) == (64, Host(2.5e-4, 2e9, 1.5))
     assert parse_topology(changed("host", None), "a file").host is None
 
 
@@ -69,6 +69,7 @@ def test_units_are_read_without_rounding() -> None:
         pytest.param("attention_tile", KeyError, r"attention_tile is missing$", id="a file from before it was asked for"),
         pytest.param("host", KeyError, r"host is missing$", id="nothing said of what messages take of the cores"),
         pytest.param("host.latency_ms", -1, r"host\.latency_ms is a number above 0, not -1", id="less than no time of the cores"),
+        pytest.param("host.ranks_per_core", 0.5, r"host\.ranks_per_core is 1 or more, not 0\.5; 1 means", id="half a rank on a core"),
         pytest.param("nodes", 1.5, r"nodes is a whole number, 1 or more, not 1\.5", id="half a node"),
         pytest.param("between.lanes", 0, r"between\.lanes is a whole number, 1 or more, not 0", id="no card"),
         pytest.param("inside.lanes", 1, r"inside\.lanes is unknown; fields here are send, .*duplex", id="cards inside a node"),
@@ -117,6 +118,7 @@ KERNELS = st.dictionaries(st.sampled_from(DTYPES), st.builds(KernelRates, POSITI
 TOPOLOGIES = st.builds(
     Topology, st.text(min_size=1), COUNT, COUNT, LINK, st.builds(lambda link, lanes: Link(*[link.send] * 5, lanes=lanes), LINK, COUNT),
     KERNELS, st.integers(1, 2**50), POSITIVE, POSITIVE, st.lists(st.text()).map(tuple), COUNT,
+    st.none() | st.builds(Host, POSITIVE, POSITIVE, st.floats(1, 1e6)),
 )  # fmt: skip
 
 

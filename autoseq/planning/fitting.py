@@ -26,11 +26,6 @@ class Sample:
     seconds: float
 
 
-def undisturbed(seconds: Sequence[float]) -> float:
-    """What a message takes of which some were held up: the lower quartile. Nothing makes one faster than it is."""
-    return float(np.quantile(seconds, 0.25))
-
-
 @dataclass(frozen=True, slots=True)
 class Line:
     """seconds = latency_s + units / units_per_s."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from autoseq.planning.links import Card, network_cards, nvlinks
 from autoseq.planning.presets import load_topology, names
-from autoseq.planning.topology import KINDS, KernelRates, Link, Rate, Topology
+from autoseq.planning.topology import KINDS, Host, KernelRates, Link, Rate, Topology
 
 _GIB = 1 << 30
 # The share of a card's rate that messages reach, as in the presets.
@@ -138,5 +138,5 @@ def _cpu(per_node: int) -> Topology:
         "found: CPU", per_node, 1, inside, between, kernels, memory, 1e10, 1e-5,
         ("all but memory_bytes: estimates for any CPU, gloo and 10 Gb/s between machines; `autoseq topology measure` knows better",
          "attention_tile: the keys that ATen's flash attention takes at once (kv_split_size in FlashAttentionKernel.cpp)"), 512,
-        Rate(300e-6, 1e9),
+        Host(300e-6, 1e9),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Links: messages of each kind and several sizes, inside nodes, across them and over all ranks; the rates are those with which
 `Topology.seconds` comes nearest to the times. Kernels: products and attention of several sizes on all ranks at once, since ranks may share
-what they compute on. Of messages the slowest rank's times and of these the lower quartile, of kernels the median and the middle rank's.
+what they compute on. Of messages it is the slowest rank's time, of kernels the middle one's, and of both the median.
 Rank 0's result is everyone's.
 """
 
@@ -26,7 +26,7 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.shared_cores import turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, KernelTimes, time_kernels, time_launch, time_memory
 from autoseq.planning.time_links import Effort, groups_of, time_messages
-from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Link, Rate, Topology
+from autoseq.planning.topology import DTYPES, KINDS, Host, KernelRates, Link, Rate, Topology
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -34,7 +34,7 @@ from autoseq.runtime.nodes import on_nodes
 from autoseq.runtime.timeline import MessageKind, Scope
 
 _CPU = (
-    Effort((1 << 12, 1 << 16, 1 << 19, 1 << 21, 1 << 22), 50),
+    Effort((1 << 12, 1 << 16, 1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22), 50),
     KernelEffort((128, 256, 512, 1024), 4, 64, (128, 256, 512, 1024), (1 << 20, 1 << 23), 15),
 )
 _CUDA = (
@@ -122,7 +122,7 @@ def _rate(line: Line) -> Rate:
     return Rate(line.latency_s, line.units_per_s)
 
 
-def _host(times: Sequence[list[Sample]], device: torch.device) -> Rate | None:
+def _host(times: Sequence[list[Sample]], device: torch.device) -> Host | None:
     """What messages take of the cores that compute: on CPUs where no core is left for the thread that sends."""
     if device.type != "cpu" or not times:
         return None
@@ -130,7 +130,7 @@ def _host(times: Sequence[list[Sample]], device: torch.device) -> Rate | None:
     if with_senders <= 1:
         return None
     line = fit_line([Sample(each.units, turns * each.seconds) for each in _middle([each for of_kind in times for each in of_kind])])
-    return _rate(line)
+    return Host(line.latency_s, line.units_per_s, four_digits(turns))
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _sources(group: SequenceGroup, request: Request) -> tuple[str, ...]:
     if group.size == 1:
         return f"measured by autoseq {version} with torch {torch_version}", "inside, between: as found, there is one rank", kernels
     nodes = f"{group.size} ranks in nodes of {request.ranks_per_node}, {dist.get_backend()}"
-    links = "inside, between, host: fitted to lower quartiles"
+    links = "inside, between, host: fitted to medians"
     return f"measured by autoseq {version} with torch {torch_version}, {nodes}", links, kernels
 
 

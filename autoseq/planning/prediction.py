@@ -2,7 +2,8 @@
 
     seconds of a pass  =  sum over phases of  times · max(share of the work, shares of the messages on each kind of link)
 
-where messages that need the cores of the rank itself, as on CPUs, make the work that they travel under longer.
+where messages that need the cores of the rank itself, as on CPUs, make the work that they travel under longer, and ranks that share cores
+leave them to those with more to do.
 
 Work is matrix products at the kernel's rate, those of pairs that a kernel computes in vain among them, calls of kernels at the launch time,
 and masks read and results merged in memory at the memory's rate.
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
+from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.exchange_times import exchange_seconds
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import PlanError
@@ -163,6 +166,19 @@ def host_seconds(exchange: Exchange, topology: Topology) -> float:
 def _work_seconds(
     strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str
 ) -> float:  # fmt: skip
+    """A rank with more work than others has a core for itself in the end; before, all of them share what cores there are."""
+    own = _work_among_all(strategy, site, P, layout, rank, topology, way, dtype)
+    if topology.host is None or topology.host.ranks_per_core == 1:
+        return own
+    of_ranks = [_work_among_all(strategy, site, P, layout, each, topology, way, dtype) for each in asked_ranks(P)]
+    return min(own, max(sum(of_ranks) / len(of_ranks), own / topology.host.ranks_per_core))
+
+
+@lru_cache(maxsize=4096)
+def _work_among_all(
+    strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str
+) -> float:  # fmt: skip
+    """While all ranks compute."""
     work, rates = strategy.work(site, P, layout, rank, way), topology.kernel_rates(dtype)
     rate = rates.attention_flops_per_s if way == "forward" else rates.attention_backward_flops_per_s
     # Each head reads the number that a mask adds to its score.

@@ -88,10 +88,14 @@ def time_launch(dtype: torch.dtype, clock: Clock, effort: KernelEffort) -> float
     """Seconds that a block costs beside its work: of one so small that nothing else counts, the mean of forward and backward.
 
     On CUDA the kernel is launched while others run, and what the runtime does to find and merge blocks is done meanwhile. A CPU does that
-    instead of computing, so there it is a block as the runtime calls it.
+    instead of computing, so there it is a block as the runtime calls it, after a larger one has taken the caches.
     """
-    calls = _attention(_TINY, dtype, clock.device, effort) if clock.device.type == "cuda" else _blocks(dtype, clock.device, effort)
-    return sum(seconds_of(call, clock, effort.repeats) for call in calls) / len(calls)
+    if clock.device.type == "cuda":
+        calls = _attention(_TINY, dtype, clock.device, effort)
+        return sum(seconds_of(call, clock, effort.repeats) for call in calls) / len(calls)
+    _, before = _attention(effort.lengths[len(effort.lengths) // 2], dtype, clock.device, effort)
+    calls = _blocks(dtype, clock.device, effort)
+    return sum(_seconds_after(before, call, clock, effort.repeats) for call in calls) / len(calls)
 
 
 def time_memory(clock: Clock, effort: KernelEffort) -> list[Sample]:
@@ -136,6 +140,15 @@ def seconds_of(call: Callable[[], object], clock: Clock, repeats: int) -> float:
     seconds: list[float] = []
     while len(seconds) < repeats and (len(seconds) < _LEAST_BATCHES or sum(seconds) * count < _ENOUGH_S):
         seconds.append(_timed(call, clock, count) / count)
+    return median(seconds)
+
+
+def _seconds_after(before: Callable[[], object], call: Callable[[], object], clock: Clock, repeats: int) -> float:
+    """Of a call that follows on another, the median."""
+    seconds: list[float] = []
+    for _ in range(repeats):
+        before()
+        seconds.append(_timed(call, clock, 1))
     return median(seconds)
 
 

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 
 import torch
 import torch.distributed as dist
 
-from autoseq.planning.fitting import Sample, undisturbed
+from autoseq.planning.fitting import Sample
 from autoseq.runtime.groups import SequenceGroup, group_of
 from autoseq.runtime.messages import Described, Message, connect, post
 from autoseq.runtime.posted import Posted, post_all_gather, post_all_to_all, post_reduce_scatter
@@ -22,9 +23,9 @@ from autoseq.runtime.timeline import MessageKind
 
 _ops = torch.ops._c10d_functional
 _ENOUGH_S = 0.3  # so long one size of one kind is repeated
-# A message that takes so long is the last size, but not the only one: a line needs two. Shorter ones would not do, since a network may let
-# the first bytes through faster.
-_TOO_LONG_S = 0.1
+# A message that takes so long is the last size, but not the only one: a line needs two. Shorter ones would not do: a network may let the
+# first bytes through faster, and collectives of many bytes reach less of a link.
+_TOO_LONG_S = 0.15
 _FIRST = 2  # so many tell how long it takes
 _LEAST_REPEATS = 3
 # Strategies post what comes next before what goes on is done, and two large messages take longer than twice one where a library announces
@@ -52,9 +53,10 @@ class MessageTimes:
 def time_messages(
     kind: MessageKind, group: SequenceGroup, device: torch.device, effort: Effort, advance: Callable[[], None]
 ) -> MessageTimes:  # fmt: skip
-    """Undisturbed times of one message of each size, the seconds equal on all ranks of the program; all call this at once.
+    """Typical times of one message of each size, the seconds equal on all ranks of the program; all call this at once.
 
-    `group` may be one of several that are timed side by side. Raises MessageError when a rank is lost.
+    Typical is the median: all-to-alls of gloo differ by half from one to the next, and a step has many. `group` may be one of several that
+    are timed side by side. Raises MessageError when a rank is lost.
     """
     with Described(f"timing {kind}", group):
         sends: list[_Repeated] = []
@@ -75,8 +77,8 @@ def time_messages(
                     seconds, host_s = _timed(each.send, device)
                     each.seconds.append(seconds / each.at_once)
                     each.host_s.append(host_s / each.at_once)
-        samples = [Sample(each.sent, undisturbed(slowest(each.seconds, device))) for each in sends]
-        host = [Sample(each.sent, undisturbed(each.host_s)) for each in sends if device.type == "cpu"]
+        samples = [Sample(each.sent, median(slowest(each.seconds, device))) for each in sends]
+        host = [Sample(each.sent, median(each.host_s)) for each in sends if device.type == "cpu"]
     for _ in effort.message_bytes:
         advance()
     return MessageTimes(samples, host)

@@ -35,6 +35,18 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """Cores that compute and send: what sending and receiving a message, and its bytes, takes of them, and how many ranks share one.
+
+    Rates of kernels are those while all ranks compute; where `ranks_per_core` is above 1, ranks that are done leave their cores to others.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    ranks_per_core: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """How ranks of a node reach each other, or nodes.
 
@@ -102,8 +114,8 @@ class Topology:
 
     memory_bytes: what one rank's device holds. memory_bytes_per_s: how fast it reads and writes that, both counted.
     launch_s: what each kernel call costs beside its work. sources: where the numbers come from. attention_tile: how many keys past a causal
-    diagonal attention kernels leave out at once, for less is not skipped. host: what sending and receiving a message, and its bytes, takes
-    of the cores that a rank computes on; None where other hardware sends, or other cores.
+    diagonal attention kernels leave out at once, for less is not skipped. host: the cores that ranks compute on and send with; None where
+    other hardware sends, or other cores.
     """
 
     name: str
@@ -117,7 +129,7 @@ class Topology:
     launch_s: float
     sources: tuple[str, ...] = ()
     attention_tile: int = 128
-    host: Rate | None = None
+    host: Host | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", Kernels(self.kernels))

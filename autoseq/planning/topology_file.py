@@ -5,7 +5,7 @@
      "between": null, or as "inside", with "lanes",
      "kernels": {"bfloat16": {"peak_tflops": 125, "matmul_tflops": 70, "attention_tflops": 60, "attention_backward_tflops": 50}},
      "memory_gib": 24, "memory_gbytes_per_s": 600, "launch_us": 5, "attention_tile": 128,
-     "host": null, or {"latency_us": 300, "gbytes_per_s": 1},
+     "host": null, or {"latency_us": 300, "gbytes_per_s": 1, "ranks_per_core": 1},
      "sources": ["memory_gib: the vendor's data sheet"]}
 
 Numbers are read as decimals, so that what is written comes back as it was.
@@ -20,7 +20,7 @@ from dataclasses import fields
 from decimal import Decimal
 from typing import Any
 
-from autoseq.planning.topology import DTYPES, KINDS, KernelRates, Link, Rate, Topology
+from autoseq.planning.topology import DTYPES, KINDS, Host, KernelRates, Link, Rate, Topology
 from autoseq.runtime.errors import TopologyError, did_you_mean
 
 _Units = Mapping[str, Decimal]
@@ -33,6 +33,7 @@ def _units(**factors: str) -> dict[str, Decimal]:
 
 _LATENCY = _units(latency_us="1e-6", latency_ms="1e-3", latency_s="1")
 _SPEED = _units(gbytes_per_s="1e9", mbytes_per_s="1e6", bytes_per_s="1")
+_RANKS_PER_CORE = _units(ranks_per_core="1")
 _MEMORY_SPEED = _units(memory_gbytes_per_s="1e9", memory_bytes_per_s="1")
 _LAUNCH = _units(launch_us="1e-6", launch_s="1")
 _MEMORY = _units(memory_gib="1073741824", memory_bytes="1")
@@ -58,7 +59,7 @@ def parse_topology(text: str, where: str) -> Topology:
     kernels = _kernels(top.section("kernels"))
     memory_bytes = int(top.number(_MEMORY).to_integral_value())
     speed, launch, tile = float(top.number(_MEMORY_SPEED)), float(top.number(_LAUNCH)), top.count("attention_tile")
-    host = None if top.is_null("host") else _rate(top.section("host"))
+    host = None if top.is_null("host") else _host(top.section("host"))
     top.end()
     if nodes > 1 and between is None:
         raise TopologyError(f"{where}: between is null, but there are {nodes} nodes; describe the link between them, or make it one node")
@@ -74,7 +75,7 @@ def dump(topology: Topology) -> str:
         "kernels": {dtype: _rates_fields(rates) for dtype, rates in topology.kernels.items()},
         **_written(topology.memory_bytes, _MEMORY), **_written(topology.memory_bytes_per_s, _MEMORY_SPEED),
         **_written(topology.launch_s, _LAUNCH), "attention_tile": topology.attention_tile,
-        "host": topology.host and _rate_fields(topology.host), "sources": list(topology.sources),
+        "host": topology.host and _host_fields(topology.host), "sources": list(topology.sources),
     }, indent=2, ensure_ascii=False)  # fmt: skip
     return _INNERMOST.sub(lambda found: "{" + ", ".join(line.strip(" ,") for line in found[1].splitlines()) + "}", text)
 
@@ -95,6 +96,14 @@ def _rate(section: _Section) -> Rate:
     rate = Rate(float(section.number(_LATENCY)), float(section.number(_SPEED)))
     section.end()
     return rate
+
+
+def _host(section: _Section) -> Host:
+    host = Host(*(float(section.number(units)) for units in (_LATENCY, _SPEED, _RANKS_PER_CORE)))
+    if host.ranks_per_core < 1:
+        raise section.error("ranks_per_core", f"is 1 or more, not {host.ranks_per_core}; 1 means that each rank has a core")
+    section.end()
+    return host
 
 
 def _kernels(section: _Section) -> dict[str, KernelRates]:
@@ -204,6 +213,10 @@ def _link_fields(link: Link, *, lanes: bool) -> dict[str, Any]:
 
 def _rate_fields(rate: Rate) -> dict[str, Any]:
     return {**_written(rate.latency_s, _LATENCY), **_written(rate.bytes_per_s, _SPEED)}
+
+
+def _host_fields(host: Host) -> dict[str, Any]:
+    return _rate_fields(Rate(host.latency_s, host.bytes_per_s)) | _written(host.ranks_per_core, _RANKS_PER_CORE)
 
 
 def _rates_fields(rates: KernelRates) -> dict[str, Any]:

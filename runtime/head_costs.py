@@ -67,3 +67,8 @@ def head_buffers(way: Way, sizes: dict[sympy.Symbol, int]) -> tuple[tuple[int, i
     if way == "forward":
         return (of_rows, of_heads), (out_of_heads, out_of_rows)
     return (out_of_rows, out_of_heads), (of_heads, of_rows)
+
+
+def packed_bytes(way: Way, sizes: dict[sympy.Symbol, int]) -> int:
+    """Of all these buffers: each is written from tensors, or read into them."""
+    return sum(map(sum, head_buffers(way, sizes)))

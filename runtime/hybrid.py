@@ -27,7 +27,7 @@ from autoseq.runtime.attention_call import Terms, attention_function
 from autoseq.runtime.extrapolation import Case, Part, cases_of, weighted_work
 from autoseq.runtime.gather_kv import GatherKV
 from autoseq.runtime.groups import group_of
-from autoseq.runtime.head_costs import HEADS, OWN_HEADS, OWN_KV_HEADS, ROWS, SENT_KV_HEADS, head_buffers, head_exchanges
+from autoseq.runtime.head_costs import HEADS, OWN_HEADS, OWN_KV_HEADS, ROWS, SENT_KV_HEADS, head_buffers, head_exchanges, packed_bytes
 from autoseq.runtime.head_exchange import Exchange
 from autoseq.runtime.lanes import lanes_exchanges, lanes_task, ring_buffers
 from autoseq.runtime.layout import Layout, local_length
@@ -148,6 +148,11 @@ class _Hybrid(Strategy):
         _, share = self._shares(unmasked, group_size, layout, rank)[-1]
         return sum(each.messages for each in self.trade.exchanges(share, "forward", "flat").values())
 
+    def _sizes_along(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
+        """As if the ranks that trade heads were all."""
+        sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
+        return sizes | {strategy.P: sizes[(strategy.N, strategy.R)[self.heads_along]]}
+
     def _head_sizes(self, site: Site, rank: int) -> dict[sympy.Symbol, int]:
         heads, kv_heads = head_shares(site.mesh[self.heads_along], site.heads, site.kv_heads)
         number = divmod(rank, site.mesh[INSIDE])[self.heads_along]
@@ -204,7 +209,7 @@ class _Hybrid(Strategy):
             (case.weight, work_of_all(replace(share.site, heads=site.heads, kv_heads=site.kv_heads), self.trade.tasks(share, way), way))
             for case, share in self._shares(site, group_size, layout, rank)
         ]
-        return weighted_work(found)
+        return replace(weighted_work(found), packed_bytes=packed_bytes(way, self._sizes_along(site, group_size, layout, rank)))
 
     def kept_bytes(self, site: Site, group_size: int, layout: Layout, rank: int) -> int:
         if group_size == 1:
@@ -214,9 +219,7 @@ class _Hybrid(Strategy):
     def buffer_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
         if group_size == 1:
             return 0
-        along = (strategy.N, strategy.R)[self.heads_along]
-        sizes = Strategy.sizes(self, site, group_size, layout, rank) | self._head_sizes(site, rank)
-        heads = head_buffers(way, sizes | {strategy.P: sizes[along]})
+        heads = head_buffers(way, self._sizes_along(site, group_size, layout, rank))
         sent = self.exchanges(site, group_size, layout, rank, way)
         return max(*map(sum, heads), self.trade.buffers(self._share(site, layout, rank), way, sent))
 

@@ -125,6 +125,8 @@ class Work:
 
     What kernels are given for that is more, counted likewise: rectangles without a mask (`full_pairs`), squares of which they know the
     diagonal (`causal_pairs`, those past it too, in `causal_rows`), and tiles with a tensor that says what is allowed (`masked_pairs`).
+
+    `packed_bytes` are those of buffers that heads are copied into before they travel, or out of afterwards.
     """
 
     pairs: int
@@ -134,6 +136,7 @@ class Work:
     causal_pairs: int = 0
     causal_rows: int = 0
     masked_pairs: int = 0
+    packed_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

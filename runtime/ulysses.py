@@ -33,6 +33,7 @@ from autoseq.runtime.head_costs import (
     head_buffers,
     head_exchanges,
     head_formulas,
+    packed_bytes,
 )
 from autoseq.runtime.head_exchange import Exchange, Landed, landed_heads
 from autoseq.runtime.layout import Layout, local_length
@@ -223,6 +224,9 @@ class Ulysses(Strategy):
             return 0
         sizes = self.sizes(site, group_size, layout, rank)
         return stage_buffers(sizes[STAGES], *head_buffers(way, sizes))
+
+    def packed_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
+        return packed_bytes(way, self.sizes(site, group_size, layout, rank))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         heads, kv_heads = (list(map(num_heads, each)) for each in head_shares(group_size, site.heads, site.kv_heads))

@@ -295,7 +295,7 @@ def test_the_formula_of_work_is_what_is_predicted(
         formulas.FULL: work.full_pairs, formulas.MASKED: work.masked_pairs, formulas.SQUARES: work.causal_pairs,
         formulas.ROWS: work.causal_rows, formulas.TILE: tile, formulas.LAUNCHES: work.launches, formulas.LAUNCH_S: 0.5,
         formulas.MERGED: work.merged_elements, formulas.MEMORY_BYTES_PER_S: 7, formulas.FLOPS_PER_S: 2 if way == "forward" else 3,
-        formulas.D: 8, formulas.V: 4, formulas.a: 4,
+        formulas.D: 8, formulas.V: 4, formulas.a: 4, formulas.PACKED: work.packed_bytes,
     }  # fmt: skip
     found = float(formulas.work_formula(way).subs(values))
     assert found == pytest.approx(pass_time(strategy, site, P, "contiguous", P - 1, hardware, way).work_s)

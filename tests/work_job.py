@@ -1,9 +1,10 @@
-"""Counts what attentions call on a rank: kernels, and pieces that are computed plainly."""
+"""Counts what attentions call on a rank: kernels, pieces that are computed plainly, and the packing of heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_job import Run, axes_of, call_keywords, shard
-from autoseq.runtime import blocks, blockwise
+from autoseq.runtime import blocks, blockwise, fused, packing
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.tiles import Tile
 from autoseq.runtime.timeline import NO_WORK, Work
@@ -28,7 +29,7 @@ def small_tiles() -> Iterator[None]:
 
 
 def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[tuple[Work, Work]]:
-    """How often a forward, and then a backward, computes a piece, and what pairs it is given then; the rest is not counted."""
+    """How often a forward, and then a backward, computes a piece, what pairs it is given then, and what it packs; nothing else."""
     axes, made = axes_of(mesh), [NO_WORK]
 
     def counted(compute: Any, first: int) -> Any:
@@ -40,11 +41,25 @@ def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) 
 
         return call
 
+    def packed(copy: Any) -> Any:
+        """Packing gives the buffer, unpacking gets it, or several."""
+
+        def call(first: Tensor | list[Tensor], *args: Any) -> Any:
+            result = copy(first, *args)
+            buffers = [result] if isinstance(result, Tensor) else [first] if isinstance(first, Tensor) else first
+            made[0] += replace(NO_WORK, packed_bytes=sum(buffer.nbytes for buffer in buffers))
+            return result
+
+        return call
+
     with small_tiles(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "attend", counted(blockwise.attend, 0))
         patch.setattr(blockwise, "attend_backward", counted(blockwise.attend_backward, 1))
         patch.setattr(blockwise.Forward, "_plain", counted(blockwise.Forward._plain, 1))
         patch.setattr(blockwise.Backward, "_plain", counted(blockwise.Backward._plain, 2))
+        for name in ("split_heads", "join_heads", "split_rows", "join_rows"):
+            patch.setattr(fused, name, packed(getattr(fused, name)))
+        patch.setattr(packing, "join_stages", packed(packing.join_stages))
         return [_calls_of(rank, P, *run, axes, made) for run in runs]
 
 

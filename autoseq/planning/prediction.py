@@ -6,7 +6,7 @@ where messages that need the cores of the rank itself, as on CPUs, make the work
 leave them to those with more to do.
 
 Work is matrix products at the kernel's rate, those of pairs that a kernel computes in vain among them, calls of kernels at the launch time,
-and masks read and results merged in memory at the memory's rate.
+and masks read, results merged and heads packed in memory at the memory's rate.
 What a rank sends and computes is the strategy's to say (`exchanges`, `work`, `phases`), what that takes the topology's.
 """
 
@@ -182,6 +182,6 @@ def _work_among_all(
     work, rates = strategy.work(site, P, layout, rank, way), topology.kernel_rates(dtype)
     rate = rates.attention_flops_per_s if way == "forward" else rates.attention_backward_flops_per_s
     # Each head reads the number that a mask adds to its score.
-    touched_bytes = (_TOUCHED * work.merged_elements + work.masked_pairs) * accumulator_bytes(site)
+    touched_bytes = (_TOUCHED * work.merged_elements + work.masked_pairs) * accumulator_bytes(site) + 2 * work.packed_bytes
     in_kernels = flops(work.computed_pairs(topology.attention_tile), site.head_dim, site.value_dim, way) / rate
     return in_kernels + work.launches * topology.launch_s + touched_bytes / topology.memory_bytes_per_s

@@ -1,13 +1,13 @@
 """The cost model in symbols: how a strategy's seconds come from what it sends and computes and from what a topology says.
 
-    T_work = 2 computed (D + V) / F + launches L + a (3 merged + masked) / M
+    T_work = 2 computed (D + V) / F + launches L + (a (3 merged + masked) + 2 packed) / M
     computed = full + masked + min(squares, (squares + g rows) / 2)
     T_keys = messages latency + bytes / rate
     H_keys = messages latency + bytes / rate of the host, where messages need the cores that compute, and 0 elsewhere
 
 F flops a second of the attention kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory; latency and
 rate of a link, of which the slower counts: inside a node, or all of a node between nodes. Of a rank's blocks, full and masked are pairs,
-and so are the squares at a diagonal, which have so many rows.
+and so are the squares at a diagonal, which have so many rows; packed are the bytes of buffers that heads are copied into or out of.
 
 The same phases as `prediction` evaluates, so a test can hold one to the other.
 """
@@ -23,7 +23,7 @@ from autoseq.runtime.strategy import D, Site, Strategy, V, a
 from autoseq.runtime.timeline import Exchanges, Way
 
 WORK = sympy.Symbol("T_work", nonnegative=True)
-FULL, MASKED, SQUARES, ROWS = sympy.symbols("full masked squares rows", nonnegative=True, integer=True)
+FULL, MASKED, SQUARES, ROWS, PACKED = sympy.symbols("full masked squares rows packed", nonnegative=True, integer=True)
 LAUNCHES, MERGED = sympy.symbols("launches merged", nonnegative=True, integer=True)
 FLOPS_PER_S, LAUNCH_S, MEMORY_BYTES_PER_S = sympy.symbols("F L M", positive=True)
 TILE = sympy.Symbol("g", positive=True, integer=True)
@@ -66,10 +66,11 @@ def phase_formulas(
 
 
 def work_formula(way: Way) -> sympy.Expr:
-    """What WORK is: products, launches, masks that are read and results that are merged in memory."""
+    """What WORK is: products, launches, masks that are read, results that are merged and heads that are packed in memory."""
     widths = D + V if way == "forward" else 3 * D + 2 * V
     computed = FULL + MASKED + sympy.Min(SQUARES, (SQUARES + TILE * ROWS) / 2)
-    return 2 * computed * widths / FLOPS_PER_S + LAUNCHES * LAUNCH_S + a * (3 * MERGED + MASKED) / MEMORY_BYTES_PER_S
+    touched = a * (3 * MERGED + MASKED) + 2 * PACKED
+    return 2 * computed * widths / FLOPS_PER_S + LAUNCHES * LAUNCH_S + touched / MEMORY_BYTES_PER_S
 
 
 def uses_links_together(strategy: Strategy, way: Way) -> bool:

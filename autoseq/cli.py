@@ -10,7 +10,7 @@ import typer
 
 from autoseq.cli_errors import exit_codes
 from autoseq.cli_inspect import inspect
-from autoseq.cli_options import Batch, Inner, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+from autoseq.cli_options import Batch, Inner, LayoutName, RanksPerNode, SeqLen, Strategies, TargetText, Verbose, WorldSize
 from autoseq.cli_plan import plan
 from autoseq.cli_topology import app as topology
 
@@ -43,7 +43,7 @@ def verify(
     seq_len: SeqLen,
     world_size: WorldSize,
     batch: Batch = 1,
-    strategy: StrategyName = "auto",
+    strategy: Strategies = "auto",
     layout: LayoutName = "auto",
     ranks_per_node: RanksPerNode = None,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest relative L2 error that counts as equal.")] = 1e-5,
@@ -53,12 +53,13 @@ def verify(
 ) -> None:
     """Run a model on local ranks and on one device, and compare every output and every parameter's gradient."""
     with exit_codes(verbose):
+        from autoseq.asked_strategies import parse_asked
         from autoseq.report import print_verification, results
         from autoseq.target import load_target
         from autoseq.verify import Case, verify_target
 
         load_target(target)  # a mistake in it is found before any process starts
-        options = {"strategy": strategy, "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
+        options = {"strategy": parse_asked(strategy), "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
         case = Case(target, batch, seq_len, options)
         errors = verify_target(case, world_size)
         ok = print_verification(results(), errors, world_size=world_size, tolerance=tolerance, show_all=show_all)
@@ -69,7 +70,7 @@ def verify(
 def demo(
     world_size: WorldSize = 2,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 20,
-    strategy: StrategyName = "auto",
+    strategy: Strategies = "auto",
     layout: LayoutName = "auto",
     ranks_per_node: RanksPerNode = None,
     inner: Inner = "aot_eager",
@@ -77,10 +78,11 @@ def demo(
 ) -> None:
     """Train a small, unmodified Llama on split sequences and beside it on one device, and compare the two."""
     with exit_codes(verbose):
+        from autoseq.asked_strategies import parse_asked
         from autoseq.demo import run_demo
         from autoseq.report import results
 
-        options = {"strategy": strategy, "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
+        options = {"strategy": parse_asked(strategy), "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
         ok = run_demo(results(), world_size=world_size, steps=steps, options=options)
     raise typer.Exit(0 if ok else 1)
 

@@ -8,7 +8,7 @@ import typer
 
 from autoseq.cli_errors import exit_codes
 from autoseq.cli_files import check_writable, write_file
-from autoseq.cli_options import Batch, LayoutName, RanksPerNode, SeqLen, StrategyName, TargetText, Verbose, WorldSize
+from autoseq.cli_options import Batch, LayoutName, RanksPerNode, SeqLen, Strategies, TargetText, Verbose, WorldSize
 
 _TOPOLOGY_HELP = "The hardware to plan for: a name (autoseq topology list) or a JSON file; else what torch tells of this machine."
 _HTML_HELP = "Write a page that shows the model before and after, block by block; any browser shows it, without a network."
@@ -20,7 +20,7 @@ def inspect(
     seq_len: SeqLen,
     world_size: WorldSize,
     batch: Batch = 1,
-    strategy: StrategyName = "auto",
+    strategy: Strategies = "auto",
     layout: LayoutName = "auto",
     ranks_per_node: RanksPerNode = None,
     topology: Annotated[str | None, typer.Option("--topology", metavar="NAME|FILE", help=_TOPOLOGY_HELP, show_default=False)] = None,
@@ -35,6 +35,7 @@ def inspect(
 ) -> None:
     """Show what autoseq would do to a model: its attention, its communication, its graph. Needs no peers, GPU or weights."""
     with exit_codes(verbose):
+        from autoseq.asked_strategies import parse_asked
         from autoseq.inspection import inspect_programs
         from autoseq.options import Options
         from autoseq.report import inspection_json, print_inspection, results
@@ -44,7 +45,7 @@ def inspect(
         for option, path in files.items():
             check_writable(option, path)
         make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
-        options = Options(strategy=strategy, layout=layout, ranks_per_node=ranks_per_node, topology=topology)
+        options = Options(strategy=parse_asked(strategy), layout=layout, ranks_per_node=ranks_per_node, topology=topology)
         if html is None and trace is None:
             found = inspect_programs(make, seq_len=seq_len, world_size=world_size, options=options)
         else:

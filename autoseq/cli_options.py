@@ -18,6 +18,8 @@ RanksPerNode = Annotated[
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences in a batch.")]
 StrategyName = Annotated[str, typer.Option("--strategy", help=f"How attention crosses ranks: auto, {', '.join(STRATEGIES)}.")]
+_STRATEGIES_HELP = f"How attention crosses ranks: auto, {', '.join(STRATEGIES)}; or each by its name: '*.5.*=ring,*=halo'."
+Strategies = Annotated[str, typer.Option("--strategy", help=_STRATEGIES_HELP)]
 LayoutName = Annotated[str, typer.Option("--layout", help="Which rows a rank holds: auto, contiguous or zigzag.")]
 Inner = Annotated[Literal["aot_eager", "eager", "inductor"], typer.Option("--inner", help="What compiles the rewritten graph.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what the passes do, and full tracebacks, to stderr.")]

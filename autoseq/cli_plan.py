@@ -50,6 +50,8 @@ def plan(
             raise OptionError(f"--memory-gib {memory_gib}: this is no number of GiB; leave it out for the topology's memory")
         if plot is not None:
             check_plot(plot)
+        if "=" in strategy:
+            raise OptionError("a plan has one --strategy for all attentions, or chooses for each; autoseq inspect takes PATTERN=STRATEGY")
         Options(strategy=strategy, layout=layout)
         hardware = load_topology(topology)
         hardware.at(world_size)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from autoseq.asked_strategies import Asked, check_patterns
 from autoseq.backend import is_fragment
 from autoseq.dry_run import Counts, add_counts, step_traffic
 from autoseq.graph_text import remember_global
@@ -88,7 +89,7 @@ def inspect_model(
     *,
     seq_len: int,
     world_size: int,
-    strategy: str = "auto",
+    strategy: Asked = "auto",
     layout: str = "auto",
     ranks_per_node: int | None = None,
 ) -> Inspection:
@@ -147,7 +148,7 @@ class _Captured(Exception):
 
 def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, group: SequenceGroup) -> list[Program]:
     """The rewritten programs of one call of the model."""
-    backend = _CapturingBackend(options, group)
+    backend, is_whole = _CapturingBackend(options, group), True
     torch._dynamo.reset()
     try:
         torch.compile(model, backend=backend)(**kwargs)
@@ -157,6 +158,7 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
         if not backend.programs:
             raise TargetError(f"the model failed when it was traced: {brief(error)}") from error
         log.warning("only the parts of the model up to this error were seen: %s", brief(error))
+        is_whole = False
     finally:
         torch._dynamo.reset()
     if backend.failure is not None:
@@ -165,6 +167,8 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
     if not programs:
         raise NoAttentionError(f"no attention was found in the {backend.num_graphs} graphs torch.compile made of {type(model).__name__}")
     if backend.is_in_parts:
+        names = dict.fromkeys(planned.site.run_name for program in programs for planned in program.plan.sites)
+        check_patterns(options.strategy, list(names), of_part=not is_whole)
         _tell_untraced(model, programs)
     return programs
 

@@ -7,18 +7,17 @@ from typing import Any, Literal, get_args
 
 from torch.distributed.device_mesh import DeviceMesh
 
+from autoseq.asked_strategies import Asked, read_asked
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.layout import Layout
-from autoseq.runtime.strategies import STRATEGIES
 
 Outputs = Literal["deferred", "full", "local"]
 GradSync = Literal["sequence", "none"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "strategy": ("auto", *STRATEGIES),
     "layout": ("auto", *get_args(Layout)),
     "outputs": get_args(Outputs),
     "grad_sync": get_args(GradSync),
@@ -33,7 +32,9 @@ class Options:
 
     mesh: the ranks that share one sequence, as a DeviceMesh of one dim, or of two: nodes, ranks in a node. None means all ranks.
     ranks_per_node: makes two dims of all ranks, in nodes of so many; the two-level strategies need to know them.
-    strategy: how attention crosses ranks; "auto" picks, per site, the one predicted to be fastest of those that fit in memory.
+    strategy: how attention crosses ranks; "auto" picks, per site, the one predicted to be fastest of those that fit in memory. Or patterns
+        of sites' names with either, {"model.layers.5.*": "ring", "*": "halo"}, of which the first that matches counts; where none does,
+        "auto". A pattern that decides for no site is an error.
     layout: which rows a rank holds; "auto" is the one with which the whole graph's attention is predicted to be faster.
     topology: the hardware to plan for: a name (`autoseq topology list`), a JSON file (`autoseq topology measure -o`), or a Topology, which
         is what the first two become; None is what torch tells of this machine. Every rank gives the same.
@@ -46,7 +47,7 @@ class Options:
 
     mesh: DeviceMesh | None = None
     ranks_per_node: int | None = None
-    strategy: str = "auto"
+    strategy: Asked = "auto"
     layout: str = "auto"
     topology: Topology | str | os.PathLike[str] | None = None
     outputs: Outputs = "deferred"
@@ -63,6 +64,7 @@ class Options:
         if not isinstance(self.topology, Topology | str | os.PathLike | None):
             kind = type(self.topology).__name__
             raise OptionError(f"option 'topology' is a topology's name, a JSON file, a Topology or None, not {kind}")
+        object.__setattr__(self, "strategy", read_asked(self.strategy))
         object.__setattr__(self, "topology", None if self.topology is None else load_topology(self.topology))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from autoseq.asked_strategies import as_patterns
+from autoseq.planner import SitePlan
 from autoseq.planning.degrees import Candidate
 
 
 def call_of(best: Candidate, topology: str) -> str:
-    """The line that has a candidate's degrees, strategy and layout. It is started on all ranks, with CUDA.
+    """The line that has a candidate's degrees, strategies and layout. It is started on all ranks, with CUDA.
 
-    Several strategies are chosen again in the run, on `topology`: the name or the file that the plan is for, as it was given.
+    What cannot be told apart by name is chosen again in the run, on `topology`: the name or the file that the plan is for, as it was given.
     """
     split, options = best.split, dict[str, str]()
     if split.sequence == 1:
@@ -21,11 +23,35 @@ def call_of(best: Candidate, topology: str) -> str:
     if len(dims) > 1:
         made = f'init_device_mesh("cuda", {tuple(dims.values())}, mesh_dim_names=({_quoted(dims)}))'
         options["mesh"] = made if split.data == 1 else f"{made}[{_quoted(mesh)}]"
-    taken = best.strategies
-    options |= {"strategy": _quoted(taken)} if len(taken) == 1 else {"topology": _quoted([topology])}
+    by_name = _by_name(best.plan.sites)
+    shared = {name: taken for name, taken in by_name.items() if len(taken) > 1}
+    patterns = as_patterns({name: "auto" if name in shared else taken[0] for name, taken in by_name.items()})
+    options["strategy"] = _quoted(patterns.values()) if len(patterns) == 1 else _mapping(patterns)
+    if shared:
+        options["topology"] = _quoted([topology])
     options["layout"] = _quoted([best.plan.layout])
     inside = ", ".join(f'"{name}": {value}' for name, value in options.items())
-    return f'torch.compile(model, backend="autoseq", options={{{inside}}})'
+    return f'torch.compile(model, backend="autoseq", options={{{inside}}}){_remark(shared)}'
+
+
+def _by_name(sites: Iterable[SitePlan]) -> dict[str, list[str]]:
+    """What attentions are called in the run, and the strategies of all that are called so: parts of a model are compiled one by one."""
+    found: dict[str, list[str]] = {}
+    for planned in sites:
+        taken = found.setdefault(planned.site.run_name, [])
+        if planned.strategy not in taken:
+            taken.append(planned.strategy)
+    return found
+
+
+def _remark(shared: dict[str, list[str]]) -> str:
+    """Python's comment on names that several parts of a model have, with a strategy each."""
+    told = [f"{_quoted([name])} is the name of several attentions, planned as {' and '.join(taken)}" for name, taken in shared.items()]
+    return f"  # {'; '.join(told)}: the run chooses" if told else ""
+
+
+def _mapping(texts: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{_quoted([name])}: {_quoted([text])}" for name, text in texts.items()) + "}"
 
 
 def _quoted(texts: Iterable[str]) -> str:

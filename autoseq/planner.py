@@ -13,6 +13,7 @@ from typing import get_args
 
 from torch import fx
 
+from autoseq.asked_strategies import Asked, asked_strategy
 from autoseq.passes.attention_site import is_attention
 from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
@@ -29,13 +30,22 @@ from autoseq.runtime.timeline import WAYS, Way
 
 @dataclass(frozen=True, slots=True)
 class NamedSite:
-    """An attention site with the words a report needs: module path (made unique), source line, mask formula; and the passes it takes."""
+    """An attention site with the words a report needs: module path (made unique), source line, mask formula; and the passes it takes.
+
+    Of a program that Dynamo traces in several parts, each part has names of its own; `part_name` is the one there.
+    """
 
     name: str
     source: str
     mask: str
     site: Site
     ways: tuple[Way, ...] = WAYS
+    part_name: str = ""
+
+    @property
+    def run_name(self) -> str:
+        """What a run calls it, which compiles each part by itself; two sites of different parts may have the same."""
+        return self.part_name or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +136,8 @@ def joined_sites(plans: Iterable[Plan]) -> list[SitePlan]:
     """The sites of all parts of a model in one list, their names made unique in it."""
     sites = [planned for plan in plans for planned in plan.sites]
     names = _numbered([planned.site.name for planned in sites])
-    return [replace(planned, site=replace(planned.site, name=name)) for planned, name in zip(sites, names, strict=True)]
+    named = [replace(planned.site, name=name, part_name=planned.site.run_name) for planned, name in zip(sites, names, strict=True)]
+    return [replace(planned, site=site) for planned, site in zip(sites, named, strict=True)]
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
@@ -161,7 +172,7 @@ def _learned(captures: Sequence[fx.Node]) -> tuple[int, ...]:
 
 
 def make_plan(
-    sites: Sequence[NamedSite], *, group_size: int, strategy: str, layout: str, topology: Topology, reserved_bytes: int = 0
+    sites: Sequence[NamedSite], *, group_size: int, strategy: Asked, layout: str, topology: Topology, reserved_bytes: int = 0
 ) -> Plan:  # fmt: skip
     """Choose for every site: the fastest step, of equally fast ones what sends fewer bytes, then the first in the registry; and the layout,
     of equally fast ones contiguous rows. Equal are times that are the same in three digits.
@@ -170,9 +181,10 @@ def make_plan(
     one that holds least, which `Plan.memory_bytes` tells. Raises StrategyError if the strategy asked for, or every one, cannot serve a
     site, and TopologyError if the topology has no such number of ranks.
     """
-    for named in sites:
-        _check_served(named, group_size, strategy)
-    names = list(STRATEGIES) if strategy == "auto" else [strategy]
+    asked_of = [asked_strategy(strategy, named.run_name) for named in sites]
+    for named, one in zip(sites, asked_of, strict=True):
+        _check_served(named, group_size, one)
+    names = [tuple(STRATEGIES) if one == "auto" else (one,) for one in asked_of]
     asked: tuple[Layout, ...] = get_args(Layout) if layout == "auto" and group_size > 1 else ("contiguous",)
     if layout != "auto":
         asked = (layout,)  # type: ignore[assignment]
@@ -185,8 +197,8 @@ def make_plan(
     best = min(found, key=lambda each: (not each.fits, three_digits(each.seconds) if each.fits else each.held_bytes))
     losing = [each for each in found if each is not best]
     planned = tuple(
-        _site_plan(named, best, number, [(each.layout, offer) for each in losing for offer in each.offers[number]], group_size, names)
-        for number, named in enumerate(sites)
+        _site_plan(named, best, number, [(each.layout, offer) for each in losing for offer in each.offers[number]], group_size, allowed)
+        for number, (named, allowed) in enumerate(zip(sites, names, strict=True))
     )
     others = [(each.layout, _layout_lost(each, best)) for each in losing]
     return Plan(best.layout, planned, topology.name, (*refused.items(), *others))
@@ -227,18 +239,23 @@ def _check_served(named: NamedSite, P: int, asked: str) -> None:
         raise StrategyError(f"no strategy can serve the attention at {named.source} ({named.name}): {reasons}")
 
 
-def _offers(sites: Sequence[NamedSite], P: int, names: Sequence[str], layout: Layout, topology: Topology) -> list[list[Offer]] | str:
-    """What the strategies that can serve would take, site by site; or why one site has none. Sites that are alike are asked once."""
-    known: dict[tuple[Site, tuple[Way, ...]], list[Offer]] = {}
-    for named in sites:
-        if (named.site, named.ways) in known:
+def _offers(
+    sites: Sequence[NamedSite], P: int, names: Sequence[tuple[str, ...]], layout: Layout, topology: Topology
+) -> list[list[Offer]] | str:  # fmt: skip
+    """What the strategies that can serve would take, site by site; or why one site has none. Sites that are alike are asked once.
+
+    `names` are those that may be taken, site by site.
+    """
+    known: dict[tuple[Site, tuple[Way, ...], tuple[str, ...]], list[Offer]] = {}
+    for named, allowed in zip(sites, names, strict=True):
+        if (named.site, named.ways, allowed) in known:
             continue
-        able = [name for name in names if _refusal(named.site, name, P, layout) is None]
+        able = [name for name in allowed if _refusal(named.site, name, P, layout) is None]
         if not able:
-            reasons = "; ".join(f"{name}: {_refusal(named.site, name, P, layout)}" for name in names)
+            reasons = "; ".join(f"{name}: {_refusal(named.site, name, P, layout)}" for name in allowed)
             return f"layout {layout!r} does not suit the attention at {named.source} ({named.name}): {reasons}"
-        known[named.site, named.ways] = [offer(name, named.site, P, layout, topology, named.ways) for name in able]
-    return [known[named.site, named.ways] for named in sites]
+        known[named.site, named.ways, allowed] = [offer(name, named.site, P, layout, topology, named.ways) for name in able]
+    return [known[named.site, named.ways, allowed] for named, allowed in zip(sites, names, strict=True)]
 
 
 def offer(name: str, site: Site, P: int, layout: Layout, topology: Topology, ways: tuple[Way, ...] = WAYS) -> Offer:

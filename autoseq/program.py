@@ -14,6 +14,7 @@ from torch import fx
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from autoseq.asked_strategies import check_patterns
 from autoseq.options import Options
 from autoseq.passes.attention_site import LeftWhole
 from autoseq.passes.find_attention import find_attention
@@ -145,6 +146,7 @@ def build_program(
             return whole
         raise NoAttentionError(_no_attention(gm, left_whole))
     _check_lengths(sites, group)
+    check_patterns(options.strategy, [named.run_name for named in sites], of_part=is_fragment, level=level)
     topology, reserved = found or topology_of(options, group), _parameter_bytes(normal, fake)
     plan = make_plan(
         sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology, reserved_bytes=reserved

@@ -122,6 +122,14 @@ def _other_strategies(rank: int) -> None:
     compile_tiny(strategy=["ring", "ulysses"][rank])
 
 
+def _other_patterns(rank: int) -> None:
+    compile_tiny(strategy=["ring", {"*": "ring"}][rank])
+
+
+def _a_pattern_for_nothing(rank: int) -> None:
+    compile_tiny(strategy=[{"layers.5": "ring", "*": "ring"}, "ring"][rank])
+
+
 def _other_inputs(rank: int) -> None:
     torch.manual_seed(0)
     model = torch.compile(TinyAttention(), backend="autoseq", options=OPTIONS)
@@ -147,6 +155,8 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
     "a part without attention under strict": lambda rank: compile_tiny(after="break", strict=True),
     "other lengths on each rank": _other_lengths,
     "other strategies on each rank": _other_strategies,
+    "the same strategies by other patterns": _other_patterns,
+    "a pattern for nothing on one rank": _a_pattern_for_nothing,
     "other inputs on each rank": _other_inputs,
     "other weights on each rank": _other_weights,
     "one rank cannot compile": _one_rank_fails,
@@ -175,6 +185,14 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
             [r"RankMismatchError: ranks 0 and 1 .*different programs. First difference:\s+rank 0: .*8.*rank 1: .*9"] * 2,
         ),
         ("other strategies on each rank", ["RankMismatchError: .*rank 0: .*: ring, mask.*rank 1: .*: ulysses, mask"] * 2),
+        (
+            "the same strategies by other patterns",
+            [r"RankMismatchError: .*rank 0: .*'strategy': 'ring'.*rank 1: .*\(\('\*', 'ring'\),\)"] * 2,
+        ),
+        (
+            "a pattern for nothing on one rank",
+            ["OptionError: option 'strategy': no attention matches 'layers.5'", "RankMismatchError: rank 0 .*could not compile .*layers.5"],
+        ),
         (
             "other inputs on each rank",
             ["RankMismatchError: ranks 0 and 1 .*different values of x. Every rank.*same, full-length inputs"] * 2,

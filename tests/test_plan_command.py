@@ -125,11 +125,11 @@ def test_the_call_that_runs_a_plan(ring: Candidate, split: Split, expected: str)
     assert expected in call_of(replace(ring, split=split), "4xA10")
 
 
-def test_the_call_of_a_plan_with_several_strategies_names_the_topology_as_it_was_given(ring: Candidate) -> None:
+def test_the_call_of_a_plan_with_several_strategies_names_each(ring: Candidate) -> None:
     first, *others = ring.plan.sites
-    mixed = replace(ring, plan=replace(ring.plan, sites=(replace(first, strategy="halo"), *others)))
+    mixed = replace(ring, plan=replace(ring.plan, sites=(replace(first, strategy="ulysses"), *others)))
     assert call_of(mixed, "clusters/mine.json") == (
-        'torch.compile(model, backend="autoseq", options={"topology": "clusters/mine.json", "layout": "zigzag"})'
+        'torch.compile(model, backend="autoseq", options={"strategy": {"blocks.1": "ring", "*": "ulysses"}, "layout": "zigzag"})'
     )
 
 

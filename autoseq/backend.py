@@ -30,10 +30,12 @@ from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
 from autoseq.runtime.nodes import on_nodes
 from autoseq.structured_trace import trace_program
+from autoseq.views_of_outputs import describe_views_of_outputs
 
 log = logging.getLogger("autoseq")
 
 let_masks_through()
+describe_views_of_outputs()
 
 
 def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -187,7 +189,7 @@ class _Runner:
         self._agreed, self._shapes = False, shapes
 
     def __call__(self, *args: Any) -> Any:
-        args = tuple(x.full() if isinstance(x, DeferredTensor) else x for x in args)
+        args = tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
         if self._shapes is not None:
             self._shapes.agree(args)
         if not self._agreed:

@@ -35,6 +35,7 @@ class _PretendedShard:
     padded: Tensor
     made: Gathered
     is_gathered: bool = False
+    is_taken_in: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -89,7 +90,7 @@ class PretendedPart:
         call = PretendedCall(self._program, args)
         self._note(call)
         self._tell_other_sizes(args)
-        results = list(self._gm(*(x.full() if isinstance(x, DeferredTensor) else x for x in args)))
+        results = list(self._gm(*(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)))
         for out in self._program.sharding.outputs:
             shard = self._shard(results[out.index], out)
             call.shards.append(shard)

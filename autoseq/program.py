@@ -208,13 +208,13 @@ _NAMES_BREAKS = "; TORCH_LOGS=graph_breaks names what breaks it"
 
 
 def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fallback]:
-    """Of a part of a program that Dynamo traced in several parts: what another part made as shards."""
+    """Of a part of a program that Dynamo traced in several parts: what another part made as shards, and none has gathered before."""
     if group.size == 1:
         return []
-    shards = [x._shard for x in inputs if isinstance(x, DeferredTensor)]
+    shards = {id(x._shard): x._shard for x in inputs if isinstance(x, DeferredTensor) and not x._shard.is_taken_in}
     reason = "the program was traced in several parts" + _NAMES_BREAKS
     others = group.size - 1
-    return [Fallback("the part that reads what is made", shard.name, reason, others * num_bytes(shard.padded)) for shard in shards]
+    return [Fallback("the part that reads what is made", shard.name, reason, others * num_bytes(shard.padded)) for shard in shards.values()]
 
 
 def _whole_part(gm: fx.GraphModule, fake: list[object], inputs: Sequence[object], group: SequenceGroup) -> Program:

@@ -89,6 +89,11 @@ class DeferredTensor(Tensor):
         """The whole value as a plain tensor: gathered if it has not been yet. Differentiable."""
         return self.view(self.shape)
 
+    def taken_in(self) -> Tensor:
+        """`full`, for a compiled part of the program that has this output among its inputs."""
+        self._shard.is_taken_in = True
+        return self.full()
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
         return f"DeferredTensor({self._shard}{grad})"
@@ -157,6 +162,7 @@ class _Shard:
     def __init__(self, name: str, shape: tuple[int, ...], local: Tensor, rows: ShardedRows | None) -> None:
         self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
         self.padded, self._rows = local, rows
+        self.is_taken_in = False  # by a part of the program, which warned of the gather
         self._value: Tensor | None = None
         self._serial = _next_serial(rows.group.name) if rows else 0
 

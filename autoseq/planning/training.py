@@ -4,7 +4,8 @@
     one way  =  products at their rate  +  the rest's memory traffic  +  launches  +  attention  +  exchanges of steps that need other rows
 
 Nothing of these overlaps but what a strategy overlaps inside an attention; with sharded parameters, they are gathered under the
-computation, as FSDP does. Sharded parameters come back once in the forward and once in the backward.
+computation, as FSDP does. Sharded parameters come back once in the forward and once in the backward; their gradients are summed over the
+ranks of a sequence, as in every program, and then by FSDP over all ranks.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def step_time(training: Training, plan: Plan, tokens: int, P: int, world_size: i
         products_s=sum(products.values()),
         traffic_s=sum(traffic.values()),
         exchanges_s=exchanges,
-        parameters_s=_parameter_seconds(training, world_size, topology, products, traffic),
+        parameters_s=_parameter_seconds(training, P, world_size, topology, products, traffic),
     )
 
 
@@ -172,31 +173,33 @@ def sent_bytes(training: Training, plan: Plan, tokens: int, P: int, world_size: 
     """What the busiest rank sends in a step."""
     cost = training.cost_on(P)
     exchanged = sum(each.full_bytes * tokens * (P - 1) // (P * cost.tokens) for each in cost.exchanged)
-    if training.shard_parameters:
-        whole = 2 * cost.parameter_bytes + cost.gradient_bytes
-        return plan.step_bytes() + exchanged + whole * (world_size - 1) // world_size
-    reduced = sum(2 * each.full_bytes * (world_size - 1) // world_size for each in _reduced(cost))
-    return plan.step_bytes() + exchanged + reduced
+    summing = P if training.shard_parameters else world_size
+    reduced = sum(2 * each.full_bytes * (summing - 1) // summing for each in _reduced(cost))
+    sharded = 2 * cost.parameter_bytes + cost.gradient_bytes if training.shard_parameters else 0
+    return plan.step_bytes() + exchanged + reduced + sharded * (world_size - 1) // world_size
 
 
 def _reduced(cost: ModelCost) -> Sequence[Collective]:
-    """Gradients, reduced over all ranks; a model that was looked at on one rank did not reduce any."""
+    """Gradients, reduced by whole buffers; a model that was looked at on one rank did not reduce any."""
     return cost.reduced or (Collective("all_reduce", cost.gradient_bytes, 1),)
 
 
 def _parameter_seconds(
-    training: Training, W: int, topology: Topology, products: dict[Way, float], traffic: dict[Way, float]
+    training: Training, P: int, W: int, topology: Topology, products: dict[Way, float], traffic: dict[Way, float]
 ) -> float:  # fmt: skip
     if W == 1:
         return 0.0
     cost, hardware = training.cost, topology.at(W)
+    summing = P if training.shard_parameters else W
+    sent = [(2 * (summing - 1) / summing * each.full_bytes, each.messages) for each in _reduced(cost)] if summing > 1 else []
+    reduced = sum(topology.at(summing).seconds("all_reduce", size, messages, ranks=summing) for size, messages in sent)
     if not training.shard_parameters:
-        return sum(hardware.seconds("all_reduce", 2 * (W - 1) / W * each.full_bytes, each.messages, ranks=W) for each in _reduced(cost))
+        return reduced
     messages = max(1, sum(each.messages for each in _reduced(cost)))
     gather = hardware.seconds("all_gather", (W - 1) / W * cost.parameter_bytes, messages, ranks=W)
     scatter = hardware.seconds("reduce_scatter", (W - 1) / W * cost.gradient_bytes, messages, ranks=W)
     busy: dict[Way, float] = {way: products[way] + traffic[way] for way in products}
-    return max(0.0, gather - busy["forward"]) + max(0.0, gather + scatter - busy["backward"])
+    return reduced + max(0.0, gather - busy["forward"]) + max(0.0, gather + scatter - busy["backward"])
 
 
 def _collective_seconds(each: Collective, P: int, topology: Topology, share: float) -> float:

@@ -40,10 +40,13 @@ endef
 demo: $(DEMO_STAMP)  ## Train a small Llama on 2 ranks beside the same training on one device
 	$(BIN)/autoseq demo $(DEMO_ARGS)
 
+# Inductor compiles in the process that asks: its pool of workers would import torch twice for each rank, and serves Triton alone.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_COMPILE_THREADS=1
+
 # Both parts always run, so that one push shows every failure; pytest comes last, so its closing line is the last word on the tests.
 test: $(TEST_STAMP)  ## Lint, check types, run the test suite
 	@status=0; $(LINT); \
-	echo "pytest:"; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || status=$$?; \
+	echo "pytest:"; $(TEST_ENV) $(RUN) pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) || status=$$?; \
 	if [ $$status -ne 0 ]; then echo "make test: FAILED (lint or tests, see above)" >&2; fi; \
 	exit $$status
 

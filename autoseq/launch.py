@@ -1,18 +1,24 @@
 """Starts ranks on this machine and brings back what they return: for `verify` and `demo`, which are their own torchrun.
 
 One process a rank, gloo on CPUs and NCCL where there is a GPU for each rank. A rank that raises ends the job with its error;
-one that dies, or never returns, ends it too: the parent watches all of them and stops the rest. Ranks can tell the parent of
-their progress while they run.
+one that dies, or never returns, ends it too: the parent watches all of them and stops the rest. A rank whose parent dies ends
+itself. Ranks can tell the parent of their progress while they run.
+
+On Linux's CPUs ranks are forked from a server, a process that has only imported torch: once for all ranks, not once in each.
+It starts with the first job and ends with its parent. Processes that use GPUs, or other systems, start from nothing.
 """
 
 import contextlib
 import datetime
+import gc
 import importlib
 import logging
 import multiprocessing as mp
 import os
+import pickle
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +37,12 @@ from autoseq.runtime.errors import AutoSeqError
 Backend = Literal["plain", "counted"]
 Listener = Callable[[int, Any], None]
 """Called in the parent with (rank, message) for each message."""
+
+preloaded = [
+    "torch.distributed", "torch._dynamo", "torch._functorch.aot_autograd", "torch._dynamo.backends.debugging", "autoseq.backend",
+    "autoseq.cli",
+]  # fmt: skip
+"""What the server has imported before it forks. None of it may start a thread, which a fork would lose (Inductor's compiler does)."""
 
 _GRACE_S = 5.0  # after one rank failed for no clear reason, the others have this long to give a better one
 _LEAVING_S = 2.0  # and ranks that are done have this long to leave by themselves
@@ -61,6 +73,15 @@ def device_kind(world_size: int) -> Literal["cuda", "cpu"]:
     return "cuda" if torch.cuda.device_count() >= world_size and dist.is_nccl_available() else "cpu"
 
 
+def process_context(device: Literal["cuda", "cpu"] = "cpu") -> Any:
+    """How rank processes start, as a context of `multiprocessing`: from the server, or each by itself."""
+    if device == "cuda" or sys.platform != "linux":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(preloaded)
+    return context
+
+
 def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
@@ -72,15 +93,15 @@ def run_ranks(
     """`fn(rank, *args)` on `world_size` new processes inside one process group; what each returned, by rank.
 
     `fn` is a module-level function; arguments and results are pickled. `backend="counted"` counts messages and bytes
-    (`runtime.counting`). Raises the ranks' own AutoSeqError, or LaunchError if a rank raised another error, died, or was
-    not done after `timeout_s`. No process outlives the call.
+    (`runtime.counting`). Ranks see the environment variables of now; but what torch reads while it is imported, forked ranks
+    have as it was at the first call. Raises the ranks' own AutoSeqError, or LaunchError if a rank could not start, raised
+    another error, died, or was not done after `timeout_s`. No rank outlives the call.
     """
     with tempfile.TemporaryDirectory(prefix="autoseq-") as folder:
-        context = mp.get_context("spawn")
         device, store = device_kind(world_size), str(Path(folder) / "store")
         verbose = logging.getLogger("autoseq").isEnabledFor(logging.DEBUG)
         job = _Job(fn.__module__, fn.__qualname__, args, world_size, backend, device, store, timeout_s, verbose)
-        with _processes(context, job) as ranks:
+        with _processes(job) as ranks:
             return _Watch(ranks, timeout_s, listen).collect()
 
 
@@ -98,15 +119,19 @@ class _Job:
 
 
 @contextlib.contextmanager
-def _processes(context: Any, job: _Job) -> Iterator[dict[Connection, Any]]:
+def _processes(job: _Job) -> Iterator[dict[Connection, Any]]:
     """The rank processes by the parent's end of their pipes, in rank order; killed at the end if they still run."""
     ranks: dict[Connection, Any] = {}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.world_size)))
+    context, setting = process_context(job.device), (dict(os.environ), sys.path, pickle.dumps(job))
     try:
         for index in range(job.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, index, job, sys.path), daemon=True)
-            process.start()
+            process = context.Process(target=_serve, args=(theirs, index, *setting), daemon=True)
+            try:
+                process.start()
+            except (EOFError, OSError) as error:
+                raise LaunchError(f"rank {index} could not be started: {type(error).__name__}: {error}") from error
             theirs.close()
             ranks[ours] = process
         yield ranks
@@ -176,16 +201,15 @@ def _severity(error: AutoSeqError) -> int:
     return 2 if error.details else 1
 
 
-def _serve(pipe: Connection, index: int, job: _Job, path: list[str]) -> None:
+def _serve(pipe: Connection, index: int, environment: dict[str, str], path: list[str], pickled: bytes) -> None:
+    os.environ.clear()  # the server's, which may be older
+    os.environ.update(environment)
     sys.path[:] = path
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(2, 1)  # gloo prints to stdout, which belongs to the parent's results
-    log_to_stderr(verbose=job.verbose)
-    if index > 0:
-        logging.getLogger("autoseq").setLevel(logging.ERROR)  # what rank 0 says holds for all
-    if job.device == "cpu":
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    gc.freeze()  # what is imported stays: looking through it again and again is a tenth of a compilation
     try:
-        reply = "returned", _run(pipe, index, job)
+        reply = "returned", _run(pipe, index, pickle.loads(pickled))
     except AutoSeqError as error:
         reply = "failed", _sendable(index, error)
     except BaseException as error:  # noqa: BLE001 (whatever ends a rank belongs to the parent)
@@ -195,6 +219,13 @@ def _serve(pipe: Connection, index: int, job: _Job, path: list[str]) -> None:
     with contextlib.suppress(BrokenPipeError):  # the parent has given up
         pipe.send(reply)
     pipe.close()
+
+
+def _end_with_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _sendable(index: int, error: AutoSeqError) -> AutoSeqError:
@@ -208,6 +239,11 @@ def _sendable(index: int, error: AutoSeqError) -> AutoSeqError:
 
 
 def _run(pipe: Connection, index: int, job: _Job) -> Any:
+    log_to_stderr(verbose=job.verbose)
+    if index > 0:
+        logging.getLogger("autoseq").setLevel(logging.ERROR)  # what rank 0 says holds for all
+    if job.device == "cpu":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     fn: Any = importlib.import_module(job.module)
     for part in job.qualname.split("."):
         fn = getattr(fn, part)

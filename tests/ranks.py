@@ -12,7 +12,6 @@ import datetime
 import faulthandler
 import gc
 import importlib
-import multiprocessing as mp
 import os
 import pickle
 import signal
@@ -25,15 +24,16 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo.guards
 import torch.distributed as dist
 
+from autoseq.launch import preloaded, process_context
+
 MAX_RANKS = 8
-# What the process that ranks are forked from has imported, so that a rank starts in milliseconds: a new one after each death.
-# None of them starts a thread, which a fork would lose (Inductor's compiler may). The last ones are what a rank's first program imports.
-_PRELOADED = [
-    "torch", "torch.distributed", "torch._dynamo", "torch._functorch.aot_autograd", "autoseq.backend", "torch._dynamo.backends.debugging",
-    "torch._inductor.fx_passes.joint_graph", "transformers.models.llama.modeling_llama",
-]  # fmt: skip
+# The tests' ranks are forked from the same server as autoseq's own, a new one after each death. These a rank's first program imports.
+preloaded += ["torch._inductor.fx_passes.joint_graph", "transformers.models.llama.modeling_llama"]
+# Dynamo times the guards of each graph, with the processor's caches emptied before: a fifth of a small trace, for a number nobody reads.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # in the tests' own process too, which imports this file
 GRACE_S = 5.0
 
 
@@ -103,10 +103,8 @@ class RankPool:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
         while len(self._workers) < P:
-            self._workers.append(_Worker(context, self._store.port))
+            self._workers.append(_Worker(process_context(), self._store.port))
 
     def _collect(self, name: str, P: int, timeout_s: float) -> list[Any]:
         ranks: dict[Any, int] = {worker.pipe: rank for rank, worker in enumerate(self._workers[:P])}

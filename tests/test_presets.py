@@ -27,7 +27,7 @@ def test_every_number_has_a_source(name: str) -> None:
     topology = load_topology(name)
     assert (topology.name, topology.nodes, topology.world_size) == (name, 1, int(name[0]))
     assert topology.host is None, "a GPU computes while others send"
-    told = [field for source in topology.sources for field in re.findall(r"(?:^|[,;.] )((?:[a-z_]\w*\.?)+)(?=[:,])", source)]
+    told = [field for source in topology.sources for field in re.findall(r"(?:^|[,;.] )([a-z_]\w*(?:\.[a-z_]\w*)*\.?)(?=[:,])", source)]
     numbers = [f"{link}.{kind}" for link in ("inside", "between") for kind in KINDS] + ["inside.latency_us", "between.latency_us"]
     numbers += [f"kernels.float32.{rate}" for rate in ("peak_tflops", "matmul_tflops", "attention_tflops", "attention_backward_tflops")]
     numbers += [field.replace("float32", "bfloat16") for field in numbers if "float32" in field]

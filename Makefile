@@ -40,8 +40,8 @@ endef
 demo: $(DEMO_STAMP)  ## Train a small Llama on 2 ranks beside the same training on one device
 	$(BIN)/autoseq demo $(DEMO_ARGS)
 
-# Inductor compiles in the process that asks: its pool of workers would import torch twice for each rank, and serves Triton alone.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_COMPILE_THREADS=1
+# Without the last, Inductor starts a pool of workers, which import torch once more for each rank and serve Triton alone.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCH_WARM_POOL=0
 
 # Both parts always run, so that one push shows every failure; pytest comes last, so its closing line is the last word on the tests.
 test: $(TEST_STAMP)  ## Lint, check types, run the test suite

@@ -49,11 +49,11 @@ class JointBlock(nn.Module):
 
 
 class Joint(nn.Module):
-    """Two blocks of joint attention, and a loss of the image tokens."""
+    """Blocks of joint attention, and a loss of the image tokens."""
 
-    def __init__(self, image_first: bool, width: int = 32, heads: int = 4) -> None:
+    def __init__(self, image_first: bool, blocks: int, width: int = 32, heads: int = 4) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(JointBlock(width, heads, image_first) for _ in range(2))
+        self.blocks = nn.ModuleList(JointBlock(width, heads, image_first) for _ in range(blocks))
         self.head = nn.Linear(width, 6)
 
     def forward(self, text: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ class Joint(nn.Module):
         return F.mse_loss(self.head(image), wanted) + text.square().mean()
 
 
-def make(image_first: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+def make(image_first: bool, blocks: int = 2) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
-    return Joint(image_first), {"text": torch.randn(2, 11, 32), "image": torch.randn(2, 26, 32), "wanted": torch.randn(2, 26, 6)}
+    return Joint(image_first, blocks), {"text": torch.randn(2, 11, 32), "image": torch.randn(2, 26, 32), "wanted": torch.randn(2, 26, 6)}
 
 
-def train(rank: int, world_size: int, image_first: bool, strategy: str, inner: str = "eager") -> list[float]:
-    model, batch = make(image_first)
+def train(rank: int, world_size: int, image_first: bool, strategy: str, inner: str = "eager", blocks: int = 2) -> list[float]:
+    model, batch = make(image_first, blocks)
     oracle = copy.deepcopy(model)
     loss = torch.compile(model, backend="autoseq", options={"strategy": strategy, "inner": inner, "strict": True})(**batch)
     expected = oracle(**batch)
@@ -93,8 +93,11 @@ def test_both_streams_train_with_one_devices_numbers(image_first: bool, strategy
 
 @pytest.mark.slow
 def test_every_rank_compiles_the_same_graph_though_each_sends_other_rows() -> None:
-    """Inductor orders a graph's collectives by its own lights: the ranks would wait for each other if theirs differed."""
-    assert max(max(errors) for errors in run_ranks(train, 2, False, "ulysses", "inductor")) <= TOLERANCE
+    """Inductor orders a graph's collectives by its own lights: the ranks would wait for each other if theirs differed.
+
+    One block has every kind of exchange, from each stream's rows to both and back; Inductor is slow.
+    """
+    assert max(max(errors) for errors in run_ranks(train, 2, False, "ulysses", "inductor", 1)) <= TOLERANCE
 
 
 def test_between_the_attentions_each_stream_is_split_as_a_sequence_of_its_own() -> None:

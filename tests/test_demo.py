@@ -13,26 +13,28 @@ import torch
 from typer.testing import CliRunner
 
 from autoseq.cli import app
-from autoseq.demo import Step, complaints, make, read_text
+from autoseq.demo import Step, complaints, read_text
 from autoseq.inspection import Inspection, inspect_model
 from autoseq.saved_memory import saved_bytes
+from inspected_models import make_one
 
 
 def test_the_demo_trains_and_ends_with_ok() -> None:
-    result = CliRunner().invoke(app, ["demo", "--steps", "3", "--world-size", "2"])
+    result = CliRunner().invoke(app, ["demo", "--steps", "2", "--world-size", "2"])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith("A Llama of 988,544 parameters learns Python")
     assert lines[-1].startswith("autoseq demo: OK, 2 ranks trained as one device does: losses within ")
-    for expected in ("Attention: 5 sites", "Activation memory", "one device, compiled alike", "difference over 3 steps"):
+    for expected in ("Attention: 5 sites", "Activation memory", "one device, compiled alike", "difference over 2 steps"):
         assert expected in result.stdout
-    first, last = (next(line for line in lines if line.strip().startswith(f"{n} ")).split() for n in (1, 3))
+    first, last = (next(line for line in lines if line.strip().startswith(f"{n} ")).split() for n in (1, 2))
     assert float(last[1]) < float(first[1])  # it learns
 
 
 @lru_cache
 def inspected() -> Inspection:
-    return inspect_model(make, seq_len=512, world_size=2)
+    """The verdict is the same for any model."""
+    return inspect_model(make_one, seq_len=16, world_size=2)
 
 
 def good_step(rank: int = 0) -> Step:
@@ -79,7 +81,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameters() -> None:
 
 def test_train_llama_runs_under_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = ["examples/train_llama.py", "--steps", "2", "--seq-len", "64", "--inner", "aot_eager"]
+    script = ["examples/train_llama.py", "--steps", "2", "--seq-len", "64", "--inner", "eager"]
     done = subprocess.run([*command, *script], capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]

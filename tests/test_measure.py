@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -278,6 +279,9 @@ def test_ranks_measure_and_agree(ranks: int, request_: Request, nodes: int) -> N
     assert spare or (found.host is None) == (ranks == 1)
     assert found.name == f"measured: {ranks} x CPU"
     assert all("measured" in source or ":" in source for source in found.sources)
+    fields = set(re.findall(r'"(\w+)":', texts[0]))
+    named = {name for source in found.sources for name in re.findall(r"\b[a-z]+_[a-z_]+\b", source)}
+    assert named - {"torch"} <= fields, "what sources name is a field of the file"
     assert "timing links and kernels" in shown[0], "rank 0 shows progress"
     assert not any(shown[1:])
 

@@ -38,6 +38,13 @@ def test_every_number_has_a_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_memory_is_a_little_less_than_what_its_source_says_in_the_same_unit(name: str) -> None:
+    topology, said = load_topology(name), re.compile(r"less than the (\d+) GiB that the data sheet calls \1 GB")
+    (sold,) = [int(gib) for source in topology.sources for gib in said.findall(source)]
+    assert 0.9 * sold * 2**30 < topology.memory_bytes < sold * 2**30
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_numbers_are_in_order(name: str) -> None:
     """Kernels stay below the peak, and a message costs more between nodes than inside them."""
     topology = load_topology(name)

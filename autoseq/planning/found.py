@@ -76,7 +76,7 @@ def _known(device: Any) -> Topology | None:
         model = name.partition("x")[2]
         if re.search(rf"\b{model}\b", device.name):
             preset = load_topology(name)
-            source = f"all but memory_bytes and the count of cards: as {name}, for a device called {device.name}"
+            source = f"all but the size of memory and the count of cards: as {name}, for a device called {device.name}"
             if name in _ON_PCI_EXPRESS or _has_nvlink(device.name):
                 return replace(preset, sources=(source, *preset.sources))
             on_pci = load_topology(_ON_PCI_EXPRESS[-1])
@@ -136,7 +136,7 @@ def _cpu(per_node: int) -> Topology:
     memory = max(1, pages // per_node // _GIB) * _GIB
     return Topology(
         "found: CPU", per_node, 1, inside, between, kernels, memory, 1e10, 1e-5,
-        ("all but memory_bytes: estimates for any CPU, gloo and 10 Gb/s between machines; `autoseq topology measure` knows better",
+        ("all but the size of memory: estimates for any CPU, gloo and 10 Gb/s between machines; `autoseq topology measure` knows better",
          "attention_tile: the keys that ATen's flash attention takes at once (kv_split_size in FlashAttentionKernel.cpp)"), 512,
         Host(300e-6, 1e9),
     )  # fmt: skip

@@ -175,7 +175,7 @@ def _name(group: SequenceGroup, device: torch.device) -> str:
 
 def _sources(group: SequenceGroup, request: Request) -> tuple[str, ...]:
     version, torch_version = metadata.version("autoseq"), torch.__version__
-    kernels = "kernels, memory_bytes_per_s, launch_s: fitted while all ranks compute; the peak is the device's if known, else the best"
+    kernels = "kernels, rate of memory, launches: fitted while all ranks compute; the peak is the device's if known, else the best"
     if group.size == 1:
         return f"measured by autoseq {version} with torch {torch_version}", "inside, between: as found, there is one rank", kernels
     nodes = f"{group.size} ranks in nodes of {request.ranks_per_node}, {dist.get_backend()}"

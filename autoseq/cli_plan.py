@@ -1,9 +1,8 @@
 """`autoseq plan`: what would be fastest on some hardware, how fast, and why. Needs no peers, GPU or weights."""
 
 import math
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +35,7 @@ def plan(
     """Predict a training step on any hardware: degrees, strategies, seconds, tokens a second, MFU, bytes and memory."""
     with exit_codes(verbose):
         from autoseq.options import Options
-        from autoseq.plan_model import look_at, plan_training
+        from autoseq.plan_model import look_further, plan_training
         from autoseq.plan_report import check_plot, plan_json, plot_sweep, print_plan
         from autoseq.planning.presets import load_topology
         from autoseq.report import results
@@ -55,11 +54,15 @@ def plan(
         Options(strategy=strategy, layout=layout)
         hardware = load_topology(topology)
         hardware.at(world_size)
-        make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
-        training = look_at(make, batch=batch, seq_len=seq_len, world_size=world_size, shard_parameters=shard_parameters)
+        factory = load_target(target)
+
+        def make(length: int) -> Any:
+            return factory.make(batch=batch, seq_len=length)
+
+        training, asked = look_further(make, batch=batch, seq_len=seq_len, world_size=world_size, shard_parameters=shard_parameters)
         found = plan_training(
             training, world_size=world_size, topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib,
-            reserve=reserve, over=sweep,
+            reserve=reserve, over=sweep, asked=asked,
         )
         if as_json:
             print(plan_json(found, given=topology, formulas=formulas))

@@ -40,7 +40,7 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.model_cost import model_cost
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
-from autoseq.report import readable_bytes, readable_seconds
+from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.step_timeline import Timeline, step_timeline

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import torch
@@ -32,3 +34,27 @@ def log_to_stderr(*, verbose: bool) -> None:
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose and not told:
         torch._logging.set_logs(all=logging.CRITICAL)
+
+
+@contextmanager
+def without_repeats(told: set[str]) -> Iterator[None]:
+    """No warning is shown twice here, and none of a kind in `told`; afterwards that has the kinds of this block too.
+
+    For looks at one model from several sides, which find the same with other numbers.
+    """
+    logger, before, shown = logging.getLogger("autoseq"), frozenset(told), set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        kind, message = str(record.msg), record.getMessage()
+        repeated = kind in before or message in shown
+        told.add(kind)
+        shown.add(message)
+        return not repeated
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

@@ -1,24 +1,43 @@
-"""`autoseq plan`: a model is looked at on a pretended group of ranks, and everything else follows by calculation."""
+"""`autoseq plan`: a model is looked at on a pretended group of ranks, and everything else follows by calculation.
+
+Other lengths follow from the same look where nothing but the length differs; else the model is looked at again.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
 
 from autoseq.inspection import Made, with_programs
+from autoseq.logs import without_repeats
 from autoseq.options import Options
 from autoseq.planner import NamedSite, joined_sites
 from autoseq.planning.degrees import Candidate, candidates
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
-from autoseq.planning.sweep import Over, Point, sweep, would_fit
+from autoseq.planning.sweep import Asked, Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
 from autoseq.program import Program, Warned
-from autoseq.report import readable_bytes
-from autoseq.runtime.errors import PlanError, StrategyError
+from autoseq.readable import readable_bytes
+from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
 from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.strategy import MESH_ADVICE
+
+log = logging.getLogger("autoseq")
+
+MEMORY = {
+    "parameters": "parameters", "gradients": "gradients", "optimizer": "Adam's moments", "activations": "activations besides attention",
+    "attention": "attention: kept, and buffers of messages", "largest": "logits and their gradient, or another largest tensor twice",
+    "gathered": "the largest value that is gathered whole",
+}  # fmt: skip
+"""What the parts of a rank's memory are for."""
 
 _LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
 
@@ -40,8 +59,14 @@ class Planned:
         return self.candidates[0]
 
 
-def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False) -> Training:
-    """The attentions of a model and the costs of the rest. Raises as `inspect_model`."""
+def look_at(
+    make: Callable[[], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False, told: set[str] | None = None
+) -> Training:  # fmt: skip
+    """The attentions of a model and the costs of the rest. Raises as `inspect_model`.
+
+    `told`: the kinds of warnings that looks at the same model have given, which are not given again; it gets those of this one.
+    """
+    kinds = set[str]() if told is None else told
 
     def look(ranks: int, layout: str = "auto") -> _Look:
         def use(programs: Sequence[Program]) -> _Look:
@@ -52,7 +77,8 @@ def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: i
             cost = model_cost(programs, world_size=ranks, tokens=tokens)
             return _Look(tuple(site.site for site in planned), cost, layouts, _warnings(programs, ranks))
 
-        return with_programs(make, use, world_size=ranks, options=Options(layout=layout))
+        with without_repeats(kinds):
+            return with_programs(make, use, world_size=ranks, options=Options(layout=layout))
 
     seen = look(min(world_size, _LOOKED_AT_ON))
     if len(seen.layouts) > 1:  # of the parts of one model; their costs add up where ranks have as many rows in each
@@ -60,6 +86,56 @@ def look_at(make: Callable[[], Made], *, batch: int, seq_len: int, world_size: i
     shortest = min(min(named.site.q_len, named.site.k_len) for named in seen.sites)
     more = look(_AND_ON, seen.layouts[0]).cost if gathers(seen.cost) and shortest >= _AND_ON else None
     return Training(seen.sites, seen.cost, batch, seq_len, shard_parameters, more, seen.warnings)
+
+
+def look_further(
+    make: Callable[[int], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False
+) -> tuple[Training, Asked]:  # fmt: skip
+    """`look_at` a model that `make` returns for a length, and what gives it for other lengths and numbers of ranks.
+
+    Where attentions are as long as the sequence, parameters and buffers are the same (not so with learned positions for each token) and
+    inputs are longer in proportion, it is calculated; elsewhere the model is looked at again. Raises as `look_at`.
+    """
+    told = set[str]()
+
+    def look(length: int, ranks: int) -> Training:
+        asked = partial(make, length)
+        return look_at(asked, batch=batch, seq_len=length, world_size=ranks, shard_parameters=shard_parameters, told=told)
+
+    looks = cache(look)  # many ranks are looked at as few
+    sizes = cache(partial(_sizes, make))
+
+    def at(length: int, ranks: int) -> Training:
+        first = looks(seq_len, min(ranks, _LOOKED_AT_ON))
+        is_as_long = all(named.site.q_len == named.site.k_len == seq_len for named in first.sites)
+        is_alike = length == seq_len or (is_as_long and sizes(length) is not None and sizes(length) == sizes(seq_len))
+        return first.at(seq_len=length) if is_alike else looks(length, min(ranks, _LOOKED_AT_ON))
+
+    return at(seq_len, world_size), at
+
+
+def _sizes(make: Callable[[int], Made], length: int) -> list[object] | None:
+    """Of the parameters, the buffers and the inputs of a model, the dims of inputs that are the length without number.
+
+    None for a model that its target cannot make without weights.
+    """
+    try:
+        with torch.device("meta"):
+            model, kwargs = make(length)
+    except AutoSeqError as error:
+        log.debug("the model is looked at for each length, because it cannot be made without weights: %s", error)
+        return None
+
+    def without_length(size: int) -> int | str:
+        return "length" if size == length else size
+
+    def given(x: Any) -> object:
+        if isinstance(x, torch.Tensor):
+            return tuple(map(without_length, x.shape))
+        return without_length(x) if isinstance(x, int) else type(x)
+
+    owned = [(name, tuple(x.shape), x.dtype) for each in (model.named_parameters, model.named_buffers) for name, x in each()]
+    return [*owned, *map(given, tree_leaves(kwargs))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +158,9 @@ def _warnings(programs: Sequence[Program], ranks: int) -> tuple[Warned, ...]:
 
 def plan_training(
     training: Training, *, world_size: int, topology: Topology, strategy: str = "auto", layout: str = "auto",
-    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None,
+    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None, asked: Asked | None = None,
 ) -> Planned:  # fmt: skip
-    """The plans for a model on so many ranks, which leave a share `reserve` of a rank's memory free.
+    """The plans for a model on so many ranks, which leave a share `reserve` of a rank's memory free. `asked`: see `look_further`.
 
     Raises PlanError, which says what would fit, if nothing does.
     """
@@ -96,8 +172,9 @@ def plan_training(
     except StrategyError as error:
         raise StrategyError(in_a_plan(str(error))) from None
     if not found[0].fits:
-        raise PlanError(_nothing_fits(found[0], training, world_size, topology, reserved, strategy, layout))
-    points = sweep(training, world_size, topology, over, strategy=strategy, layout=layout) if over is not None else []
+        others = would_fit(training, world_size, topology, strategy=strategy, layout=layout, asked=asked)
+        raise PlanError(_nothing_fits(found[0], others, topology, reserved))
+    points = [] if over is None else sweep(training, world_size, topology, over, strategy=strategy, layout=layout, asked=asked)
     return Planned(training, world_size, topology, reserved, tuple(found), over, tuple(points))
 
 
@@ -106,12 +183,9 @@ def in_a_plan(reason: str) -> str:
     return reason.replace(f": {MESH_ADVICE}", ", which a sequence of this plan has not")
 
 
-def _nothing_fits(
-    least: Candidate, training: Training, world_size: int, topology: Topology, reserved: int, strategy: str, layout: str
-) -> str:  # fmt: skip
-    parts = [(name, getattr(least.memory, name)) for name in least.memory.__dataclass_fields__]
-    most = ", ".join(f"{name} {readable_bytes(size)}" for name, size in sorted(parts, key=lambda part: -part[1]) if size)
-    others = would_fit(training, world_size, topology, strategy=strategy, layout=layout)
+def _nothing_fits(least: Candidate, others: Sequence[tuple[str, int]], topology: Topology, reserved: int) -> str:
+    parts = [(what, getattr(least.memory, name)) for name, what in MEMORY.items()]
+    most = "; ".join(f"{readable_bytes(size)} for {name}" for name, size in sorted(parts, key=lambda part: -part[1]) if size)
     changes = "; or ".join(f"{change}: {readable_bytes(size)} a rank" for change, size in others)
     advice = f"What would fit: {changes}" if others else "Nothing near it fits either: the model needs larger devices"
     free = f" ({readable_bytes(reserved)} more are kept free, --reserve)" if reserved else ""

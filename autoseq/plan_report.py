@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,14 +14,16 @@ from rich.console import Console
 
 from autoseq.plan_call import call_of
 from autoseq.plan_formulas import formulas_json
-from autoseq.plan_model import Planned, in_a_plan
+from autoseq.plan_model import MEMORY, Planned, in_a_plan
 from autoseq.planner import SitePlan
+from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
 from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
 from autoseq.planning.training import Training
 from autoseq.program import Warned
-from autoseq.report import readable_bytes, readable_seconds, table
+from autoseq.readable import readable_bytes, readable_seconds
+from autoseq.report import table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
@@ -79,11 +82,6 @@ _TIMES = {
     "attention_s": "attention and its messages", "products_s": "other matrix products", "traffic_s": "other kernels: memory and launches",
     "exchanges_s": "steps that need other rows", "parameters_s": "gradients and parameters",
 }  # fmt: skip
-_MEMORY = {
-    "parameters": "parameters", "gradients": "gradients", "optimizer": "Adam's moments", "activations": "activations besides attention",
-    "attention": "attention: kept, and buffers of messages", "largest": "logits and their gradient, or another largest tensor twice",
-    "gathered": "the largest value that is gathered whole",
-}  # fmt: skip
 
 
 def _time_rows(best: Candidate) -> list[Sequence[object]]:
@@ -92,7 +90,7 @@ def _time_rows(best: Candidate) -> list[Sequence[object]]:
 
 
 def _memory_rows(best: Candidate) -> list[Sequence[object]]:
-    parts = [(text, getattr(best.memory, name)) for name, text in _MEMORY.items()]
+    parts = [(text, getattr(best.memory, name)) for name, text in MEMORY.items()]
     return [(text, f"{size:,}", readable_bytes(size)) for text, size in parts if size]
 
 
@@ -100,9 +98,11 @@ def _print_warnings(out: Console, planned: Planned) -> None:
     """What a run of the model warns of, with the bytes that the first plan sends and holds for it."""
     if planned.best.split.sequence > 1 and planned.training.warnings:
         out.print("\nA run warns of what costs it dearly; the numbers above count all of it:")
-        for each in planned.training.warnings:
+        for each, count in Counter(planned.training.warnings).items():
             sizes = (sent_for(each, planned.best), "sent a rank"), (each.held_bytes, "held")
-            out.print("; ".join([f"- {each.what}", *(f"{readable_bytes(size)} {what}" for size, what in sizes if size)]))
+            told = [f"{readable_bytes(size)} {what}" for size, what in sizes if size]
+            often = f"; {count} times" + (", each" if told else "") if count > 1 else ";" if told else ""
+            out.print(f"- {each.what}{often} {'; '.join(told)}".rstrip())
 
 
 def sent_for(warned: Warned, best: Candidate) -> int:
@@ -113,12 +113,12 @@ def sent_for(warned: Warned, best: Candidate) -> int:
 
 def _print_sites(out: Console, best: Candidate) -> None:
     """Sites that are alike share their lines."""
-    for _, same in groupby(best.plan.sites, key=lambda p: (p.site.site, p.strategy)):
+    for _, same in groupby(best.plan.sites, key=lambda p: (p.site.site, p.site.ways, p.strategy)):
         group = list(same)
         one = group[0]
         names = one.site.name if len(group) == 1 else f"{one.site.name} … {group[-1].site.name} ({len(group)} ×)"
         seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.busiest_bytes)} sent"
-        out.print(f"\n{names}, mask {one.site.mask}: {one.strategy}, {seconds}. Not taken:")
+        out.print(f"\n{names}, mask {one.site.mask}: {one.strategy}, {seconds}." + (" Not taken:" if one.losers else ""))
         by_reason: dict[str, list[str]] = {}
         for name, reason in one.losers:
             by_reason.setdefault(in_a_plan(reason), []).append(name)
@@ -131,18 +131,38 @@ def _print_sites(out: Console, best: Candidate) -> None:
 def _print_sweep(out: Console, planned: Planned) -> None:
     names = [name for name in STRATEGIES if any(point.seconds.get(name) is not None for point in planned.points)]
     header = {"seq-len": "tokens", "world-size": "ranks"}[planned.over or "seq-len"]
-    columns = [f":{header}", "fastest", "data × sequence", ":step", ":tokens/s", ":MFU"]
-    out.print(table("Sweep: the fastest", columns, [_sweep_row(point) for point in planned.points]))
+    columns = [f":{header}", "strategies", "data × sequence", ":step", ":tokens/s", ":MFU"]
+    out.print(table("Sweep: the first plan", columns, [_sweep_row(point) for point in planned.points]))
     for start in range(0, len(planned.points) if names else 0, _POINTS_A_TABLE):
         points = planned.points[start : start + _POINTS_A_TABLE]
         rows = [(name, *(_alone(point.alone[name]) for point in points)) for name in names]
         title = f"Sweep: a step with all attention by one strategy, and its data × sequence, by {header}"
         out.print(table(title, ["strategy", *(f":{point.value:,}" for point in points)], rows))
+    for point in planned.points:
+        if point.best is None:
+            out.print(f"{point.value:,} {header}: {in_a_plan(point.why_not)}")
+    if any(_is_tied(point) for point in planned.points):
+        out.print(_TIES)
     found = overtakings(planned.points)
     for value, before, after in found:
         out.print(f"From {value:,} {header} on: {after} (before: {before})")
     if not found:
         out.print("No strategy overtakes another.")
+
+
+_TIES = (
+    "Attentions that take as long in three digits go to what sends less, then to contiguous rows: a step\n"
+    "with one strategy everywhere may be as short as the plan's, or a hair shorter (docs/planner.md, Ties)."
+)
+
+
+def _is_tied(point: Point) -> bool:
+    """Whether one strategy for all attention is not slower than the plan, which has others."""
+    alone = {name: seconds for name, seconds in point.seconds.items() if seconds is not None}
+    best = point.best
+    return best is not None and any(
+        three_digits(seconds) <= three_digits(best.seconds) for name, seconds in alone.items() if set(best.strategies) != {name}
+    )
 
 
 _POINTS_A_TABLE = 5  # what 100 columns have room for
@@ -155,7 +175,7 @@ def _alone(found: Candidate | None) -> str:
 def _sweep_row(point: Point) -> Sequence[object]:
     best = point.best
     if best is None:
-        return (f"{point.value:,}", "nothing fits", "", "", "", "")
+        return (f"{point.value:,}", "no plan", "", "", "", "")
     return (f"{point.value:,}", mix(best), best.split, readable_seconds(best.seconds), f"{best.tokens_per_s:,.0f}", f"{best.mfu:.1%}")
 
 
@@ -216,7 +236,8 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
             "over": planned.over,
             "points": [
                 {
-                    "value": point.value, "best": point.best and _candidate_json(point.best), "seconds": point.seconds,
+                    "value": point.value, "best": point.best and _candidate_json(point.best),
+                    "why_not": in_a_plan(point.why_not) or None, "seconds": point.seconds,
                     "degrees": {name: found and [found.split.data, found.split.sequence] for name, found in point.alone.items()},
                 }
                 for point in planned.points
@@ -228,10 +249,10 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
 
 
 def _loser_json(planned: SitePlan, name: str, reason: str) -> dict[str, Any]:
-    """With the seconds and the layout in which it is fastest, if it could serve."""
+    """With the seconds, and the layout and the mesh with which it is fastest, if it could serve."""
     found = planned.best_offer(name)
-    where, seconds = (found[0], found[1].seconds) if found is not None else (None, None)
-    return {"strategy": name, "seconds": seconds, "layout": where, "reason": reason}
+    seconds, layout, mesh = (None, None, None) if found is None else (found.offer.seconds, found.layout, list(found.mesh))
+    return {"strategy": name, "seconds": seconds, "layout": layout, "mesh": mesh, "reason": reason}
 
 
 def _candidate_json(each: Candidate) -> dict[str, Any]:
@@ -241,6 +262,7 @@ def _candidate_json(each: Candidate) -> dict[str, Any]:
         "bytes_per_rank": each.sent_bytes, "memory_bytes": each.memory.total, "fits": each.fits,
         "seconds": {name: getattr(each.time, name) for name in each.time.__dataclass_fields__},
         "memory": {name: getattr(each.memory, name) for name in each.memory.__dataclass_fields__},
+        "layouts_not_taken": [{"layout": layout, "reason": reason} for layout, reason in each.plan.refused],
     }  # fmt: skip
 
 

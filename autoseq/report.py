@@ -15,6 +15,7 @@ from rich.text import Text
 from autoseq.graph_text import graph_lines, short_source
 from autoseq.inspection import Inspection
 from autoseq.planner import SitePlan
+from autoseq.readable import readable_bytes
 from autoseq.verify import Difference
 
 Graphs = Literal["before", "after", "both"]
@@ -25,23 +26,6 @@ def results() -> Console:
     """Where results go: stdout. Tables are as wide as the terminal or COLUMNS says, and a pipe gives them room; other lines stay whole."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=True)
-
-
-def readable_bytes(count: float) -> str:
-    """`1.5 MB`; powers of 1000, as network and memory vendors count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB" if count < 1000 else f"{count:,.0f} TB"
-
-
-def readable_seconds(seconds: float) -> str:
-    """`12.3 ms`."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}" if seconds < 1000 else f"{seconds:,.0f} s"
-    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Group:

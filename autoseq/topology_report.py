@@ -8,7 +8,8 @@ from dataclasses import fields
 from rich.console import Console
 
 from autoseq.planning.topology import KINDS, Link, Rate, Topology
-from autoseq.report import readable_bytes, table
+from autoseq.readable import readable_bytes
+from autoseq.report import table
 
 
 def print_topologies(console: Console, topologies: Sequence[Topology]) -> None:
@@ -16,12 +17,14 @@ def print_topologies(console: Console, topologies: Sequence[Topology]) -> None:
     columns = ("name", ":ranks", ":memory", ":bfloat16 peak", "all-to-all inside", "between nodes, all-to-all")
     console.print(table("Topologies", columns, [_line(each) for each in topologies]))
     console.print("2x8xH100 is two nodes; 2x8xH100-4nic is two nodes of four network cards each, 1 to 8; 4xH100 is a part of a node.")
+    console.print("GB are 10^9 bytes: a card that is sold with 80 GB has 80 GiB of 2^30, or 85.9 GB, and a little less for programs.")
 
 
 def print_topology(console: Console, topology: Topology) -> None:
     """Everything, in tables."""
     nodes = "1 node" if topology.nodes == 1 else f"{topology.nodes} nodes"
-    console.print(f"{topology.name}: {nodes} of {topology.ranks_per_node} ranks, {readable_bytes(topology.memory_bytes)} each")
+    memory = f"{readable_bytes(topology.memory_bytes)} ({topology.memory_bytes / 2**30:.4g} GiB) each"
+    console.print(f"{topology.name}: {nodes} of {topology.ranks_per_node} ranks, {memory}. GB are 10^9 bytes, GiB 2^30.")
     links = [("inside a node", topology.inside, ""), ("between nodes", topology.between, " a card")]
     for title, link, per in links:
         if link is not None:

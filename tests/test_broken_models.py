@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -28,7 +29,7 @@ from autoseq.plan_model import look_at
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import model_cost
 from autoseq.planning.training import Training, memory_besides_attention
-from autoseq.report import readable_bytes
+from autoseq.readable import readable_bytes
 from autoseq.runtime.counting import counters, reset_counters
 from inspected_models import OneAttention, break_graph
 from ranks import run_ranks
@@ -343,6 +344,30 @@ def test_the_plan_command_says_once_what_a_run_warns_of() -> None:
     assert shown.stdout.count("a part without attention runs whole on every rank") == 1
     assert shown.stdout.count("the part that reads what is made at") == 1
     assert "; 1.79 kB sent a rank" in shown.stdout  # 7 of 8 shards of 64 rows of 8 float32
+
+
+def test_the_plan_command_warns_once_of_what_each_look_finds() -> None:
+    """The model is looked at on two ranks, and since it gathers, on four; each look meets a part with other sizes."""
+    shown = CliRunner().invoke(app, ["plan", f"{__file__}:shrinking", "--seq-len", "16", "--world-size", "4", "--topology", "8xH100"])
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stderr.count("is called with other sizes too") == 1
+
+
+def shrinking(batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
+    return Shrinking(), {"x": torch.randn(batch, seq_len, 8)}
+
+
+def repeated(batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Any]]:
+    return BreaksInALoop(), {"x": torch.randn(batch, seq_len, 8)}
+
+
+def test_the_plan_command_tells_equal_fallbacks_once_with_their_number() -> None:
+    asked = "--seq-len", "64", "--world-size", "2", "--topology", "8xH100", "--strategy", "ring"
+    listed = json.loads(CliRunner().invoke(app, ["plan", f"{__file__}:repeated", *asked, "--json"]).stdout)["warnings"]
+    lines = re.findall(r"^- .*$", CliRunner().invoke(app, ["plan", f"{__file__}:repeated", *asked]).stdout, re.M)
+    assert len(lines) == len({json.dumps(each) for each in listed}) < len(listed)
+    times = [int(found[1]) if (found := re.search(r"; (\d+) times, each ", line)) else 1 for line in lines]
+    assert sum(times) == len(listed)
 
 
 # Rows that lie elsewhere ----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_show() -> None:
     result = run("show", "2x8xA800-4nic")
     assert result.exit_code == 0
     texts = ("2 nodes of 8 ranks", "inside a node (full duplex)", "4 network cards a node", "all_to_all", "145 GB/s", "312 TFLOP/s")
-    for text in (*texts, "arXiv:2307.08691"):
+    for text in (*texts, "arXiv:2307.08691", "85 GB (79.2 GiB) each. GB are 10^9 bytes, GiB 2^30."):
         assert text in result.stdout
 
 

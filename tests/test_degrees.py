@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoseq.plan_model import plan_training
-from autoseq.planner import NamedSite, make_plan
-from autoseq.planning.choice import three_digits
-from autoseq.planning.degrees import Split, candidates, splits
+from autoseq.planner import NamedSite, Placed, Plan, SitePlan, make_plan
+from autoseq.planning.choice import Offer, three_digits
+from autoseq.planning.degrees import Candidate, Split, beside_other_meshes, candidates, splits
 from autoseq.planning.model_cost import Collective, ModelCost, PassCost
 from autoseq.planning.presets import load_topology
 from autoseq.planning.sweep import overtakings, sweep, would_fit
 from autoseq.planning.topology import KernelRates, Link, Rate, Topology
-from autoseq.planning.training import Training
+from autoseq.planning.training import Memory, StepTime, Training
+from autoseq.readable import readable_seconds
 from autoseq.runtime.errors import PlanError, StrategyError, TopologyError
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.strategy import Site
+from autoseq.runtime.strategy import Cost, Site
 
 H100 = load_topology("8xH100")
 
@@ -84,6 +86,16 @@ def test_copies_of_the_data_are_fastest_where_they_fit() -> None:
 MORE, LATER = "it sends .* bytes more", "ring comes first in the list of strategies"
 
 
+FREE = replace(H100, inside=Link(*[Rate(0.0, 1e30)] * 5), memory_bytes_per_s=1e30, launch_s=0.0)
+"""Links and memory that are never waited for: plans differ by what they send, and not in time."""
+
+
+def unmasked(heads: int, batch: int = 1) -> Training:
+    asked = training(batch=batch, layers=1)
+    (named,) = asked.sites
+    return replace(asked, sites=(replace(named, site=replace(named.site, heads=heads, kv_heads=heads, max_ahead=None)),))
+
+
 @pytest.mark.parametrize(
     ("heads", "chosen", "tied"),
     [
@@ -92,18 +104,118 @@ MORE, LATER = "it sends .* bytes more", "ring comes first in the list of strateg
     ],
 )
 def test_times_that_are_the_same_in_three_digits_go_to_the_simpler_plan(heads: int, chosen: str, tied: dict[str, str]) -> None:
-    """On links and memory that are never waited for, without a mask, nothing gains by a mesh, another layout or another strategy."""
-    free = replace(H100, inside=Link(*[Rate(0.0, 1e30)] * 5), memory_bytes_per_s=1e30, launch_s=0.0)
-    asked = training(batch=1, layers=1)
-    (named,) = asked.sites
-    unmasked = replace(named, site=replace(named.site, heads=heads, kv_heads=heads, max_ahead=None))
-    best, *others = candidates(replace(asked, sites=(unmasked,)), 4, free)
-    assert (best.split, best.plan.layout) == (Split(1, 4), "contiguous")
-    assert all(three_digits(best.seconds) <= three_digits(each.seconds) for each in others)
-    (site,) = best.plan.sites
+    """Without a mask nothing gains by another layout or another strategy."""
+    plan = make_plan(unmasked(heads).sites, group_size=4, strategy="auto", layout="auto", topology=FREE)
+    assert plan.layout == "contiguous"
+    (site,) = plan.sites
     told = {name: why for name, reason in site.losers if (why := reason.partition(", which is the same in three digits; ")[2])}
     assert (site.strategy, list(told)) == (chosen, list(tied))
     assert all(re.fullmatch(tied[name], why) for name, why in told.items()), told
+
+
+@pytest.mark.parametrize(
+    ("asked", "heads", "first"),
+    [
+        pytest.param("auto", 8, Split(1, 8), id="all heads on their rank send less than any mesh"),
+        pytest.param("auto", 2, Split(1, 8, (4, 2)), id="a mesh that sends less than any flat strategy"),
+        pytest.param("hybrid", 8, Split(1, 8, (2, 4)), id="of two meshes the one that sends less"),
+    ],
+)
+def test_plans_that_take_as_long_are_ordered_by_what_they_send(asked: str, heads: int, first: Split) -> None:
+    found = candidates(unmasked(heads), 8, FREE, strategy=asked)
+    assert found[0].split == first
+    assert len({three_digits(each.seconds) for each in found}) == 1
+    sent = [each.sent_bytes for each in found]
+    assert sent == sorted(sent)
+
+
+def test_plans_that_take_as_long_have_few_ranks_a_sequence_first() -> None:
+    """Whatever they send: more copies of the data are simpler."""
+    found = candidates(unmasked(8, batch=8), 8, FREE)
+    assert [each.split.sequence for each in found if each.fits] == [1, 2, 4, 8]
+
+
+# Losers on other meshes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hybrid", "hybrid_gather", "hybrid_outer", "hybrid_gather_outer", "double_ring"])
+def test_a_loser_that_a_mesh_of_the_same_ranks_serves_has_its_seconds_there(name: str) -> None:
+    """On one node a plan without a mesh is best, and `--strategy` plans the others on a mesh inside the node."""
+    asked = training(batch=1, seq_len=131072, layers=1)
+    best = candidates(asked, 8, H100)[0]
+    (site,) = best.plan.sites
+    alone = min((each.plan.sites[0] for each in candidates(asked, 8, H100, strategy=name)), key=lambda each: three_digits(each.seconds))
+    found = site.best_offer(name)
+    assert best.split == Split(1, 8) and found is not None
+    assert (found.offer.seconds, found.mesh) == (alone.seconds, alone.site.site.mesh)
+    nodes, ranks = found.mesh
+    seconds = rf"{readable_seconds(alone.seconds)} a step on a mesh of {nodes} × {ranks}( with zigzag rows)?, ulysses "
+    assert re.match(seconds + re.escape(readable_seconds(site.seconds)), dict(site.losers)[name])
+
+
+def test_a_loser_that_no_mesh_serves_says_why_not_as_on_a_mesh() -> None:
+    asked = training(batch=1, layers=1)
+    (named,) = asked.sites
+    hiding = replace(named, site=replace(named.site, score="f_add(s, c0(b, 0, q, k))"))
+    (site,) = candidates(replace(asked, sites=(hiding,)), 4, H100)[0].plan.sites
+    for name, reason in site.losers:
+        on_mesh = STRATEGIES[name].cannot_serve(replace(hiding.site, mesh=(2, 2)), 4)
+        assert site.best_offer(name) is not None or reason == on_mesh, name
+
+
+def test_a_loser_that_needs_a_mesh_says_so_where_no_mesh_is() -> None:
+    best = candidates(training(batch=1), 2, H100)[0]
+    assert best.split == Split(1, 2)
+    assert "needs several nodes of several ranks" in dict(best.plan.sites[0].losers)["hybrid"]
+
+
+LOST = {
+    "slower": (dict(seconds=1.2), {}, {}, "1.2 s a step on a mesh of 2 × 2, ulysses 1 s"),
+    "as fast, and sends more": (
+        dict(sent_bytes=9), {}, {}, "1 s a step on a mesh of 2 × 2, ulysses 1 s, which is the same in three digits; it sends 2 bytes more"
+    ),
+    "faster, but the step is slower": (
+        dict(seconds=0.9), dict(seconds=3.0), {}, "a whole step would take 3 s with that mesh, not 2 s"
+    ),
+    "faster, but the step takes as long and sends more": (
+        dict(seconds=0.9), dict(sent_bytes=109), {}, "a whole step would take as long with that mesh, and it would send 9 bytes more"
+    ),
+    "as fast in a step that is the same": (
+        {}, {}, {}, "a whole step would take as long with that mesh, and what is simpler comes first"
+    ),
+    "faster, but nothing fits there": (dict(seconds=0.9), dict(fits=False), {}, "no plan for that mesh fits"),
+    "faster, with rows that the plan for its mesh has not": (
+        dict(seconds=0.9), {}, dict(strategy="ring", layout="contiguous"), "but all attentions share one layout, contiguous"
+    ),
+    "faster, but not taken there either": (
+        dict(seconds=0.9), {}, dict(strategy="ring", losers=(("hybrid", "it does not fit"),)), "on a mesh of 2 × 2: it does not fit"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("offer", "step", "there", "expected"), LOST.values(), ids=LOST)
+def test_why_a_strategy_on_another_mesh_was_not_taken(
+    offer: dict[str, Any], step: dict[str, Any], there: dict[str, Any], expected: str
+) -> None:
+    def candidate(mesh: tuple[int, ...], offers: tuple[Offer, ...], planned: dict[str, Any], of_step: dict[str, Any]) -> Candidate:
+        site = NamedSite("a", "model.py:1", "k <= q", replace(training(batch=1).sites[0].site, mesh=mesh))
+        taken = SitePlan(site, offers[0].strategy, "contiguous", Cost(0, 0, 0, 0), 0, (), offers)
+        layout = planned.get("layout", "contiguous")
+        told = {"split": Split(1, 4, mesh), "sent_bytes": 100, "fits": True, "seconds": 2.0} | of_step
+        time = StepTime(told.pop("seconds"), 0.0, 0.0, 0.0, 0.0)
+        plan = Plan(layout, (replace(taken, **planned),))
+        return Candidate(**told, plan=plan, time=time, memory=Memory(*[0] * 6), tokens_per_s=1.0, mfu=0.5)  # type: ignore[arg-type]
+
+    lost = replace(Offer("hybrid", 1.0, 0, 0, 7), **offer)
+    best = candidate((), (Offer("ulysses", 1.0, 0, 0, 7),), {"losers": (("hybrid", "it needs a mesh"),)}, {})
+    if there.get("layout"):
+        place, there = Placed(lost, "zigzag", (2, 2)), there | {"elsewhere": (Placed(lost, "zigzag", (2, 2)),)}
+        other = candidate((2, 2), (Offer("ring", 1.0, 0, 0, 7),), there, step)
+    else:
+        place, other = Placed(lost, "contiguous", (2, 2)), candidate((2, 2), (lost, Offer("ring", 1.0, 0, 0, 7)), there, step)
+    (told,) = beside_other_meshes(best, [best, other]).plan.sites
+    assert told.best_offer("hybrid") == place
+    assert dict(told.losers)["hybrid"].endswith(expected)
 
 
 def test_losers_have_the_seconds_of_their_own_best_layout_and_name_it() -> None:
@@ -111,10 +223,11 @@ def test_losers_have_the_seconds_of_their_own_best_layout_and_name_it() -> None:
     best = candidates(training(batch=1, seq_len=131072), 8, H100)[0]
     assert best.strategies == {"ulysses": 2} and best.plan.layout == "contiguous"
     site = best.plan.sites[0]
-    layout, offer = site.best_offer("ring") or (None, None)
-    assert layout == "zigzag" and offer is not None
-    assert offer.seconds < next(each.seconds for each in site.offers if each.strategy == "ring")
-    assert dict(site.losers)["ring"] == f"{offer.seconds:.3g} s a step with zigzag rows, ulysses {site.seconds:.3g}"
+    found = site.best_offer("ring")
+    assert found is not None and (found.layout, found.mesh) == ("zigzag", ())
+    assert found.offer.seconds < next(each.seconds for each in site.offers if each.strategy == "ring")
+    told = f"{readable_seconds(found.offer.seconds)} a step with zigzag rows, ulysses {readable_seconds(site.seconds)}"
+    assert dict(site.losers)["ring"] == told
     ((refused, reason),) = best.plan.refused
     assert refused == "zigzag" and "the same in three digits; contiguous is simpler" in reason
 
@@ -227,7 +340,8 @@ def test_a_sweep_of_ranks_asks_for_those_that_fill_nodes() -> None:
 
 def test_a_sweep_of_a_part_of_a_node() -> None:
     points = sweep(training(batch=1, layers=1), 6, H100, "world-size", strategy="ring")
-    assert [(point.value, point.best is not None) for point in points] == [(1, False), (2, True), (4, True), (6, True)]
+    served = [(point.value, point.best and point.best.strategies) for point in points]
+    assert served == [(1, {"local": 1}), (2, {"ring": 1}), (4, {"ring": 1}), (6, {"ring": 1})]
 
 
 # Properties -----------------------------------------------------------------------------------------------------------

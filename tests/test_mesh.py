@@ -253,7 +253,7 @@ def test_auto_takes_the_fastest_and_says_why_others_lost() -> None:
     assert "needs several nodes" in reasons["hybrid"]
     assert "whole sequence on one rank" in reasons["local"]
     able = {offer.strategy for offer in site.offers} - {site.strategy}
-    assert all(re.fullmatch(rf"\S+ s a step( with zigzag rows)?, {site.strategy} \S+", reasons[name]) for name in able)
+    assert all(re.fullmatch(rf"\S+ m?s a step( with zigzag rows)?, {site.strategy} \S+ m?s", reasons[name]) for name in able)
 
 
 def test_where_nothing_but_bytes_takes_time_auto_takes_the_fewest() -> None:

@@ -56,7 +56,7 @@ def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     best, *others = found["plans"]
     assert set(best) == {
         "data", "sequence", "mesh", "layout", "strategies", "step_seconds", "tokens_per_s", "mfu", "bytes_per_rank", "memory_bytes",
-        "fits", "seconds", "memory",
+        "fits", "seconds", "memory", "layouts_not_taken",
     }  # fmt: skip
     assert all(each["data"] * each["sequence"] == 4 for each in found["plans"])
     assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
@@ -68,9 +68,57 @@ def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
 def test_every_loser_has_a_reason_and_its_seconds_where_it_could_serve(swept: tuple[dict, Path]) -> None:
     for site in swept[0]["attention"]:
         assert {loser["strategy"] for loser in site["losers"]} | {site["strategy"]} == set(STRATEGIES)
-        assert all((loser["seconds"] is None) == (loser["layout"] is None) for loser in site["losers"])
+        assert all((loser["seconds"] is None) == (loser["layout"] is None) == (loser["mesh"] is None) for loser in site["losers"])
         assert all(loser["reason"] for loser in site["losers"])
         assert all(loser["seconds"] is None or three_digits(loser["seconds"]) >= three_digits(site["seconds"]) for loser in site["losers"])
+
+
+def test_json_says_why_a_layout_was_not_taken(swept: tuple[dict, Path]) -> None:
+    for plan in swept[0]["plans"]:
+        asked = {"contiguous", "zigzag"} if plan["sequence"] > 1 else {"contiguous"}
+        assert {each["layout"] for each in plan["layouts_not_taken"]} == asked - {plan["layout"]}
+        assert all(each["reason"] for each in plan["layouts_not_taken"])
+
+
+AT_HAND = "--batch", "2", "--topology", "4xA10", "--json"
+
+
+@pytest.mark.parametrize("place", [0, 5], ids=["shorter", "longer"])
+def test_a_point_of_a_sweep_is_the_plan_for_that_length(swept: tuple[dict, Path], place: int) -> None:
+    """The model has learned positions, so its parameters are more with more tokens."""
+    point = swept[0]["sweep"]["points"][place]
+    (best, *_) = json.loads(run(TINY, "--seq-len", str(point["value"]), "--world-size", "4", *AT_HAND).stdout)["plans"]
+    assert point["value"] != 512 and point["best"] == best
+    assert best["memory"]["parameters"] != swept[0]["plans"][0]["memory"]["parameters"]
+
+
+def test_a_point_of_a_sweep_is_the_plan_for_so_many_ranks() -> None:
+    asked = TINY, "--seq-len", "64", "--strategy", "ulysses", *AT_HAND
+    points = json.loads(run(*asked, "--world-size", "4", "--sweep", "world-size").stdout)["sweep"]["points"]
+    assert [point["value"] for point in points] == [1, 2, 4]
+    for point in points[:2]:
+        assert point["best"] == json.loads(run(*asked, "--world-size", str(point["value"])).stdout)["plans"][0]
+
+
+SHORT = """
+import torch
+from inspected_models import OneAttention
+
+def model(batch, seq_len):
+    if seq_len > 128:
+        raise ValueError("too long")
+    return OneAttention(), {"x": torch.randn(batch, seq_len, 8)}
+"""
+
+
+def test_a_point_without_a_plan_says_why(tmp_path: Path) -> None:
+    (tmp_path / "short.py").write_text(SHORT)
+    asked = "--seq-len", "64", "--world-size", "2", "--topology", "4xA10", "--sweep", "seq-len", "--strategy", "ring"
+    shown = run(f"{tmp_path}/short.py:model", *asked)
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert re.search(r"│ +1,024 │ no plan ", shown.stdout)
+    assert re.search(r"^1,024 tokens: TARGET .* failed when called with batch=1, seq_len=1024: ValueError: too long$", shown.stdout, re.M)
+    assert "blocks" not in shown.stdout and "Not taken:" not in shown.stdout, "no other strategy was asked for"
 
 
 def test_the_sweep_has_points_and_the_plot_is_a_picture(swept: tuple[dict, Path]) -> None:
@@ -97,11 +145,18 @@ def test_a_sweep_fits_into_100_columns_and_names_degrees(monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", "100")
     shown = run(TINY, "--seq-len", "1024", "--world-size", "8", "--batch", "2", "--topology", "8xH100", "--sweep", "seq-len")
     assert (shown.exit_code, shown.stderr) == (0, "")
-    refused = "hybrid, hybrid_gather, hybrid_outer, hybrid_gather_outer, double_ring: it works on two levels and needs several nodes"
-    assert refused in shown.stdout  # once for all five
-    _, _, swept = shown.stdout.partition("Sweep: the fastest")
+    assert re.search(r"^  hybrid.*: [\d.]+ µs a step on a mesh of 2 × 2", shown.stdout, re.M)
+    assert "needs several nodes" not in shown.stdout, "a mesh inside the node serves"
+    _, _, swept = shown.stdout.partition("Sweep: the first plan")
+    assert swept
     assert max(map(len, swept.splitlines())) <= 100
     assert re.search(r"│ ring  .*│ +[12] × [48] │", swept.replace("\n", " "))
+
+
+def test_what_no_mesh_of_the_ranks_serves_is_refused_once_for_all() -> None:
+    shown = run(TINY, "--seq-len", "64", "--world-size", "2", "--topology", "4xA10")
+    refused = "hybrid, hybrid_gather, hybrid_outer, hybrid_gather_outer, double_ring: it works on two levels and needs several nodes"
+    assert refused in shown.stdout
 
 
 CALLS = {

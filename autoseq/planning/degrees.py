@@ -9,15 +9,17 @@ sequences as the others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autoseq.planner import Plan, make_plan
+from autoseq.planner import Placed, Plan, SitePlan, compared, make_plan, of_rows
 from autoseq.planning.choice import three_digits
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Memory, StepTime, Training, memory_besides_attention, sent_bytes, step_time, tokens_of_rank
+from autoseq.readable import readable_seconds
 from autoseq.runtime.errors import PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.runtime.strategy import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ def divisors(n: int) -> list[int]:
 def candidates(
     training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto"
 ) -> list[Candidate]:  # fmt: skip
-    """A plan for each split, the fastest that fit first; where steps take as long in three digits, the one with fewer ranks a sequence.
+    """A plan for each split, the fastest that fit first. Where steps take as long in three digits, fewer ranks a sequence come
+    first, then what sends less, then what has no mesh. The first plan tells what its losers would take on other meshes of its ranks.
 
     Raises StrategyError if no split can be served, PlanError if the batch cannot be split.
     """
@@ -97,10 +100,12 @@ def candidates(
     useful = [each for each in found if not each.split.mesh or _uses_mesh(each.plan)]
     order = {each.split: number for number, each in enumerate(found)}
 
-    def rank(each: Candidate) -> tuple[bool, float, int]:
-        return not each.fits, three_digits(each.seconds) if each.fits else each.memory.total, order[each.split]
+    def rank(each: Candidate) -> tuple[bool, float, int, int, int]:
+        least = three_digits(each.seconds) if each.fits else each.memory.total
+        return not each.fits, least, each.split.sequence, each.sent_bytes, order[each.split]
 
-    return sorted(useful or found, key=rank)
+    best, *others = sorted(useful or found, key=rank)
+    return [beside_other_meshes(best, found), *others]
 
 
 def candidate(training: Training, split: Split, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> Candidate:
@@ -142,5 +147,66 @@ def _dtype(training: Training) -> str:
 
 
 def _uses_mesh(plan: Plan) -> bool:
-    """Whether some strategy of a plan needs the mesh: without one it could not serve."""
-    return any(STRATEGIES[p.strategy].cannot_serve(replace(p.site.site, mesh=()), 2) is not None for p in plan.sites)
+    """Whether some strategy of a plan needs the mesh."""
+    return any(_needs_mesh(p.strategy, p.site.site) for p in plan.sites)
+
+
+def _needs_mesh(strategy: str, site: Site) -> bool:
+    """Whether it could not serve without one."""
+    return STRATEGIES[strategy].cannot_serve(replace(site, mesh=()), 2) is not None
+
+
+def beside_other_meshes(best: Candidate, found: Sequence[Candidate]) -> Candidate:
+    """A candidate whose losers tell what they would take on another mesh of as many ranks a sequence, where that suits them better.
+
+    Of one that serves on none of these meshes, the reason is the one that it has there: not that it needs a mesh.
+    """
+    mesh, ranks = best.split.mesh, (best.split.data, best.split.sequence)
+    others = [each for each in found if each.split.mesh not in ((), mesh) and (each.split.data, each.split.sequence) == ranks]
+    if not others:
+        return best
+    sites = tuple(_beside_sites(planned, number, best, others) for number, planned in enumerate(best.plan.sites))
+    return replace(best, plan=replace(best.plan, sites=sites))
+
+
+def _beside_sites(planned: SitePlan, number: int, best: Candidate, others: Sequence[Candidate]) -> SitePlan:
+    by_mesh = {each.split.mesh: each for each in others}
+    site = planned.site.site
+    theirs = [place for each in others for place in each.plan.sites[number].places if _needs_mesh(place.offer.strategy, site)]
+    beside = replace(planned, elsewhere=(*planned.elsewhere, *theirs))
+
+    def reason(name: str, told: str) -> str:
+        place, on_first = beside.best_offer(name), others[0].plan.sites[number]
+        if place is None:
+            return dict(on_first.losers).get(name, told)
+        return told if place.mesh == site.mesh else _why_not_there(place, planned, number, best, by_mesh[place.mesh])
+
+    return replace(beside, losers=tuple((name, reason(name, told)) for name, told in planned.losers))
+
+
+def _why_not_there(lost: Placed, planned: SitePlan, number: int, best: Candidate, other: Candidate) -> str:
+    """Of a strategy on a mesh that was not taken; `other` is the plan for that mesh, which may have it or not."""
+    seconds = compared(lost, planned.offer, on_mesh=True, with_rows=lost.layout != planned.layout)
+    theirs, ours = three_digits(lost.offer.seconds), three_digits(planned.seconds)
+    more = lost.offer.sent_bytes - planned.offer.sent_bytes
+    if theirs > ours:
+        return seconds
+    if theirs == ours and more > 0:
+        return f"{seconds}, which is the same in three digits; it sends {more:,} bytes more"
+    there = other.plan.sites[number]
+    if there.strategy == lost.offer.strategy:
+        return f"{seconds}; {_step_lost(other, best)}"
+    if there.layout != lost.layout:
+        return f"{seconds}; {of_rows(there.layout)}"
+    return f"on a mesh of {' × '.join(map(str, lost.mesh))}: {dict(there.losers)[lost.offer.strategy]}"
+
+
+def _step_lost(other: Candidate, best: Candidate) -> str:
+    """Why a plan comes after the best, which has as many ranks a sequence."""
+    if best.fits and not other.fits:
+        return "no plan for that mesh fits"
+    if three_digits(other.seconds) > three_digits(best.seconds):
+        return f"a whole step would take {readable_seconds(other.seconds)} with that mesh, not {readable_seconds(best.seconds)}"
+    more = other.sent_bytes - best.sent_bytes
+    what = f"it would send {more:,} bytes more" if more > 0 else "what is simpler comes first"
+    return f"a whole step would take as long with that mesh, and {what}"

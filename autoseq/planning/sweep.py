@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -10,10 +10,12 @@ from typing import Literal
 from autoseq.planning.degrees import Candidate, candidates, splits
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training, memory_besides_attention, tokens_of_rank
-from autoseq.runtime.errors import PlanError, StrategyError, TopologyError
+from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
 
 Over = Literal["seq-len", "world-size"]
+Asked = Callable[[int, int], Training]
+"""The model with sequences of so many tokens, for so many ranks. Raises AutoSeqError where it has no such length."""
 
 _HALVINGS, _DOUBLINGS = 4, 4
 
@@ -25,6 +27,7 @@ class Point:
     value: int
     best: Candidate | None
     alone: dict[str, Candidate | None]
+    why_not: str = ""  # where there is no best
 
     @property
     def seconds(self) -> dict[str, float | None]:
@@ -42,16 +45,27 @@ def values_of(over: Over, *, seq_len: int, world_size: int, topology: Topology) 
 
 
 def sweep(
-    training: Training, world_size: int, topology: Topology, over: Over, *, strategy: str = "auto", layout: str = "auto"
+    training: Training, world_size: int, topology: Topology, over: Over, *, strategy: str = "auto", layout: str = "auto",
+    asked: Asked | None = None,
 ) -> list[Point]:  # fmt: skip
-    """A point for each value; a value that nothing serves or fits has no best."""
-    points = []
+    """A point for each value, as a plan for that value; one that nothing serves or fits has no best, and says why."""
+    names, points = STRATEGIES if strategy == "auto" else (), list[Point]()
     for value in values_of(over, seq_len=training.seq_len, world_size=world_size, topology=topology):
-        asked, ranks = (training.at(seq_len=value), world_size) if over == "seq-len" else (training, value)
-        best = _best(asked, ranks, topology, strategy, layout)
-        alone = {name: _best(asked, ranks, topology, name, layout) for name in STRATEGIES} if strategy == "auto" else {}
-        points.append(Point(value, best, alone))
+        length, ranks = (value, world_size) if over == "seq-len" else (training.seq_len, value)
+        try:
+            at = _at(training, asked, length, ranks)
+        except AutoSeqError as error:  # the model has no such length
+            points.append(Point(value, None, dict.fromkeys(names), str(error)))
+            continue
+        best, why_not = _best(at, ranks, topology, strategy, layout)
+        alone = {name: _alone(at, ranks, topology, name, layout) for name in names}
+        points.append(Point(value, best, alone, why_not))
     return points
+
+
+def _at(training: Training, asked: Asked | None, seq_len: int, ranks: int) -> Training:
+    """As it was looked at for so many tokens and ranks, or calculated."""
+    return training.at(seq_len=seq_len) if asked is None else asked(seq_len, ranks)
 
 
 def overtakings(points: Sequence[Point]) -> list[tuple[int, str, str]]:
@@ -71,15 +85,28 @@ def mix(candidate: Candidate) -> str:
     return next(iter(taken)) if len(taken) == 1 else ", ".join(f"{count}× {name}" for name, count in taken.items())
 
 
-def _best(training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> Candidate | None:
+def _best(training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> tuple[Candidate | None, str]:
+    """The first plan if it fits, or None and why there is none."""
     try:
-        if not _may_fit(training, world_size, topology):
-            return None
-        found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
+        found = _fitting(training, world_size, topology, strategy, layout)
+    except (PlanError, StrategyError) as error:
+        return None, str(error)
+    return (found[0], "") if found else (None, "nothing fits")
+
+
+def _alone(training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> Candidate | None:
+    """The best that really has this strategy: where each rank has whole sequences none does but `local`."""
+    try:
+        found = _fitting(training, world_size, topology, strategy, layout)
     except (PlanError, StrategyError):
         return None
-    served = [each for each in found if strategy == "auto" or set(each.strategies) == {strategy}]
-    return served[0] if served and served[0].fits else None
+    return next((each for each in found if set(each.strategies) == {strategy}), None)
+
+
+def _fitting(training: Training, world_size: int, topology: Topology, strategy: str, layout: str) -> list[Candidate]:
+    if not _may_fit(training, world_size, topology):
+        return []
+    return [each for each in candidates(training, world_size, topology, strategy=strategy, layout=layout) if each.fits]
 
 
 def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
@@ -95,35 +122,47 @@ def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
 
 
 def would_fit(
-    training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto"
+    training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto",
+    asked: Asked | None = None,
 ) -> list[tuple[str, int]]:  # fmt: skip
     """What can be changed so that some plan fits, and the bytes that a rank needs then: one thing at a time, else several together."""
     found: list[tuple[str, int]] = []
 
-    def tried(change: str, changed: Training, ranks: int = world_size) -> bool:
+    def tried(change: str, changed: Callable[[Training], Training], ranks: int = world_size, length: int = training.seq_len) -> bool:
         try:
-            best = _best(changed, ranks, topology, strategy, layout)
-        except TopologyError:  # no such number of ranks
+            best, _ = _best(changed(_at(training, asked, length, ranks)), ranks, topology, strategy, layout)
+        except AutoSeqError:  # no such number of ranks, or length of the model
             return False
         if best is not None:
             found.append((change, best.memory.total))
         return best is not None
 
-    def more_ranks(change: str, changed: Training) -> None:
+    def more_ranks(change: str, changed: Callable[[Training], Training]) -> None:
         for ranks in (world_size << k for k in range(1, 8)):
             if tried(f"{ranks:,} ranks{change}", changed, ranks):
                 return
 
-    sharded = replace(training, shard_parameters=True)
     if not training.shard_parameters:
-        tried("parameters sharded over all ranks (--shard-parameters)", sharded)
-    tried("activation checkpointing of each layer", training.checkpointed())
+        tried("parameters sharded over all ranks (--shard-parameters)", _sharded)
+    tried("activation checkpointing of each layer", Training.checkpointed)
     if not found and not training.shard_parameters:
-        tried("--shard-parameters and activation checkpointing of each layer", sharded.checkpointed())
+        tried("--shard-parameters and activation checkpointing of each layer", _sharded_and_checkpointed)
     for length in (training.seq_len >> k for k in range(1, 12)):
-        if length and tried(f"a sequence of {length:,} tokens", training.at(seq_len=length)):
+        if length and tried(f"a sequence of {length:,} tokens", _as_it_is, length=length):
             break
-    more_ranks("", training)
+    more_ranks("", _as_it_is)
     if not found:
-        more_ranks(" with --shard-parameters and activation checkpointing", sharded.checkpointed())
+        more_ranks(" with --shard-parameters and activation checkpointing", _sharded_and_checkpointed)
     return found
+
+
+def _as_it_is(training: Training) -> Training:
+    return training
+
+
+def _sharded(training: Training) -> Training:
+    return replace(training, shard_parameters=True)
+
+
+def _sharded_and_checkpointed(training: Training) -> Training:
+    return _sharded(training).checkpointed()

@@ -67,7 +67,9 @@ def _print_plans(out: Console, planned: Planned) -> None:
     legend = "data × sequence: copies of the data × ranks that share a sequence"
     if meshes:
         (nodes, ranks), whole = meshes[0].mesh, meshes[0]
-        legend += f"; {whole}: of these, {nodes} nodes of {ranks} ranks are the mesh of a strategy on two levels"
+        in_a_node = whole.sequence <= planned.topology.at(planned.world_size).ranks_per_node
+        parts = f"{nodes} parts of a node, each of {ranks} ranks," if in_a_node else f"{nodes} nodes of {ranks} ranks"
+        legend += f"; {whole}: of these, {parts} are the mesh of a strategy on two levels"
     out.print(f"{legend}. MFU: the model's products, none counted twice, by what the devices could do at their peak.")
 
 

@@ -159,6 +159,17 @@ def test_what_no_mesh_of_the_ranks_serves_is_refused_once_for_all() -> None:
     assert refused in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("hardware", "told"),
+    [
+        pytest.param("4xA10", "1 × 4 (2 × 2): of these, 2 parts of a node, each of 2 ranks, are the mesh", id="inside a node"),
+        pytest.param("2x2xA10", "1 × 4 (2 × 2): of these, 2 nodes of 2 ranks are the mesh", id="across nodes"),
+    ],
+)
+def test_what_a_mesh_is_made_of(hardware: str, told: str) -> None:
+    assert told in run(TINY, "--seq-len", "64", "--world-size", "4", "--topology", hardware, "--strategy", "hybrid").stdout
+
+
 CALLS = {
     "one strategy": (Split(1, 8), "torch.compile(model, backend=\"autoseq\", options={\"strategy\": \"ring\", \"layout\": \"zigzag\"})"),
     "copies of the data": (Split(2, 4), 'init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "ranks"))["ranks"]'),

@@ -45,12 +45,23 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
     exception of a backend, and answer some by running the model unsplit.
     """
     try:
+        _refuse_buckets()
         chosen = told_options(options)
         group = group_from_mesh(chosen.mesh)
         found = agree_on_topology(group, lambda: topology_of(chosen, group)) if chosen.topology is None else None
         return _compile(gm, inputs, chosen, _on_nodes(group, chosen), found)
     except AutoSeqError as error:
         return _raiser(error)
+
+
+def _refuse_buckets() -> None:
+    """Under DDP Dynamo may split a program where a bucket of gradients is full, in the middle of what has to be seen as a whole."""
+    context = torch._guards.TracingContext.try_get()
+    if getattr(context, "ddp_optimizer_ctx", None) is not None:
+        raise UnsupportedError(
+            "DDP has several buckets of gradients, and Dynamo's DDPOptimizer splits the program where one is full, but autoseq has to see "
+            "all of it. Set torch._dynamo.config.optimize_ddp = False before the first call; DDP then reduces the gradients as before."
+        )
 
 
 def told_options(given: Mapping[str, Any] | None) -> Options:

@@ -190,7 +190,8 @@ def print_formulas(out: Console, *, host: bool) -> None:
     for way in WAYS:
         out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
     out.print("  F flops a second of the kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory.")
-    out.print("  Of a rank, by the mask: pairs of full and masked blocks, squares on a diagonal and their rows, launches, merged elements.")
+    out.print("  Of a rank, by the mask: pairs of full and masked blocks, squares on a diagonal and their rows, launches, merged elements;")
+    out.print("  and packed, the bytes of buffers that heads are copied into before they travel, or out of afterwards.")
     for name, strategy in STRATEGIES.items():
         if name == "local":
             continue

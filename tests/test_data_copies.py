@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from autoseq.runtime.errors import UnsupportedError
 from ranks import run_ranks
 from training_job import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative
 
@@ -114,3 +115,26 @@ def train_with_zero(rank: int, world_size: int) -> tuple[float, float, float]:
 
 def test_zero_1_and_ddp_with_copies_of_the_data_train_as_one_device() -> None:
     check(run_ranks(train_with_zero, 4))
+
+
+def train_with_small_buckets(rank: int, world_size: int) -> tuple[str, tuple[float, float, float]]:
+    """What the first call says, and the errors of training once Dynamo is told not to split programs."""
+    mesh, model = copies_and_sequence(), models.make("plain")
+
+    def replicated() -> nn.Module:
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "mesh": mesh["sequence"]})
+        return DistributedDataParallel(compiled, process_group=mesh.get_group("data"), bucket_cap_mb=0.001)
+
+    ids = batches()[0, mesh.get_local_rank("data")]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UnsupportedError) as raised:
+        patch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # it may be no larger than the others
+        replicated()(ids, ids)
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        return str(raised.value), errors_of_training(replicated(), model, adam(model.parameters()), mesh)
+
+
+def test_ddp_with_several_buckets_trains_where_dynamo_does_not_split_at_them() -> None:
+    said, errors = zip(*run_ranks(train_with_small_buckets, 4), strict=True)
+    assert all("Set torch._dynamo.config.optimize_ddp = False before the first call" in each for each in said)
+    check(list(errors))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 
 from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
@@ -56,7 +57,7 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
 
 def _refuse_buckets() -> None:
     """Under DDP Dynamo may split a program where a bucket of gradients is full, in the middle of what has to be seen as a whole."""
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     if getattr(context, "ddp_optimizer_ctx", None) is not None:
         raise UnsupportedError(
             "DDP has several buckets of gradients, and Dynamo's DDPOptimizer splits the program where one is full, but autoseq has to see "

@@ -28,6 +28,7 @@ _SHOWN = 6
 
 # Patterns of which a part of a program has been looked at: they decided there, or it was told, at a level, that they did not.
 _known: set[tuple[Pairs, str, int]] = set()
+_decided: set[tuple[Pairs, str]] = set()
 
 
 def asked_strategy(asked: Asked, name: str) -> str:
@@ -94,6 +95,7 @@ def parse_asked(text: str) -> str | Pairs:
 def check_patterns(asked: Asked, names: Sequence[str], *, of_part: bool, level: int = logging.WARNING) -> None:
     """Whether each pattern but `*` decides for an attention of a program. Raises OptionError, with the names there are, if one does not.
 
+    A pattern that decided in an earlier program may have nothing to decide in a later one: a model that sees no image this time.
     Of a program that Dynamo traces in several parts each part is compiled by itself and sees its own attentions only, so there a pattern
     may belong to a part that comes later: it is told at `level`, once in a process for all parts, and not where an earlier part had it.
     """
@@ -102,9 +104,13 @@ def check_patterns(asked: Asked, names: Sequence[str], *, of_part: bool, level: 
     pairs = _pairs(asked)
     patterns = [pattern for pattern, _ in pairs]
     deciding = {next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None) for name in names}
+    _decided.update((pairs, pattern) for pattern in deciding if pattern is not None)
     idle = [pattern for pattern in patterns if pattern not in {_EVERY, *deciding}]
-    if idle and not of_part:
-        raise OptionError(f"option 'strategy': {_why_idle(idle[0], names)}")
+    never = [pattern for pattern in idle if (pairs, pattern) not in _decided]
+    if not of_part:
+        if never:
+            raise OptionError(f"option 'strategy': {_why_idle(never[0], names)}")
+        return
     untold = [pattern for pattern in idle if (pairs, pattern, level) not in _known]
     _known.update((pairs, pattern, level) for pattern in patterns)
     if untold:

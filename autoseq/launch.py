@@ -1,10 +1,10 @@
-"""Starts ranks on this machine and brings back what they return: for `verify` and `demo`, which are their own torchrun.
+"""Starts ranks on this machine and brings back what they return: for commands that are their own torchrun.
 
 One process a rank, gloo on CPUs and NCCL where there is a GPU for each rank. A rank that raises ends the job with its error;
 one that dies, or never returns, ends it too: the parent watches all of them and stops the rest. A rank whose parent dies ends
 itself. Ranks can tell the parent of their progress while they run.
 
-On Linux's CPUs ranks are forked from a server, a process that has only imported torch: once for all ranks, not once in each.
+On Linux's CPUs ranks are forked from a server, a process that has only imported torch and autoseq: once for all ranks.
 It starts with the first job and ends with its parent. Processes that use GPUs, or other systems, start from nothing.
 """
 
@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,8 @@ from autoseq.runtime.errors import AutoSeqError
 Backend = Literal["plain", "counted"]
 Listener = Callable[[int, Any], None]
 """Called in the parent with (rank, message) for each message."""
+
+log = logging.getLogger("autoseq")
 
 preloaded = [
     "torch.distributed", "torch._dynamo", "torch._functorch.aot_autograd", "torch._dynamo.backends.debugging", "autoseq.backend",
@@ -74,12 +77,31 @@ def device_kind(world_size: int) -> Literal["cuda", "cpu"]:
 
 
 def process_context(device: Literal["cuda", "cpu"] = "cpu") -> Any:
-    """How rank processes start, as a context of `multiprocessing`: from the server, or each by itself."""
-    if device == "cuda" or sys.platform != "linux":
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(preloaded)
-    return context
+    """How rank processes start, as a context of `multiprocessing`: from the server, or each by itself where there can be none."""
+    if device == "cpu" and sys.platform == "linux":
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(preloaded)
+        try:
+            with _safe_path():
+                forkserver.ensure_running()
+        except OSError as error:
+            log.warning("ranks are started one by one and import torch each: no server to fork them from can be started (%s)", error)
+        else:
+            return context
+    return mp.get_context("spawn")
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Python that is started here imports nothing from the current folder, where a user's `profile.py` would stand for the library's."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def run_ranks(
@@ -131,7 +153,8 @@ def _processes(job: _Job) -> Iterator[dict[Connection, Any]]:
             try:
                 process.start()
             except (EOFError, OSError) as error:
-                raise LaunchError(f"rank {index} could not be started: {type(error).__name__}: {error}") from error
+                why = "the server that forks ranks has ended; what it said stands above" if isinstance(error, EOFError) else str(error)
+                raise LaunchError(f"rank {index} could not be started: {why} ({type(error).__name__})") from error
             theirs.close()
             ranks[ours] = process
         yield ranks

@@ -47,7 +47,8 @@ def without_repeats(told: set[str]) -> Iterator[None]:
     def is_new(record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        kind, message = str(record.msg), record.getMessage()
+        message = record.getMessage()
+        kind = message if record.msg == "%s" else str(record.msg)
         repeated = kind in before or message in shown
         told.add(kind)
         shown.add(message)

@@ -26,7 +26,7 @@ def call_of(best: Candidate, topology: str) -> str:
     by_name = _by_name(best.plan.sites)
     shared = {name: taken for name, taken in by_name.items() if len(taken) > 1}
     patterns = as_patterns({name: "auto" if name in shared else taken[0] for name, taken in by_name.items()})
-    options["strategy"] = _quoted(patterns.values()) if len(patterns) == 1 else _mapping(patterns)
+    options["strategy"] = _quoted(patterns.values()) if len(patterns) == 1 else json.dumps(patterns, ensure_ascii=False)
     if shared:
         options["topology"] = _quoted([topology])
     options["layout"] = _quoted([best.plan.layout])
@@ -48,10 +48,6 @@ def _remark(shared: dict[str, list[str]]) -> str:
     """Python's comment on names that several parts of a model have, with a strategy each."""
     told = [f"{_quoted([name])} is the name of several attentions, planned as {' and '.join(taken)}" for name, taken in shared.items()]
     return f"  # {'; '.join(told)}: the run chooses" if told else ""
-
-
-def _mapping(texts: dict[str, str]) -> str:
-    return "{" + ", ".join(f"{_quoted([name])}: {_quoted([text])}" for name, text in texts.items()) + "}"
 
 
 def _quoted(texts: Iterable[str]) -> str:

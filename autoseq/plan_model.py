@@ -21,7 +21,7 @@ from autoseq.planner import NamedSite, joined_sites
 from autoseq.planning.degrees import Candidate, candidates
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
-from autoseq.planning.sweep import Asked, Over, Point, sweep, would_fit
+from autoseq.planning.sweep import Looked, Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
 from autoseq.program import Program, Warned
@@ -90,7 +90,7 @@ def look_at(
 
 def look_further(
     make: Callable[[int], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False
-) -> tuple[Training, Asked]:  # fmt: skip
+) -> tuple[Training, Looked]:  # fmt: skip
     """`look_at` a model that `make` returns for a length, and what gives it for other lengths and numbers of ranks.
 
     Where attentions are as long as the sequence, parameters and buffers are the same (not so with learned positions for each token) and
@@ -158,7 +158,7 @@ def _warnings(programs: Sequence[Program], ranks: int) -> tuple[Warned, ...]:
 
 def plan_training(
     training: Training, *, world_size: int, topology: Topology, strategy: str = "auto", layout: str = "auto",
-    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None, asked: Asked | None = None,
+    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None, asked: Looked | None = None,
 ) -> Planned:  # fmt: skip
     """The plans for a model on so many ranks, which leave a share `reserve` of a rank's memory free. `asked`: see `look_further`.
 

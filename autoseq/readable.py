@@ -16,7 +16,7 @@ def readable_bytes(count: float) -> str:
 
 def readable_seconds(seconds: float) -> str:
     """`12.3 ms`."""
-    if seconds >= 1000:
+    if three_digits(seconds) >= 1000:
         return f"{seconds:,.0f} s"
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if three_digits(seconds * factor) >= 1:

@@ -36,10 +36,11 @@ def print_topology(console: Console, topology: Topology) -> None:
     console.print(f"memory at {readable_bytes(topology.memory_bytes_per_s)}/s, {_time(topology.launch_s)} for each kernel call")
     console.print(f"attention past a causal diagonal is left out in pieces of {topology.attention_tile} keys")
     if topology.host is not None:
-        latency, rate = _time(topology.host.latency_s), f"{readable_bytes(topology.host.bytes_per_s)}/s"
+        latency, rate = _rate(topology.host)
         console.print(f"each message takes {latency} of the cores that compute, and its bytes as at {rate}")
         if topology.host.ranks_per_core > 1:
-            console.print(f"{topology.host.ranks_per_core:g} ranks share a core; the rates of kernels are those while all of them compute")
+            sharing = f"{topology.host.ranks_per_core:g} of {topology.host.sharing_ranks} ranks share a core"
+            console.print(f"{sharing}; kernels have the rates of when all compute")
     for source in topology.sources:
         console.print(f"- {source}")
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-import models
 from autoseq.cli import app
 from autoseq.dry_run import Counts, add_counts
 from autoseq.html_costs import totals
@@ -368,36 +367,3 @@ def test_the_plan_command_tells_equal_fallbacks_once_with_their_number() -> None
     assert len(lines) == len({json.dumps(each) for each in listed}) < len(listed)
     times = [int(found[1]) if (found := re.search(r"; (\d+) times, each ", line)) else 1 for line in lines]
     assert sum(times) == len(listed)
-
-
-# Rows that lie elsewhere ----------------------------------------------------------------------------------------------
-
-
-def test_labels_that_are_the_inputs_themselves_need_no_gather() -> None:
-    """Padded by one and cut again they are no sequence of another length that the logits would have to follow."""
-
-    def language_model() -> tuple[nn.Module, dict[str, Any]]:
-        ids = torch.zeros(1, LENGTH, dtype=torch.long)
-        return models.make("llama").train(), {"input_ids": ids, "labels": ids}
-
-    found = inspect_model(language_model, seq_len=LENGTH, world_size=2)
-    assert "all_gather" not in found.collectives
-    assert found.fallbacks == []
-
-
-class Pairs(nn.Module):
-    """Attention over rows, then over pairs of them: both halves of a pair have to be on the same rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.join, self.b = OneAttention(), nn.Linear(16, 8), OneAttention()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.join(self.a(x).unflatten(1, (-1, 2)).flatten(2)))
-
-
-def test_rows_that_are_gathered_to_be_cut_up_otherwise_are_a_fallback() -> None:
-    found = inspect_model(lambda: (Pairs(), {"x": torch.randn(1, 18, 8)}), seq_len=18, world_size=2, layout="contiguous")
-    (fallback,) = found.fallbacks
-    assert "cut up as those of another sequence" in fallback.reason
-    assert fallback.bytes_per_rank == 9 * 8 * 4

@@ -85,8 +85,8 @@ def count_a_step(rank: int, world_size: int) -> list[int]:
 
 
 def test_a_plan_for_sharded_parameters_has_the_bytes_that_ranks_send() -> None:
-    def make(batch: int = BATCH, length: int = LENGTH) -> tuple[nn.Module, dict[str, object]]:
-        return models.make("plain"), dict(models.batch("plain", batch_size=batch, length=length))
+    def make() -> tuple[nn.Module, dict[str, object]]:
+        return models.make("plain"), dict(models.batch("plain", batch_size=BATCH, length=LENGTH))
 
     asked = look_at(make, batch=BATCH, seq_len=LENGTH, world_size=2, shard_parameters=True)
     found = candidates(asked, 2, load_topology("8xH100"), strategy="ring", layout="contiguous")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from autoseq import launch
 from autoseq.launch import LaunchError, Rank, device_kind, run_ranks
 from autoseq.runtime.errors import StrategyError
 
@@ -167,4 +168,29 @@ def test_a_server_that_ends_is_an_error_and_no_hang(tmp_path: Path) -> None:
         "except launch.LaunchError as error: print(error)"
     )
     said, _ = script(code, tmp_path).communicate(timeout=60)
-    assert re.match("rank 0 could not be started: (EOFError|ConnectionRefusedError|ConnectionResetError)", said)
+    assert re.match(r"rank 0 could not be started: .*\((EOFError|ConnectionRefusedError|ConnectionResetError)\)", said)
+
+
+@WITH_SERVER
+def test_files_in_the_current_folder_are_not_taken_for_the_librarys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch imports `profile`, and whatever a user has of that name is not meant."""
+    (tmp_path / "profile.py").write_text("raise SystemExit('taken for the library')")
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import sys; sys.path.remove('')\n"
+        "from autoseq import launch; from test_launch import total; launch.preloaded[:] = ['torch', 'profile', 'autoseq.launch']\n"
+        "print(launch.run_ranks(total, 2, 10.0))"
+    )
+    said, _ = script(code).communicate(timeout=120)
+    assert said == "[21.0, 21.0]\n"
+
+
+@WITH_SERVER
+def test_without_a_server_ranks_start_by_themselves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def too_long() -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(launch.forkserver, "ensure_running", too_long)
+    assert launch.process_context("cpu").get_start_method() == "spawn"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith("no server to fork them from can be started (AF_UNIX path too long)")

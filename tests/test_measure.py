@@ -20,7 +20,7 @@ from autoseq.planning import shared_cores, time_kernels, time_links
 from autoseq.planning.fitting import Line, Sample, fit_line
 from autoseq.planning.measure import Request, _with_links, measure, world_of_launcher
 from autoseq.planning.presets import load_topology
-from autoseq.planning.shared_cores import Threads, turns, turns_here
+from autoseq.planning.shared_cores import Threads, ranks_here, turns, turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, seconds_of, time_launch
 from autoseq.planning.time_links import Effort
 from autoseq.planning.topology import KINDS, Host, Topology
@@ -168,6 +168,12 @@ def monkeypatch_counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
+def test_a_clock_that_ticks_seldom_tells_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 0.0] * 7 + [0.0, 8e-3])
+    monkeypatch.setattr(Clock, "now", lambda self: next(ticks))
+    assert time_kernels._seconds_after(float, float, Clock(CPU), 8) == pytest.approx(1e-3)
+
+
 TWO = frozenset({0, 1})
 
 
@@ -199,8 +205,8 @@ def test_a_process_by_itself_shares_its_cores_with_its_own_threads_only(monkeypa
     ("cores", "expected"),
     [
         pytest.param(4, None, id="a core beside each rank's for the thread that sends"),
-        pytest.param(3, Host(1e-4, 1e9, 1.0), id="not for every rank"),
-        pytest.param(1, Host(2e-4, 5e8, 2.0), id="ranks that take turns"),
+        pytest.param(3, Host(1e-4, 1e9, 1.0, 1), id="not for every rank"),
+        pytest.param(1, Host(2e-4, 5e8, 2.0, 1), id="ranks that take turns"),
     ],
 )
 def test_messages_take_of_the_cores_where_none_is_left_for_them(cores: int, expected: Host | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,13 +245,13 @@ def test_a_container_has_the_cores_of_its_quota(text: str | None, expected: floa
 SMALL = Effort((256, 4096), 3), KernelEffort((16, 32), 2, 16, (16, 32), (64, 256), 3)
 
 
-def turns_of(rank: int, world_size: int) -> tuple[float, int, int]:
-    return turns_here(), len(os.sched_getaffinity(0)), torch.get_num_threads()
+def turns_of(rank: int, world_size: int) -> tuple[float, int, int, int]:
+    return turns_here(), ranks_here(), len(os.sched_getaffinity(0)), torch.get_num_threads()
 
 
 def test_ranks_on_one_machine_find_each_other() -> None:
-    for found, cores, threads in run_ranks(turns_of, 4):
-        assert found == max(1.0, 4 * threads / cores)
+    for found, here, cores, threads in run_ranks(turns_of, 4):
+        assert (found, here) == (max(1.0, 4 * threads / cores), 4)
 
 
 def measured(rank: int, world_size: int, request: Request) -> tuple[str, str]:
@@ -281,7 +287,7 @@ def test_ranks_measure_and_agree(ranks: int, request_: Request, nodes: int) -> N
     assert all("measured" in source or ":" in source for source in found.sources)
     fields = set(re.findall(r'"(\w+)":', texts[0]))
     named = {name for source in found.sources for name in re.findall(r"\b[a-z]+_[a-z_]+\b", source)}
-    assert named - {"torch"} <= fields, "what sources name is a field of the file"
+    assert named <= fields, "what sources name is a field of the file"
     assert "timing links and kernels" in shown[0], "rank 0 shows progress"
     assert not any(shown[1:])
 

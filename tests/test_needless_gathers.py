@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import models
 from autoseq.inspection import inspect_model
+from inspected_models import OneAttention
 from ranks import run_ranks
 
+LENGTH = 24
 TOLERANCE = 1e-5  # relative L2; float32 sums in another order
 
 
@@ -103,3 +106,36 @@ def train(rank: int, world_size: int) -> dict[str, float]:
 def test_the_numbers_are_one_devices() -> None:
     for differences in run_ranks(train, 2):
         assert {name: error for name, error in differences.items() if not error <= TOLERANCE} == {}
+
+
+# Rows that lie elsewhere ----------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_the_inputs_themselves_need_no_gather() -> None:
+    """Padded by one and cut again they are no sequence of another length that the logits would have to follow."""
+
+    def language_model() -> tuple[nn.Module, dict[str, Any]]:
+        ids = torch.zeros(1, LENGTH, dtype=torch.long)
+        return models.make("llama").train(), {"input_ids": ids, "labels": ids}
+
+    found = inspect_model(language_model, seq_len=LENGTH, world_size=2)
+    assert "all_gather" not in found.collectives
+    assert found.fallbacks == []
+
+
+class Pairs(nn.Module):
+    """Attention over rows, then over pairs of them: both halves of a pair have to be on the same rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.join, self.b = OneAttention(), nn.Linear(16, 8), OneAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.join(self.a(x).unflatten(1, (-1, 2)).flatten(2)))
+
+
+def test_rows_that_are_gathered_to_be_cut_up_otherwise_are_a_fallback() -> None:
+    found = inspect_model(lambda: (Pairs(), {"x": torch.randn(1, 18, 8)}), seq_len=18, world_size=2, layout="contiguous")
+    (fallback,) = found.fallbacks
+    assert "cut up as those of another sequence" in fallback.reason
+    assert fallback.bytes_per_rank == 9 * 8 * 4

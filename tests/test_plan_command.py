@@ -118,7 +118,7 @@ def test_a_point_without_a_plan_says_why(tmp_path: Path) -> None:
     assert (shown.exit_code, shown.stderr) == (0, "")
     assert re.search(r"│ +1,024 │ no plan ", shown.stdout)
     assert re.search(r"^1,024 tokens: TARGET .* failed when called with batch=1, seq_len=1024: ValueError: too long$", shown.stdout, re.M)
-    assert "blocks" not in shown.stdout and "Not taken:" not in shown.stdout, "no other strategy was asked for"
+    assert "Not taken:" not in shown.stdout, "no other strategy was asked for"
 
 
 def test_the_sweep_has_points_and_the_plot_is_a_picture(swept: tuple[dict, Path]) -> None:

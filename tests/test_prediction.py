@@ -98,16 +98,19 @@ class OnSharedCores(Scripted):
 
 
 SHARED_CORES = {
-    "all have as much to do": ((2, 2, 2, 2), 2, (2, 2, 2, 2)),
-    "the longest has a core for itself once the others are done": ((1, 2, 2, 3), 2, (1, 2, 2, 2)),
-    "but is no faster than that": ((0, 0, 0, 4), 2, (0, 0, 0, 2)),
-    "a core for each": ((1, 2, 2, 3), 1, (1, 2, 2, 3)),
+    "all have as much to do": ((2, 2, 2, 2), 2, 4, (2, 2, 2, 2)),
+    "the longest has a core for itself once the others are done": ((1, 2, 2, 3), 2, 4, (1, 2, 2, 2)),
+    "but is no faster than that": ((0, 0, 0, 4), 2, 4, (0, 0, 0, 2)),
+    "not those of another machine": ((0, 0, 2, 4), 2, 2, (0, 0, 2, 3)),
+    "a core for each": ((1, 2, 2, 3), 1, 4, (1, 2, 2, 3)),
 }
 
 
-@pytest.mark.parametrize(("seconds", "ranks_per_core", "expected"), SHARED_CORES.values(), ids=SHARED_CORES)
-def test_ranks_that_are_done_leave_their_cores_to_others(seconds: Sequence[int], ranks_per_core: int, expected: Sequence[int]) -> None:
-    hardware = topology(host=Host(1e-9, 1e9, ranks_per_core))
+@pytest.mark.parametrize(("seconds", "ranks_per_core", "sharing", "expected"), SHARED_CORES.values(), ids=SHARED_CORES)
+def test_ranks_that_are_done_leave_their_cores_to_others(
+    seconds: Sequence[int], ranks_per_core: int, sharing: int, expected: Sequence[int]
+) -> None:
+    hardware = topology(host=Host(1e-9, 1e9, ranks_per_core, sharing))
     found = [pass_time(OnSharedCores(*seconds), SITE, 4, "contiguous", rank, hardware, "forward").work_s for rank in range(4)]
     assert found == [WORK * each for each in expected]
 

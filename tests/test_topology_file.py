@@ -22,7 +22,7 @@ WHOLE: dict[str, Any] = {
     "between": {"duplex": "half", "lanes": 3, **{kind: {"latency_ms": 0.5, "bytes_per_s": 12500000} for kind in KINDS}},
     "kernels": {"float32": {"peak_tflops": 4, "matmul_tflops": 3.5, "attention_flops_per_s": 2e12, "attention_backward_tflops": 1}},
     "memory_gib": 1.5, "memory_gbytes_per_s": 100, "launch_us": 2.5, "attention_tile": 64,
-    "host": {"latency_ms": 0.25, "gbytes_per_s": 2, "ranks_per_core": 1.5}, "sources": ["all: made up"],
+    "host": {"latency_ms": 0.25, "gbytes_per_s": 2, "ranks_per_core": 1.5, "sharing_ranks": 2}, "sources": ["all: made up"],
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_units_are_read_without_rounding() -> None:
     assert found.kernels["float32"] == KernelRates(4e12, 3.5e12, 2e12, 1e12)
     assert (found.memory_bytes, found.memory_bytes_per_s, found.launch_s) == (3 * 2**29, 1e11, 2.5e-6)
     assert (found.name, found.nodes, found.ranks_per_node, found.sources) == ("mine", 2, 4, ("all: made up",))
-    assert (found.attention_tile, found.host) == (64, Host(2.5e-4, 2e9, 1.5))
+    assert (found.attention_tile, found.host) == (64, Host(2.5e-4, 2e9, 1.5, 2))
     assert parse_topology(changed("host", None), "a file").host is None
 
 
@@ -118,7 +118,7 @@ KERNELS = st.dictionaries(st.sampled_from(DTYPES), st.builds(KernelRates, POSITI
 TOPOLOGIES = st.builds(
     Topology, st.text(min_size=1), COUNT, COUNT, LINK, st.builds(lambda link, lanes: Link(*[link.send] * 5, lanes=lanes), LINK, COUNT),
     KERNELS, st.integers(1, 2**50), POSITIVE, POSITIVE, st.lists(st.text()).map(tuple), COUNT,
-    st.none() | st.builds(Host, POSITIVE, POSITIVE, st.floats(1, 1e6)),
+    st.none() | st.builds(Host, POSITIVE, POSITIVE, st.floats(1, 1e6), COUNT),
 )  # fmt: skip
 
 

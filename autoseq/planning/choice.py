@@ -25,12 +25,12 @@ class Offer:
         return three_digits(self.seconds), self.sent_bytes
 
 
-def three_digits(seconds: float) -> float:
-    """Seconds as plans tell them, with three digits: what differs in later ones takes equally long, and the simpler is taken.
+def three_digits(x: float) -> float:
+    """Seconds (or bytes) as plans tell them, with three digits: what differs in later ones takes equally long, and the simpler is taken.
 
     A prediction is not as exact as that. A wider band would let a plan be beaten by another's own prediction.
     """
-    return float(f"{seconds:.3g}")
+    return float(f"{x:.3g}")
 
 
 Picks = tuple[int, ...]

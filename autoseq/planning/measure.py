@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autoseq.launch import Rank, device_kind, run_ranks
 from autoseq.planning.fitting import Line, Sample, fit_line, four_digits
 from autoseq.planning.found import found_topology
-from autoseq.planning.shared_cores import turns_here
+from autoseq.planning.shared_cores import ranks_here, turns_here
 from autoseq.planning.time_kernels import Clock, KernelEffort, KernelTimes, time_kernels, time_launch, time_memory
 from autoseq.planning.time_links import Effort, groups_of, time_messages
 from autoseq.planning.topology import DTYPES, KINDS, Host, KernelRates, Link, Rate, Topology
@@ -130,7 +130,7 @@ def _host(times: Sequence[list[Sample]], device: torch.device) -> Host | None:
     if with_senders <= 1:
         return None
     line = fit_line([Sample(each.units, turns * each.seconds) for each in _middle([each for of_kind in times for each in of_kind])])
-    return Host(line.latency_s, line.units_per_s, four_digits(turns))
+    return Host(line.latency_s, line.units_per_s, four_digits(turns), ranks_here())
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------

@@ -166,11 +166,14 @@ def host_seconds(exchange: Exchange, topology: Topology) -> float:
 def _work_seconds(
     strategy: Strategy, site: Site, P: int, layout: Layout, rank: int, topology: Topology, way: Way, dtype: str
 ) -> float:  # fmt: skip
-    """A rank with more work than others has a core for itself in the end; before, all of them share what cores there are."""
+    """A rank with more work than those it shares cores with has one for itself in the end; before, all of them share what there are."""
     own = _work_among_all(strategy, site, P, layout, rank, topology, way, dtype)
     if topology.host is None or topology.host.ranks_per_core == 1:
         return own
-    of_ranks = [_work_among_all(strategy, site, P, layout, each, topology, way, dtype) for each in asked_ranks(P)]
+    M = topology.host.sharing_ranks
+    first = rank // M * M
+    asked = [first + each for each in asked_ranks(min(M, P - first))]
+    of_ranks = [_work_among_all(strategy, site, P, layout, each, topology, way, dtype) for each in asked]
     return min(own, max(sum(of_ranks) / len(of_ranks), own / topology.host.ranks_per_core))
 
 

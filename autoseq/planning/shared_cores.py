@@ -36,12 +36,22 @@ def turns(of_ranks: Sequence[Threads], mine: int) -> float:
 
 def turns_here(*, besides: int = 0) -> float:
     """The same for this rank among all of the program, which call this together; with so many threads `besides` those that compute."""
-    mine = _threads(besides)
+    return turns(*_of_ranks(_threads(besides)))
+
+
+def ranks_here() -> int:
+    """How many ranks of the program are on this rank's machine; all call this together."""
+    of_ranks, mine = _of_ranks(_threads(0))
+    return sum(each.machine == of_ranks[mine].machine for each in of_ranks)
+
+
+def _of_ranks(mine: Threads) -> tuple[list[Threads], int]:
+    """Those of all ranks, and which of them is this one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return turns([mine], 0)
+        return [mine], 0
     of_ranks = [mine] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
-    return turns(of_ranks, dist.get_rank())
+    return of_ranks, dist.get_rank()
 
 
 def _quota() -> int | None:

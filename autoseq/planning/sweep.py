@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -14,7 +14,7 @@ from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
 
 Over = Literal["seq-len", "world-size"]
-Asked = Callable[[int, int], Training]
+Looked = Callable[[int, int], Training]
 """The model with sequences of so many tokens, for so many ranks. Raises AutoSeqError where it has no such length."""
 
 _HALVINGS, _DOUBLINGS = 4, 4
@@ -46,7 +46,7 @@ def values_of(over: Over, *, seq_len: int, world_size: int, topology: Topology) 
 
 def sweep(
     training: Training, world_size: int, topology: Topology, over: Over, *, strategy: str = "auto", layout: str = "auto",
-    asked: Asked | None = None,
+    asked: Looked | None = None,
 ) -> list[Point]:  # fmt: skip
     """A point for each value, as a plan for that value; one that nothing serves or fits has no best, and says why."""
     names, points = STRATEGIES if strategy == "auto" else (), list[Point]()
@@ -63,7 +63,7 @@ def sweep(
     return points
 
 
-def _at(training: Training, asked: Asked | None, seq_len: int, ranks: int) -> Training:
+def _at(training: Training, asked: Looked | None, seq_len: int, ranks: int) -> Training:
     """As it was looked at for so many tokens and ranks, or calculated."""
     return training.at(seq_len=seq_len) if asked is None else asked(seq_len, ranks)
 
@@ -123,7 +123,7 @@ def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
 
 def would_fit(
     training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto",
-    asked: Asked | None = None,
+    asked: Looked | None = None,
 ) -> list[tuple[str, int]]:  # fmt: skip
     """What can be changed so that some plan fits, and the bytes that a rank needs then: one thing at a time, else several together."""
     found: list[tuple[str, int]] = []
@@ -143,26 +143,14 @@ def would_fit(
                 return
 
     if not training.shard_parameters:
-        tried("parameters sharded over all ranks (--shard-parameters)", _sharded)
+        tried("parameters sharded over all ranks (--shard-parameters)", Training.sharded)
     tried("activation checkpointing of each layer", Training.checkpointed)
     if not found and not training.shard_parameters:
-        tried("--shard-parameters and activation checkpointing of each layer", _sharded_and_checkpointed)
+        tried("--shard-parameters and activation checkpointing of each layer", lambda each: each.sharded().checkpointed())
     for length in (training.seq_len >> k for k in range(1, 12)):
-        if length and tried(f"a sequence of {length:,} tokens", _as_it_is, length=length):
+        if length and tried(f"a sequence of {length:,} tokens", Training.at, length=length):
             break
-    more_ranks("", _as_it_is)
+    more_ranks("", Training.at)
     if not found:
-        more_ranks(" with --shard-parameters and activation checkpointing", _sharded_and_checkpointed)
+        more_ranks(" with --shard-parameters and activation checkpointing", lambda each: each.sharded().checkpointed())
     return found
-
-
-def _as_it_is(training: Training) -> Training:
-    return training
-
-
-def _sharded(training: Training) -> Training:
-    return replace(training, shard_parameters=True)
-
-
-def _sharded_and_checkpointed(training: Training) -> Training:
-    return _sharded(training).checkpointed()

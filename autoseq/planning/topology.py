@@ -35,15 +35,15 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class Host(Rate):
     """Cores that compute and send: what sending and receiving a message, and its bytes, takes of them, and how many ranks share one.
 
-    Rates of kernels are those while all ranks compute; where `ranks_per_core` is above 1, ranks that are done leave their cores to others.
+    Rates of kernels are those while all ranks compute. Where `ranks_per_core` is above 1, those that are done leave their cores to others
+    of the `sharing_ranks` that lie beside each other, mostly those of a node.
     """
 
-    latency_s: float
-    bytes_per_s: float
     ranks_per_core: float = 1.0
+    sharing_ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
      "between": null, or as "inside", with "lanes",
      "kernels": {"bfloat16": {"peak_tflops": 125, "matmul_tflops": 70, "attention_tflops": 60, "attention_backward_tflops": 50}},
      "memory_gib": 24, "memory_gbytes_per_s": 600, "launch_us": 5, "attention_tile": 128,
-     "host": null, or {"latency_us": 300, "gbytes_per_s": 1, "ranks_per_core": 1},
+     "host": null, or {"latency_us": 300, "gbytes_per_s": 1, "ranks_per_core": 1, "sharing_ranks": 1},
      "sources": ["memory_gib: the vendor's data sheet"]}
 
 Numbers are read as decimals, so that what is written comes back as it was.
@@ -99,7 +99,7 @@ def _rate(section: _Section) -> Rate:
 
 
 def _host(section: _Section) -> Host:
-    host = Host(*(float(section.number(units)) for units in (_LATENCY, _SPEED, _RANKS_PER_CORE)))
+    host = Host(*(float(section.number(units)) for units in (_LATENCY, _SPEED, _RANKS_PER_CORE)), section.count("sharing_ranks"))
     if host.ranks_per_core < 1:
         raise section.error("ranks_per_core", f"is 1 or more, not {host.ranks_per_core}; 1 means that each rank has a core")
     section.end()
@@ -216,7 +216,7 @@ def _rate_fields(rate: Rate) -> dict[str, Any]:
 
 
 def _host_fields(host: Host) -> dict[str, Any]:
-    return _rate_fields(Rate(host.latency_s, host.bytes_per_s)) | _written(host.ranks_per_core, _RANKS_PER_CORE)
+    return _rate_fields(host) | _written(host.ranks_per_core, _RANKS_PER_CORE) | {"sharing_ranks": host.sharing_ranks}
 
 
 def _rates_fields(rates: KernelRates) -> dict[str, Any]:

@@ -66,6 +66,10 @@ class Training:
         """The cost for `cost.tokens` tokens of a rank, where a sequence is on P ranks."""
         return cost_on(P, self.cost, self.cost_on_more)
 
+    def sharded(self) -> Training:
+        """As under FSDP."""
+        return replace(self, shard_parameters=True)
+
     def checkpointed(self) -> Training:
         """As if each layer were computed again in the backward: of what is kept besides attention, only what goes into each is left.
 

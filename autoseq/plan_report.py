@@ -154,7 +154,7 @@ def _print_sweep(out: Console, planned: Planned) -> None:
 
 _TIES = (
     "Attentions that take as long in three digits go to what sends less, then to contiguous rows: a step\n"
-    "with one strategy everywhere may be as short as the plan's, or a hair shorter (docs/planner.md, Ties)."
+    "with one strategy everywhere may take as long as the plan, or a hair less (docs/planner.md, Ties)."
 )
 
 

@@ -77,9 +77,9 @@ class SitePlan:
         return (*(Placed(offer, self.layout, self.site.site.mesh) for offer in self.offers), *self.elsewhere)
 
     def best_offer(self, strategy: str) -> Placed | None:
-        """The fastest that a strategy offers in any layout, on any mesh, the plan's first; None if it could serve in none."""
+        """The best that a strategy offers in any layout, on any mesh, of equal ones the plan's; None if it could serve in none."""
         asked = (each for each in self.places if each.offer.strategy == strategy)
-        return min(asked, key=lambda each: three_digits(each.offer.seconds), default=None)
+        return min(asked, key=lambda each: each.offer.worth, default=None)
 
     @property
     def offer(self) -> Offer:

@@ -144,7 +144,7 @@ def test_a_loser_that_a_mesh_of_the_same_ranks_serves_has_its_seconds_there(name
     asked = training(batch=1, seq_len=131072, layers=1)
     best = candidates(asked, 8, H100)[0]
     (site,) = best.plan.sites
-    alone = min((each.plan.sites[0] for each in candidates(asked, 8, H100, strategy=name)), key=lambda each: three_digits(each.seconds))
+    alone = min((each.plan.sites[0] for each in candidates(asked, 8, H100, strategy=name)), key=lambda each: each.offer.worth)
     found = site.best_offer(name)
     assert best.split == Split(1, 8) and found is not None
     assert (found.offer.seconds, found.mesh) == (alone.seconds, alone.site.site.mesh)

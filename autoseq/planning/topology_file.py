@@ -99,7 +99,8 @@ def _rate(section: _Section) -> Rate:
 
 
 def _host(section: _Section) -> Host:
-    host = Host(*(float(section.number(units)) for units in (_LATENCY, _SPEED, _RANKS_PER_CORE)), section.count("sharing_ranks"))
+    latency, speed, share = (float(section.number(units)) for units in (_LATENCY, _SPEED, _RANKS_PER_CORE))
+    host = Host(latency, speed, share, section.count("sharing_ranks"))
     if host.ranks_per_core < 1:
         raise section.error("ranks_per_core", f"is 1 or more, not {host.ranks_per_core}; 1 means that each rank has a core")
     section.end()

@@ -28,6 +28,7 @@ _SHOWN = 6
 
 # Patterns of which a part of a program has been looked at: they decided there, or it was told, at a level, that they did not.
 _known: set[tuple[Pairs, str, int]] = set()
+# Those that decided for an attention of any program: not a mistake where a later one has none for them.
 _decided: set[tuple[Pairs, str]] = set()
 
 

@@ -121,7 +121,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="autoseq-") as folder:
         device, store = device_kind(world_size), str(Path(folder) / "store")
-        verbose = logging.getLogger("autoseq").isEnabledFor(logging.DEBUG)
+        verbose = log.isEnabledFor(logging.DEBUG)
         job = _Job(fn.__module__, fn.__qualname__, args, world_size, backend, device, store, timeout_s, verbose)
         with _processes(job) as ranks:
             return _Watch(ranks, timeout_s, listen).collect()
@@ -264,7 +264,7 @@ def _sendable(index: int, error: AutoSeqError) -> AutoSeqError:
 def _run(pipe: Connection, index: int, job: _Job) -> Any:
     log_to_stderr(verbose=job.verbose)
     if index > 0:
-        logging.getLogger("autoseq").setLevel(logging.ERROR)  # what rank 0 says holds for all
+        log.setLevel(logging.ERROR)  # what rank 0 says holds for all
     if job.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     fn: Any = importlib.import_module(job.module)

@@ -115,8 +115,13 @@ def inspected(programs: Sequence[Program], seq_len: int, world_size: int) -> Ins
     return Inspection(world_size, seq_len, tuple(programs), collectives)
 
 
-def with_programs(make: Callable[[], Made], use: Callable[[Sequence[Program]], T], *, world_size: int, options: Options) -> T:
-    """What `use` makes of the rewritten programs of a model, while the pretended group of ranks is there. Raises as `inspect_model`."""
+def with_programs(
+    make: Callable[[], Made], use: Callable[[Sequence[Program]], T], *, world_size: int, options: Options, weights: bool = True
+) -> T:
+    """What `use` makes of the rewritten programs of a model, while the pretended group of ranks is there. Raises as `inspect_model`.
+
+    `weights`: a model that cannot be made or traced on the meta device may be made with real ones; else it is a TargetError.
+    """
     with _fake_group(world_size, options.ranks_per_node) as group:
         try:
             with torch.device("meta"):
@@ -125,6 +130,8 @@ def with_programs(make: Callable[[], Made], use: Callable[[Sequence[Program]], T
         except Exception as error:
             if isinstance(error, AutoSeqError) and not isinstance(error, TargetError):
                 raise
+            if not weights:
+                raise TargetError(f"the model cannot be looked at without weights: {brief(error)}") from error
             model, kwargs = make()
             programs = _capture(model, kwargs, options, group)
             log.warning("the model was made with real weights, because without them: %s", brief(error))

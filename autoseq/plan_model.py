@@ -41,6 +41,9 @@ MEMORY = {
 
 _LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
 
+_FAR = 16
+"""How many times longer or shorter the sequence is with which masks are compared: as far as a sweep goes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -93,8 +96,9 @@ def look_further(
 ) -> tuple[Training, Looked]:  # fmt: skip
     """`look_at` a model that `make` returns for a length, and what gives it for other lengths and numbers of ranks.
 
-    Where attentions are as long as the sequence, parameters and buffers are the same (not so with learned positions for each token) and
-    inputs are longer in proportion, it is calculated; elsewhere the model is looked at again. Raises as `look_at`.
+    Where attentions are as long as the sequence, parameters and buffers are the same (not so with learned positions for each token),
+    inputs are longer in proportion, and masks are the same at a length far off (not so with a window that is a share of the length), it is
+    calculated; elsewhere the model is looked at again. Raises as `look_at`.
     """
     told = set[str]()
 
@@ -103,13 +107,17 @@ def look_further(
         return look_at(asked, batch=batch, seq_len=length, world_size=ranks, shard_parameters=shard_parameters, told=told)
 
     looks = cache(look)  # many ranks are looked at as few
-    sizes = cache(partial(_sizes, make))
+    sizes, sites = cache(partial(_sizes, make)), cache(partial(_sites, make, told))
+
+    def is_alike(first: Training, length: int) -> bool:
+        if not all(named.site.q_len == named.site.k_len == seq_len for named in first.sites):
+            return False
+        far = seq_len * _FAR if length > seq_len else min(length, max(1, seq_len // _FAR))
+        return sizes(length) is not None and sizes(length) == sizes(seq_len) and sites(far) == first.at(seq_len=far).sites
 
     def at(length: int, ranks: int) -> Training:
         first = looks(seq_len, min(ranks, _LOOKED_AT_ON))
-        is_as_long = all(named.site.q_len == named.site.k_len == seq_len for named in first.sites)
-        is_alike = length == seq_len or (is_as_long and sizes(length) is not None and sizes(length) == sizes(seq_len))
-        return first.at(seq_len=length) if is_alike else looks(length, min(ranks, _LOOKED_AT_ON))
+        return first.at(seq_len=length) if length == seq_len or is_alike(first, length) else looks(length, min(ranks, _LOOKED_AT_ON))
 
     return at(seq_len, world_size), at
 
@@ -136,6 +144,20 @@ def _sizes(make: Callable[[int], Made], length: int) -> list[object] | None:
 
     owned = [(name, tuple(x.shape), x.dtype) for each in (model.named_parameters, model.named_buffers) for name, x in each()]
     return [*owned, *map(given, tree_leaves(kwargs))]
+
+
+def _sites(make: Callable[[int], Made], told: set[str], length: int) -> tuple[NamedSite, ...] | None:
+    """The attentions of a model at a length; None if it has no such length, or cannot be made without weights."""
+
+    def use(programs: Sequence[Program]) -> tuple[NamedSite, ...]:
+        return tuple(planned.site for planned in joined_sites(program.plan for program in programs))
+
+    try:
+        with without_repeats(told):
+            return with_programs(partial(make, length), use, world_size=1, options=Options(), weights=False)
+    except AutoSeqError as error:
+        log.debug("masks are not compared at %d tokens: %s", length, error)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ positions they have, so no layout is ever undone by a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -260,12 +260,17 @@ def gather_tasks(
     for stage in _stages(site, P, layout, places, first_head, heads_per_kv) if site.kv_heads else []:
         heads = range(first_head + stage.heads[0], first_head + stage.heads[1])
         keys, came_home = [tuple(rows.keys(holder)) for holder in range(P)], 0
+        leaving, returning = _rows_of(site, P, layout, places), 0
         if not takes_all(site.mask):
             needs = needs_of_site(site, P, layout, places, heads)
             keys = [part_of(held, needed) for held, needed in zip(keys, needs[rank], strict=True)]
-            came_home = sum(runs.count(of_one[rank]) for of_one in needs) if way == "backward" else 0
+            leaving = sum(runs.count(of_one[rank]) for of_one in needs)
+            if way == "backward":
+                came_home, returning = leaving, sum(map(runs.count, needs[rank]))
         elements = site.batch * num_heads(stage.kv_heads) * (site.head_dim + site.value_dim)
-        tasks.append(task_of(rows, rank, keys, heads, num_heads(stage.kv_heads), came_home * elements))
+        packed = elements * (leaving * site.element_bytes + returning * accumulator_bytes(site))
+        task = task_of(rows, rank, keys, heads, num_heads(stage.kv_heads), came_home * elements)
+        tasks.append(replace(task, packed_bytes=packed))
     return tasks
 
 

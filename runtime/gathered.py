@@ -9,7 +9,7 @@ collectives do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -55,17 +55,16 @@ def pack_rows(after: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
 def send_rows(after: Tensor | None, k: Tensor, v: Tensor, s: int, heads: int, *flat: Any) -> Tensor:
     """Send the rows of k and v that others need. What comes of theirs is at the beginning of the result; wait before it is read."""
     call = _call(k, v, s, heads, flat)
-    own = Packed((call.k, call.v), ((0, call.rows.t),))
-    leaving = [own.part(of_one[call.me]).message() for of_one in call.needs]
-    return _post("gather_kv's keys", call, leaving, call.needs[call.me], _all_rows(call, k.dtype))
+    leaving, arriving = [of_one[call.me] for of_one in call.needs], call.needs[call.me]
+    return _post("gather_kv's keys", call, leaving, arriving, k.dtype, lambda message: pack_keys(message, call, leaving))
 
 
 @torch.library.custom_op("autoseq::send_gradients", mutates_args=(), schema=f"(Tensor grads, {_OWN}) -> Tensor")
 def send_gradients(grads: Tensor, k: Tensor, v: Tensor, s: int, heads: int, *flat: Any) -> Tensor:
     """Send the gradients of gathered rows home. Those of this participant's rows are at the beginning of the result, by asker."""
     call = _call(k, v, s, heads, flat)
-    leaving = [part.message() for part in _parts(call, grads)]
-    return _post("gather_kv's gradients", call, leaving, [of_one[call.me] for of_one in call.needs], _all_rows(call, grads.dtype))
+    leaving, arriving = call.needs[call.me], [of_one[call.me] for of_one in call.needs]
+    return _post("gather_kv's gradients", call, leaving, arriving, grads.dtype, lambda message: pack_gradients(message, grads))
 
 
 @torch.library.custom_op("autoseq::sum_gradients", mutates_args=(), schema=f"(Tensor came, {_OWN}) -> (Tensor, Tensor)")
@@ -159,11 +158,6 @@ def _call(k: Tensor, v: Tensor, s: int, heads: int, flat: Sequence[Any]) -> Call
     return Call.of(k.new_empty((k.shape[0], heads, s, 0)), k, v, Settings(*flat))
 
 
-def _all_rows(call: Call, dtype: torch.dtype) -> Tensor:
-    """Room for all rows of all participants: as many as any of them may need."""
-    return call.k.new_empty(call.participants * (call.k.numel() + call.v.numel()), dtype=dtype)
-
-
 def _parts(call: Call, gathered: Tensor) -> list[Packed]:
     """What of each participant's keys, or of their gradients, is in a gathered buffer."""
     everything = ((0, call.rows.t),)
@@ -176,16 +170,35 @@ def _split(call: Call, flat: Tensor, rows: Sequence[Runs]) -> list[Packed]:
     return Packed.split(flat, [((call.k, call.v), each) for each in rows])
 
 
-def _post(what: str, call: Call, leaving: Sequence[Tensor], arriving: Sequence[Runs], room: Tensor) -> Tensor:
-    """Fill the beginning of `room` with what comes from the participants in turn, some time before it has been waited for."""
-    sizes = [elements((call.k, call.v), rows) for rows in arriving]
+def pack_keys(message: Tensor, call: Call, rows: Sequence[Runs]) -> Tensor:
+    """Fill a message with rows of this participant's keys and values, for each asker in turn."""
+    own = Packed.whole((call.k, call.v))
+    for part in _split(call, message, rows):
+        part.put(own)
+    return message
+
+
+def pack_gradients(message: Tensor, grads: Tensor) -> Tensor:
+    """Fill a message with what has been found, which lies in its order. A compiler may give the place of `grads` away while it travels."""
+    return message.copy_(grads[: message.numel()])
+
+
+def _post(
+    what: str, call: Call, leaving: Sequence[Runs], arriving: Sequence[Runs], dtype: torch.dtype, pack: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Room for all rows of all participants, as many as any of them may need. What comes from them in turn, of what each has packed into
+    a message, fills its beginning, some time before it has been waited for.
+    """
+    room = call.k.new_empty(call.participants * (call.k.numel() + call.v.numel()), dtype=dtype)
+    given, sizes = ([elements((call.k, call.v), rows) for rows in each] for each in (leaving, arriving))
     target = room[: sum(sizes)]
     if not somebody_sends(call.needs) or call.k.shape[1] == 0:
-        target.copy_(leaving[call.me])
+        pack(target)
         return room
+    message = pack(room.new_empty(sum(given)))
     with Described(what, call.group):
-        group, given = process_group(call.group.name), [message.numel() for message in leaving]
-        work = dist.all_to_all_single(target, torch.cat(list(leaving)), sizes, given, group=group, async_op=True)
+        group = process_group(call.group.name)
+        work = dist.all_to_all_single(target, message, sizes, given, group=group, async_op=True)
     # Where `wait_tensor` finds it, as it does the work of a functional collective.
     torch._C._distributed_c10d._register_work(room, work)  # pyright: ignore[reportAttributeAccessIssue] (missing in torch's stubs)
     return room

@@ -209,7 +209,8 @@ class _Hybrid(Strategy):
             (case.weight, work_of_all(replace(share.site, heads=site.heads, kv_heads=site.kv_heads), self.trade.tasks(share, way), way))
             for case, share in self._shares(site, group_size, layout, rank)
         ]
-        return replace(weighted_work(found), packed_bytes=self.packed_bytes(site, group_size, layout, rank, way))
+        heads = self.packed_bytes(site, group_size, layout, rank, way)
+        return weighted_work(found) + Work(0, 0, 0, packed_bytes=heads)
 
     def packed_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
         return packed_bytes(way, self._sizes_along(site, group_size, layout, rank))

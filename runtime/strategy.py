@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -287,10 +287,10 @@ class Strategy(ABC):
             return work_of_all(site, Strategy.tasks(self, site, 1, layout, 0, way), way)
         cases = self.cases(site, group_size, layout, rank)
         found = weighted_work([(case.weight, work_of_all(case.site, self.tasks(*case.asked, way), way)) for case in cases])
-        return replace(found, packed_bytes=self.packed_bytes(site, group_size, layout, rank, way))
+        return found + Work(0, 0, 0, packed_bytes=self.packed_bytes(site, group_size, layout, rank, way))
 
     def packed_bytes(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> int:
-        """Of `Work`; rows are sent as they lie, unless a strategy says otherwise."""
+        """Of `Work`, besides those of tasks: of heads that are traded."""
         return 0
 
     def tasks(self, site: Site, group_size: int, layout: Layout, rank: int, way: Way) -> Iterable[Task]:

@@ -126,7 +126,7 @@ class Work:
     What kernels are given for that is more, counted likewise: rectangles without a mask (`full_pairs`), squares of which they know the
     diagonal (`causal_pairs`, those past it too, in `causal_rows`), and tiles with a tensor that says what is allowed (`masked_pairs`).
 
-    `packed_bytes` are those of buffers that heads are copied into before they travel, or out of afterwards.
+    `packed_bytes` are those of buffers that heads, or keys for a gather, are copied into before they travel, or out of afterwards.
     """
 
     pairs: int

@@ -40,7 +40,8 @@ class Task:
     """Some queries and what comes of the keys, one piece after the other.
 
     `heads` are global, `grid` are the chunks by which predicates are decided, and `padded` is how often a row stands in for padding: a
-    forward computes that too. `came_home` are elements of results and gradients that come from others and are added.
+    forward computes that too. `came_home` are elements of results and gradients that come from others and are added, `packed_bytes` those
+    of `Work`.
     """
 
     queries: tuple[Chunk, ...]
@@ -50,6 +51,7 @@ class Task:
     grid: tuple[Chunk, ...]
     padded: int = 0
     came_home: int = 0
+    packed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,13 @@ class Sizes:
 
 def work_of_all(site: Site, tasks: Iterable[Task], way: Way) -> Work:
     """What a rank's tasks come to."""
-    return reduce(add, (_of_task(site, task)[WAYS.index(way)] + Work(0, 0, task.came_home) for task in tasks), NO_WORK)
+    beside = ((task, Work(0, 0, task.came_home, packed_bytes=task.packed_bytes)) for task in tasks)
+    return reduce(add, (_of_task(site, task)[WAYS.index(way)] + others for task, others in beside), NO_WORK)
 
 
 def _of_task(site: Site, task: Task) -> tuple[Work, Work]:
-    """Forward and backward, without what comes home."""
-    return _of_site(site, replace(_from_first_head(task, site), came_home=0), blocks.TILE, MOST_TILES)
+    """Forward and backward, without what comes home and what is packed."""
+    return _of_site(site, replace(_from_first_head(task, site), came_home=0, packed_bytes=0), blocks.TILE, MOST_TILES)
 
 
 def _from_first_head(task: Task, site: Site) -> Task:

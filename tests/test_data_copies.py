@@ -14,6 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from autoseq.plan_model import look_at
+from autoseq.planning.degrees import Split, candidates
+from autoseq.planning.presets import load_topology
+from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.errors import UnsupportedError
 from ranks import run_ranks
 from training_job import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative
@@ -138,3 +142,32 @@ def test_ddp_with_several_buckets_trains_where_dynamo_does_not_split_at_them() -
     said, errors = zip(*run_ranks(train_with_small_buckets, 4), strict=True)
     assert all("Set torch._dynamo.config.optimize_ddp = False before the first call" in each for each in said)
     check(list(errors))
+
+
+LENGTH = 32
+
+
+def count_a_step(rank: int, world_size: int) -> int:
+    """The bytes of a step with two ranks a sequence and DDP over the copies."""
+    mesh, model = copies_and_sequence(), models.make("llama")
+    options = {"inner": "aot_eager", "mesh": mesh["sequence"], "strategy": "ring", "layout": "contiguous"}
+    compiled = torch.compile(model, backend="autoseq", options=options)
+    # Tables of rotary angles are alike everywhere; no plan counts that they are sent.
+    replicated = DistributedDataParallel(compiled, process_group=mesh.get_group("data"), broadcast_buffers=False)
+    batch = dict(models.batch("llama", batch_size=1, length=LENGTH))
+    for _ in range(3):  # the first compiles, and after it DDP arranges its buckets anew
+        reset_counters()
+        models.loss_and_logits(replicated(**batch))[0].backward()
+    return sum(size for _, size in counters().values())
+
+
+def test_a_plan_with_copies_of_the_data_has_the_bytes_that_ranks_send() -> None:
+    """Gradients are summed over the sequence, and then over the copies."""
+
+    def make() -> tuple[nn.Module, dict[str, object]]:
+        return models.make("llama"), dict(models.batch("llama", batch_size=COPIES, length=LENGTH))
+
+    asked = look_at(make, batch=COPIES, seq_len=LENGTH, world_size=4)
+    found = candidates(asked, 4, load_topology("8xH100"), strategy="ring", layout="contiguous")
+    planned = next(each for each in found if each.split == Split(COPIES, 2))
+    assert planned.sent_bytes == max(run_ranks(count_a_step, 4, backend="autoseq_counted"))

@@ -77,6 +77,23 @@ def test_a_rank_by_itself_sends_nothing_and_a_node_by_itself_crosses_nothing(sco
     assert seconds_in(scope, TWO, "send", MB, 1, ranks=4) == pytest.approx(1e-5 + 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("P", "ranks", "seconds"),
+    [
+        pytest.param(2, 2, 1e-5 + 1e-5, id="both in one node"),
+        pytest.param(2, 4, 2e-5 + 1e-4 * 2 / 2, id="two of each node: each two groups send through two cards"),
+        pytest.param(4, 2, 2e-5 + 1e-4 * 4 / 2, id="one of each node: four groups send through two cards"),
+        pytest.param(8, 2, 2e-5 + 1e-4 * 4 / 2, id="one of each second node"),
+        pytest.param(1, 8, 2e-5 + 1e-4 / 2, id="all ranks"),
+    ],
+)
+def test_ranks_at_one_place_of_each_sequence(P: int, ranks: int, seconds: float) -> None:
+    """While those at the other places send likewise."""
+    asked = TWO.at(P * ranks).every(P)
+    assert asked.world_size == ranks
+    assert asked.seconds("all_reduce", MB, 1, ranks=ranks) == pytest.approx(seconds)
+
+
 def test_as_many_nodes_as_the_ranks_take() -> None:
     assert (TWO.at(4096).nodes, TWO.at(4096).world_size) == (1024, 4096)
     assert (TWO.at(2).nodes, TWO.at(2).ranks_per_node) == (1, 2)

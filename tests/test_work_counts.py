@@ -110,7 +110,7 @@ def test_what_a_predicate_may_leave_is_counted(P: int) -> None:
 
 @pytest.mark.parametrize("P", MESHES)
 def test_launches_are_the_calls_that_are_made(P: int) -> None:
-    """As many, with as many pairs of each kind of block and bytes of packed heads; in small tiles, forward and backward, on every rank."""
+    """As many, with as many pairs of each kind of block and bytes that are packed; in small tiles, forward and backward, on every rank."""
     runs = all_runs(EXACT | DECIDED_LATE if MESHES[P] else BOUNDS, P)
     per_rank = run_ranks(count_calls, P, list(runs.values()), MESHES[P], timeout_s=300)
     with small_tiles():
@@ -123,7 +123,8 @@ def test_launches_are_the_calls_that_are_made(P: int) -> None:
                         assert made.launches <= told.launches, (name, way)
                         assert made.masked_pairs <= told.masked_pairs, (name, way)
                         assert made.computed_pairs(1) <= told.computed_pairs(1), (name, way)
-                        assert made.packed_bytes == told.packed_bytes, (name, way)
+                        # Of keys only those are packed that the predicate's values leave.
+                        assert made.packed_bytes == told.packed_bytes or ("gather" in strategy and made.packed_bytes < told.packed_bytes)
                 else:
                     assert found == list(counts), (name, way)
 

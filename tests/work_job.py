@@ -1,4 +1,4 @@
-"""Counts what attentions call on a rank: kernels, pieces that are computed plainly, and the packing of heads."""
+"""Counts what attentions call on a rank: kernels, pieces that are computed plainly, and the packing of heads and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_job import Run, axes_of, call_keywords, shard
-from autoseq.runtime import blocks, blockwise, fused, packing
+from autoseq.runtime import blocks, blockwise, fused, gather_kv, gathered, packing
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.tiles import Tile
 from autoseq.runtime.timeline import NO_WORK, Work
@@ -44,7 +44,7 @@ def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) 
     def packed(copy: Any) -> Any:
         """Packing gives the buffer, unpacking gets it, or several."""
 
-        def call(first: Tensor | list[Tensor], *args: Any) -> Any:
+        def call(first: Tensor | list[Tensor] | None, *args: Any) -> Any:
             result = copy(first, *args)
             buffers = [result] if isinstance(result, Tensor) else [first] if isinstance(first, Tensor) else first
             made[0] += replace(NO_WORK, packed_bytes=sum(buffer.nbytes for buffer in buffers))
@@ -60,6 +60,9 @@ def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) 
         for name in ("split_heads", "join_heads", "split_rows", "join_rows"):
             patch.setattr(fused, name, packed(getattr(fused, name)))
         patch.setattr(packing, "join_stages", packed(packing.join_stages))
+        patch.setattr(gather_kv, "pack_rows", packed(gather_kv.pack_rows))
+        for name in ("pack_keys", "pack_gradients"):
+            patch.setattr(gathered, name, packed(getattr(gathered, name)))
         return [_calls_of(rank, P, *run, axes, made) for run in runs]
 
 

@@ -7,7 +7,7 @@
 
 F flops a second of the attention kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory; latency and
 rate of a link, of which the slower counts: inside a node, or all of a node between nodes. Of a rank's blocks, full and masked are pairs,
-and so are the squares at a diagonal, which have so many rows; packed are the bytes of buffers that heads are copied into or out of.
+and so are the squares at a diagonal, which have so many rows; packed are the bytes of buffers that heads or keys are copied into or out of.
 
 The same phases as `prediction` evaluates, so a test can hold one to the other.
 """
@@ -66,7 +66,7 @@ def phase_formulas(
 
 
 def work_formula(way: Way) -> sympy.Expr:
-    """What WORK is: products, launches, masks that are read, results that are merged and heads that are packed in memory."""
+    """What WORK is: products, launches, masks that are read, results that are merged and what is packed in memory."""
     widths = D + V if way == "forward" else 3 * D + 2 * V
     computed = FULL + MASKED + sympy.Min(SQUARES, (SQUARES + TILE * ROWS) / 2)
     touched = a * (3 * MERGED + MASKED) + 2 * PACKED

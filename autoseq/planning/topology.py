@@ -155,6 +155,18 @@ class Topology:
         lanes = max(1, self.between.lanes * ranks_per_node // self.ranks_per_node)
         return replace(self, ranks_per_node=ranks_per_node, between=replace(self.between, lanes=lanes))
 
+    def every(self, P: int) -> Topology:
+        """One rank of each P that lie beside each other, while those at the other places do the same: they share what is between nodes.
+
+        P ranks fill whole nodes, or a part of one as others fill the rest.
+        """
+        together, between = min(P, self.ranks_per_node), self.between
+        if between is not None:
+            rates = {kind: between.rate(kind) for kind in KINDS}
+            between = replace(between, **{kind: replace(rate, bytes_per_s=rate.bytes_per_s / together) for kind, rate in rates.items()})
+        ranks_per_node = self.ranks_per_node // together
+        return replace(self, ranks_per_node=ranks_per_node, nodes=self.world_size // P // ranks_per_node, between=between)
+
     def kernel_rates(self, dtype: str) -> KernelRates:
         """Those of a dtype such as "float32", or of the nearest one that the topology tells of."""
         if dtype not in _STAND_INS:

@@ -4,14 +4,13 @@
     one way  =  products at their rate  +  the rest's memory traffic  +  launches  +  attention  +  exchanges of steps that need other rows
 
 Nothing of these overlaps but what a strategy overlaps inside an attention; with sharded parameters, they are gathered under the
-computation, as FSDP does. Sharded parameters come back once in the forward and once in the backward; their gradients are summed over the
-ranks of a sequence, as in every program, and then by FSDP over all ranks.
+computation, as FSDP does. Sharded parameters come back once in the forward and once in the backward. Gradients are summed over the
+ranks of a sequence, in the program, and then by DDP over the copies of the data, or, if parameters are sharded, by FSDP over all ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,6 +25,9 @@ from autoseq.runtime.timeline import WAYS, Way, flops
 
 OPTIMIZER_BYTES = 8
 """Of each parameter that is trained: the two float32 moments of Adam."""
+
+_BUCKET_BYTES = 25 * 2**20
+"""Of gradients in one message of DDP, unless it is told another size."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class StepTime:
     products_s: float
     traffic_s: float  # memory traffic and launches of the rest
     exchanges_s: float
-    parameters_s: float  # reduction of gradients; with sharded parameters, what of their traffic nothing hides
+    parameters_s: float  # sums of gradients; with sharded parameters, what of their traffic nothing hides
 
     @property
     def seconds(self) -> float:
@@ -177,15 +179,25 @@ def sent_bytes(training: Training, plan: Plan, tokens: int, P: int, world_size: 
     """What the busiest rank sends in a step."""
     cost = training.cost_on(P)
     exchanged = sum(each.full_bytes * tokens * (P - 1) // (P * cost.tokens) for each in cost.exchanged)
-    summing = P if training.shard_parameters else world_size
-    reduced = sum(2 * each.full_bytes * (summing - 1) // summing for each in _reduced(cost))
+    summed = sum(2 * each.full_bytes * (ranks - 1) // ranks for each, ranks in (*_summed(cost, P), *_averaged(training, world_size // P)))
     sharded = 2 * cost.parameter_bytes + cost.gradient_bytes if training.shard_parameters else 0
-    return plan.step_bytes() + exchanged + reduced + sharded * (world_size - 1) // world_size
+    return plan.step_bytes() + exchanged + summed + sharded * (world_size - 1) // world_size
 
 
-def _reduced(cost: ModelCost) -> Sequence[Collective]:
-    """Gradients, reduced by whole buffers; a model that was looked at on one rank did not reduce any."""
-    return cost.reduced or (Collective("all_reduce", cost.gradient_bytes, 1),)
+Sum = tuple[Collective, int]
+"""All-reduces, and among how many ranks."""
+
+
+def _summed(cost: ModelCost, P: int) -> list[Sum]:
+    """Gradients and losses over the ranks of a sequence; a model that was looked at on one rank did not reduce any."""
+    reduced = cost.reduced or (Collective("all_reduce", cost.gradient_bytes, 1),)
+    return [(each, P) for each in reduced] if P > 1 else []
+
+
+def _averaged(training: Training, copies: int) -> list[Sum]:
+    """Gradients over the copies of the data, as DDP has them; FSDP brings them together itself."""
+    size = training.cost.gradient_bytes
+    return [(Collective("all_reduce", size, -(-size // _BUCKET_BYTES)), copies)] if copies > 1 and not training.shard_parameters else []
 
 
 def _parameter_seconds(
@@ -194,18 +206,19 @@ def _parameter_seconds(
     if W == 1:
         return 0.0
     cost, hardware = training.cost, topology.at(W)
-    summing = P if training.shard_parameters else W
-    sent = [(2 * (summing - 1) / summing * each.full_bytes, each.messages) for each in _reduced(cost)] if summing > 1 else []
-    reduced = sum(topology.at(summing).seconds("all_reduce", size, messages, ranks=summing) for size, messages in sent)
+    summed = sum(_collective_seconds(each, ranks, topology) for each, ranks in _summed(cost, P))
+    averaged = sum(_collective_seconds(each, copies, hardware.every(P)) for each, copies in _averaged(training, W // P))
     if not training.shard_parameters:
-        return reduced
-    messages = max(1, sum(each.messages for each in _reduced(cost)))
+        return summed + averaged
+    messages = max(1, sum(each.messages for each in cost.reduced))
     gather = hardware.seconds("all_gather", (W - 1) / W * cost.parameter_bytes, messages, ranks=W)
     scatter = hardware.seconds("reduce_scatter", (W - 1) / W * cost.gradient_bytes, messages, ranks=W)
     busy: dict[Way, float] = {way: products[way] + traffic[way] for way in products}
-    return reduced + max(0.0, gather - busy["forward"]) + max(0.0, gather + scatter - busy["backward"])
+    return summed + max(0.0, gather - busy["forward"]) + max(0.0, gather + scatter - busy["backward"])
 
 
-def _collective_seconds(each: Collective, P: int, topology: Topology, share: float) -> float:
-    sent = each.full_bytes * share * (P - 1) / P
-    return topology.at(P).seconds(each.kind, sent, each.messages, ranks=P)  # type: ignore[arg-type]
+def _collective_seconds(each: Collective, ranks: int, topology: Topology, share: float = 1.0) -> float:
+    """`share` of a collective, among so many ranks that lie beside each other."""
+    passes = 2 if each.kind == "all_reduce" else 1
+    sent = passes * each.full_bytes * share * (ranks - 1) / ranks
+    return topology.at(ranks).seconds(each.kind, sent, each.messages, ranks=ranks)  # type: ignore[arg-type]

@@ -277,3 +277,20 @@ def test_the_formula_gives_the_predicted_seconds(name: str, way: str) -> None:
     messages = {exchange_symbol(name): each for name, each in taken.items()}
     formula = time_formula(strategy, way)  # type: ignore[arg-type]
     assert float(formula.subs({WORK: found.work_s} | messages | strategy.sizes(site, 4, layout, 1))) == pytest.approx(found.seconds)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(("plan", TINY, "--seq-len", "512", "--world-size", "8", "--batch", "2", "--topology", "2x8xA800-4nic"), id="a plan"),
+        pytest.param(("inspect", TINY, "--seq-len", "512", "--world-size", "4", "--graph", "after"), id="a rewritten graph"),
+    ],
+)
+def test_it_is_the_same_at_every_run(asked: tuple[str, ...]) -> None:
+    """Whatever the order of sets, which Python draws anew in each process: ranks have to agree."""
+    command = [sys.executable, "-m", "autoseq.cli", *asked]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONHASHSEED": seed}) for seed in ("1", "2")
+    ]
+    first, second = (each.communicate()[0] for each in runs)
+    assert first == second and "k <= q" in first

@@ -58,8 +58,11 @@ def _source_name(placeholder: fx.Node) -> str:
 
 
 def dotted(path: str) -> str:
-    """`L['self']._modules['layers']._modules['0']` as `layers.0`, and the first variable that a function closes over as `function.0`."""
-    path = re.sub(r"^L\['(self|fn|model|mod|kwargs)'\]", "", path)
+    """`L['self']._modules['layers']._modules['0']` as `layers.0`, and the first variable that a function closes over as `function.0`.
+
+    Where Dynamo begins in a decorator's `wrapper(*args, **kwargs)`, the model is `L['args'][0]`.
+    """
+    path = re.sub(r"^L\['(self|fn|model|mod|kwargs)'\]|^L\['args'\]\[0\](?=\.)", "", path)
     path = re.sub(r"\._(modules|parameters|buffers)\[", "[", path)
     path = re.sub(r"L?\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), path)
     path = re.sub(r"\.__closure__\.(\d+)\.cell_contents", r".\1", path)

@@ -153,18 +153,48 @@ LLAMA_3_8B = {
 }  # fmt: skip
 
 
+# `autoseq inspect`, which also tells the processor time of what Dynamo does by itself.
+TIMED = """
+import sys, time
+from autoseq import cli, inspection
+
+class Timed(inspection._CapturingBackend):
+    spent = 0.0
+
+    def __call__(self, *args):
+        start = time.process_time()
+        try:
+            return super().__call__(*args)
+        finally:
+            Timed.spent += time.process_time() - start
+
+def timed(*args, capture=inspection._capture):
+    start = time.process_time()
+    try:
+        return capture(*args)
+    finally:
+        print(time.process_time() - start - Timed.spent, file=sys.stderr)
+
+inspection._CapturingBackend, inspection._capture = Timed, timed
+cli.main()
+"""
+DYNAMO_S = 6.5
+"""What Dynamo takes for that model on the machine that the limit is meant for, with nothing else running."""
+
+
 def test_llama_3_8b_at_131072_tokens_takes_under_30_seconds_and_2_gb(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
-    command = [sys.executable, "-m", "autoseq.cli", "inspect", f"hf:{tmp_path}", "--seq-len", "131072", "--world-size", "8", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert process.stdout is not None
-    with process.stdout as printed:
-        shown = json.loads(printed.read())
+    command = [sys.executable, "-c", TIMED, "inspect", f"hf:{tmp_path}", "--seq-len", "131072", "--world-size", "8", "--json"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None and process.stderr is not None
+    with process.stdout as printed, process.stderr as told:
+        shown, dynamo_s = json.loads(printed.read()), float(told.read())
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    # Processor time, not the clock's: other tests may be running beside this one.
-    assert used.ru_utime + used.ru_stime < 30
+    # Processor time, not the clock's, and cores that others share do less in it: Dynamo, which is not ours, tells how much less.
+    assert used.ru_utime + used.ru_stime < 30 * max(1.0, dynamo_s / DYNAMO_S)
     assert used.ru_maxrss < 2_000_000  # kB
     assert {site["mask"] for site in shown["attention"]} == {"k <= q"}
     assert len(shown["attention"]) == 32

@@ -26,10 +26,10 @@ CHOICES = ("auto", *STRATEGIES)
 _EVERY = "*"
 _SHOWN = 6
 
-# Patterns of which a part of a program has been looked at: they decided there, or it was told, at a level, that they did not.
-_known: set[tuple[Pairs, str, int]] = set()
-# Those that decided for an attention of any program: not a mistake where a later one has none for them.
+# Patterns that decided for an attention of any program: not a mistake where a later one has none for them.
 _decided: set[tuple[Pairs, str]] = set()
+# Options of which a part of a program has been looked at, and the level at which it was told which patterns do not count there.
+_told: set[tuple[Pairs, int]] = set()
 
 
 def asked_strategy(asked: Asked, name: str) -> str:
@@ -106,19 +106,16 @@ def check_patterns(asked: Asked, names: Sequence[str], *, of_part: bool, level: 
     patterns = [pattern for pattern, _ in pairs]
     deciding = {next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None) for name in names}
     _decided.update((pairs, pattern) for pattern in deciding if pattern is not None)
-    idle = [pattern for pattern in patterns if pattern not in {_EVERY, *deciding}]
-    never = [pattern for pattern in idle if (pairs, pattern) not in _decided]
-    if not of_part:
-        if never:
-            raise OptionError(f"option 'strategy': {_why_idle(never[0], names)}")
-        return
-    untold = [pattern for pattern in idle if (pairs, pattern, level) not in _known]
-    _known.update((pairs, pattern, level) for pattern in patterns)
-    if untold:
+    idle = [pattern for pattern in patterns if pattern != _EVERY and (pairs, pattern) not in _decided]
+    if idle and not of_part:
+        raise OptionError(f"option 'strategy': {_why_idle(idle[0], names)}")
+    if of_part and idle and (pairs, level) not in _told:
         log.log(
             level, "option 'strategy': the part of the program with %s has no attention for %s, which counts only if another part has one; "
-            "autoseq inspect looks at all parts", _listed(names), _listed(untold),
+            "autoseq inspect looks at all parts", _listed(names), _listed(idle),
         )  # fmt: skip
+    if of_part:
+        _told.add((pairs, level))
 
 
 def _why_idle(pattern: str, names: Sequence[str]) -> str:

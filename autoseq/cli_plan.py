@@ -35,7 +35,7 @@ def plan(
     """Predict a training step on any hardware: degrees, strategies, seconds, tokens a second, MFU, bytes and memory."""
     with exit_codes(verbose):
         from autoseq.options import Options
-        from autoseq.plan_model import look_further, plan_training
+        from autoseq.plan_model import looks_at, plan_training
         from autoseq.plan_report import check_plot, plan_json, plot_sweep, print_plan
         from autoseq.planning.presets import load_topology
         from autoseq.report import results
@@ -59,10 +59,9 @@ def plan(
         def make(length: int) -> Any:
             return factory.make(batch=batch, seq_len=length)
 
-        training, asked = look_further(make, batch=batch, seq_len=seq_len, world_size=world_size, shard_parameters=shard_parameters)
         found = plan_training(
-            training, world_size=world_size, topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib,
-            reserve=reserve, over=sweep, asked=asked,
+            looks_at(make, batch=batch, seq_len=seq_len, shard_parameters=shard_parameters), seq_len=seq_len, world_size=world_size,
+            topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib, reserve=reserve, over=sweep,
         )
         if as_json:
             print(plan_json(found, given=topology, formulas=formulas))

@@ -141,6 +141,6 @@ _COLLECTIVES = {
 def _opaque(plan: Plan, world_size: int) -> Counts:
     counts: Counts = {}
     for planned in plan.sites:
-        sent = STRATEGIES[planned.strategy].opaque(planned.site.site, world_size, plan.layout)
+        sent = STRATEGIES[planned.strategy].opaque(planned.site.site, world_size, plan.layout, planned.site.ways)
         counts = add_counts(counts, {op: traffic for op, traffic in sent.items() if traffic != SILENT})
     return counts

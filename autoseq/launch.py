@@ -144,8 +144,8 @@ class _Job:
 def _processes(job: _Job) -> Iterator[dict[Connection, Any]]:
     """The rank processes by the parent's end of their pipes, in rank order; killed at the end if they still run."""
     ranks: dict[Connection, Any] = {}
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.world_size)))
-    context, setting = process_context(job.device), (dict(os.environ), sys.path, pickle.dumps(job))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // job.world_size))}
+    context, setting = process_context(job.device), (threads | dict(os.environ), sys.path, pickle.dumps(job))
     try:
         for index in range(job.world_size):
             ours, theirs = context.Pipe()

@@ -3,8 +3,8 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TextIO
 
 import torch
@@ -42,11 +42,9 @@ def without_repeats(told: set[str]) -> Iterator[None]:
 
     For looks at one model from several sides, which find the same with other numbers.
     """
-    logger, before, shown = logging.getLogger("autoseq"), frozenset(told), set[str]()
+    before, shown = frozenset(told), set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            return True
         message = record.getMessage()
         kind = message if record.msg == "%s" else str(record.msg)
         repeated = kind in before or message in shown
@@ -54,8 +52,24 @@ def without_repeats(told: set[str]) -> Iterator[None]:
         shown.add(message)
         return not repeated
 
-    logger.addFilter(is_new)
+    with _warnings_that(is_new):
+        yield
+
+
+def without_warnings() -> AbstractContextManager[None]:
+    """None are shown here: of a look that nobody asked for."""
+    return _warnings_that(lambda _: False)
+
+
+@contextmanager
+def _warnings_that(count: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    logger = logging.getLogger("autoseq")
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or count(record)
+
+    logger.addFilter(is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(is_new)
+        logger.removeFilter(is_shown)

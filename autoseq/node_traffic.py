@@ -71,7 +71,7 @@ def node_traffic(program: Program, world_size: int) -> NodeTraffic:
 
 def _hidden(site: SitePlan, program: Program, P: int, seen: Sent) -> Sent:
     """What an attention sends from inside opaque operators: the formulas of each pass, less what was seen of it."""
-    opaque = STRATEGIES[site.strategy].opaque(site.site.site, P, program.plan.layout)
+    opaque = STRATEGIES[site.strategy].opaque(site.site.site, P, program.plan.layout, site.site.ways)
     ops = " + ".join(op for op, traffic in opaque.items() if traffic != SILENT)
     cost = site.cost
     forward = _less(Traffic(cost.forward_messages, cost.forward_bytes), seen.forward)

@@ -15,25 +15,26 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from autoseq.inspection import Made, with_programs
-from autoseq.logs import without_repeats
+from autoseq.logs import without_repeats, without_warnings
 from autoseq.options import Options
 from autoseq.planner import NamedSite, joined_sites
 from autoseq.planning.degrees import Candidate, candidates
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
-from autoseq.planning.sweep import Looked, Over, Point, sweep, would_fit
+from autoseq.planning.presets import load_topology
+from autoseq.planning.sweep import DOUBLINGS, Looked, Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
 from autoseq.program import Program, Warned
 from autoseq.readable import readable_bytes
-from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
+from autoseq.runtime.errors import AutoSeqError, PlanError
 from autoseq.runtime.layout import Layout, local_length
-from autoseq.runtime.strategy import MESH_ADVICE
 
 log = logging.getLogger("autoseq")
 
 MEMORY = {
-    "parameters": "parameters", "gradients": "gradients", "optimizer": "Adam's moments", "activations": "activations besides attention",
+    "parameters": "parameters and buffers", "gradients": "gradients", "optimizer": "Adam's moments",
+    "activations": "activations besides attention",
     "attention": "attention: kept, and buffers of messages", "largest": "logits and their gradient, or another largest tensor twice",
     "gathered": "the largest value that is gathered whole",
 }  # fmt: skip
@@ -41,9 +42,8 @@ MEMORY = {
 
 _LOOKED_AT_ON, _AND_ON = 2, 4  # ranks; the second only where some steps see all rows
 
-_FAR = 16
-"""How many times longer or shorter the sequence is with which masks are compared: as far as a sweep goes."""
-
+# Whatever machine this is: what a look costs there is nobody's question.
+_LOOK = Options(topology=replace(load_topology("8xH100"), memory_bytes=1 << 62))
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -81,7 +81,7 @@ def look_at(
             return _Look(tuple(site.site for site in planned), cost, layouts, _warnings(programs, ranks))
 
         with without_repeats(kinds):
-            return with_programs(make, use, world_size=ranks, options=Options(layout=layout))
+            return with_programs(make, use, world_size=ranks, options=replace(_LOOK, layout=layout))
 
     seen = look(min(world_size, _LOOKED_AT_ON))
     if len(seen.layouts) > 1:  # of the parts of one model; their costs add up where ranks have as many rows in each
@@ -91,14 +91,12 @@ def look_at(
     return Training(seen.sites, seen.cost, batch, seq_len, shard_parameters, more, seen.warnings)
 
 
-def look_further(
-    make: Callable[[int], Made], *, batch: int, seq_len: int, world_size: int, shard_parameters: bool = False
-) -> tuple[Training, Looked]:  # fmt: skip
-    """`look_at` a model that `make` returns for a length, and what gives it for other lengths and numbers of ranks.
+def looks_at(make: Callable[[int], Made], *, batch: int, seq_len: int, shard_parameters: bool = False) -> Looked:
+    """What gives `look_at` of the model that `make` returns for a length: for any length, and any number of ranks.
 
-    Where attentions are as long as the sequence, parameters and buffers are the same (not so with learned positions for each token),
-    inputs are longer in proportion, and masks are the same at a length far off (not so with a window that is a share of the length), it is
-    calculated; elsewhere the model is looked at again. Raises as `look_at`.
+    It is calculated from the look at `seq_len` tokens where attentions are as long as the sequence, parameters and buffers are the same
+    (not so with learned positions for each token), inputs are longer in proportion, and masks are the same at a length far off (not so
+    with a window that is a share of the length); elsewhere the model is looked at again. Raises as `look_at`.
     """
     told = set[str]()
 
@@ -107,19 +105,20 @@ def look_further(
         return look_at(asked, batch=batch, seq_len=length, world_size=ranks, shard_parameters=shard_parameters, told=told)
 
     looks = cache(look)  # many ranks are looked at as few
-    sizes, sites = cache(partial(_sizes, make)), cache(partial(_sites, make, told))
+    sizes, sites = cache(partial(_sizes, make)), cache(partial(_sites, make))
 
     def is_alike(first: Training, length: int) -> bool:
         if not all(named.site.q_len == named.site.k_len == seq_len for named in first.sites):
             return False
-        far = seq_len * _FAR if length > seq_len else min(length, max(1, seq_len // _FAR))
+        # As far as a sweep goes, or further.
+        far = seq_len << DOUBLINGS if length > seq_len else max(1, min(length, seq_len >> DOUBLINGS))
         return sizes(length) is not None and sizes(length) == sizes(seq_len) and sites(far) == first.at(seq_len=far).sites
 
     def at(length: int, ranks: int) -> Training:
         first = looks(seq_len, min(ranks, _LOOKED_AT_ON))
         return first.at(seq_len=length) if length == seq_len or is_alike(first, length) else looks(length, min(ranks, _LOOKED_AT_ON))
 
-    return at(seq_len, world_size), at
+    return at
 
 
 def _sizes(make: Callable[[int], Made], length: int) -> list[object] | None:
@@ -146,15 +145,18 @@ def _sizes(make: Callable[[int], Made], length: int) -> list[object] | None:
     return [*owned, *map(given, tree_leaves(kwargs))]
 
 
-def _sites(make: Callable[[int], Made], told: set[str], length: int) -> tuple[NamedSite, ...] | None:
-    """The attentions of a model at a length; None if it has no such length, or cannot be made without weights."""
+def _sites(make: Callable[[int], Made], length: int) -> tuple[NamedSite, ...] | None:
+    """The attentions of a model at a length; None if it has no such length, or cannot be made without weights.
+
+    Nobody asked for that length, so what would be warned of there is not.
+    """
 
     def use(programs: Sequence[Program]) -> tuple[NamedSite, ...]:
         return tuple(planned.site for planned in joined_sites(program.plan for program in programs))
 
     try:
-        with without_repeats(told):
-            return with_programs(partial(make, length), use, world_size=1, options=Options(), weights=False)
+        with without_warnings():
+            return with_programs(partial(make, length), use, world_size=1, options=_LOOK, weights=False)
     except AutoSeqError as error:
         log.debug("masks are not compared at %d tokens: %s", length, error)
         return None
@@ -179,30 +181,23 @@ def _warnings(programs: Sequence[Program], ranks: int) -> tuple[Warned, ...]:
 
 
 def plan_training(
-    training: Training, *, world_size: int, topology: Topology, strategy: str = "auto", layout: str = "auto",
-    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None, asked: Looked | None = None,
+    looked: Looked, *, seq_len: int, world_size: int, topology: Topology, strategy: str = "auto", layout: str = "auto",
+    memory_gib: float | None = None, reserve: float = 0.0, over: Over | None = None,
 ) -> Planned:  # fmt: skip
-    """The plans for a model on so many ranks, which leave a share `reserve` of a rank's memory free. `asked`: see `look_further`.
+    """The plans for a model on so many ranks, which leave a share `reserve` of a rank's memory free. `looked`: see `looks_at`.
 
     Raises PlanError, which says what would fit, if nothing does.
     """
     memory = topology.memory_bytes if memory_gib is None else int(memory_gib * 2**30)
     reserved = int(memory * reserve)
     topology = replace(topology, memory_bytes=memory - reserved)
-    try:
-        found = candidates(training, world_size, topology, strategy=strategy, layout=layout)
-    except StrategyError as error:
-        raise StrategyError(in_a_plan(str(error))) from None
+    asked: dict[str, str] = {"strategy": strategy, "layout": layout}
+    training = looked(seq_len, world_size)
+    found = candidates(training, world_size, topology, **asked)
     if not found[0].fits:
-        others = would_fit(training, world_size, topology, strategy=strategy, layout=layout, asked=asked)
-        raise PlanError(_nothing_fits(found[0], others, topology, reserved))
-    points = [] if over is None else sweep(training, world_size, topology, over, strategy=strategy, layout=layout, asked=asked)
+        raise PlanError(_nothing_fits(found[0], would_fit(looked, seq_len, world_size, topology, **asked), topology, reserved))
+    points = [] if over is None else sweep(looked, seq_len, world_size, topology, over, **asked)
     return Planned(training, world_size, topology, reserved, tuple(found), over, tuple(points))
-
-
-def in_a_plan(reason: str) -> str:
-    """A refusal without the advice to give the model a mesh: a plan tries all meshes that there are."""
-    return reason.replace(f": {MESH_ADVICE}", ", which a sequence of this plan has not")
 
 
 def _nothing_fits(least: Candidate, others: Sequence[tuple[str, int]], topology: Topology, reserved: int) -> str:

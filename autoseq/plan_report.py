@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import sympy
 from rich.console import Console
 
 from autoseq.plan_call import call_of
-from autoseq.plan_formulas import formulas_json
-from autoseq.plan_model import MEMORY, Planned, in_a_plan
+from autoseq.plan_formulas import formulas_json, print_formulas
+from autoseq.plan_model import MEMORY, Planned
 from autoseq.planner import SitePlan
 from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import Point, mix, overtakings
-from autoseq.planning.time_formulas import exchange_text, phase_formulas, uses_links_together, work_formula
 from autoseq.planning.training import Training
 from autoseq.program import Warned
 from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.report import table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.timeline import WAYS
-from autoseq.strategy_table import formula_text
 
 _SHOWN = 12
 
@@ -119,11 +115,11 @@ def _print_sites(out: Console, best: Candidate) -> None:
         group = list(same)
         one = group[0]
         names = one.site.name if len(group) == 1 else f"{one.site.name} … {group[-1].site.name} ({len(group)} ×)"
-        seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.busiest_bytes)} sent"
+        seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.offer.sent_bytes)} sent"
         out.print(f"\n{names}, mask {one.site.mask}: {one.strategy}, {seconds}." + (" Not taken:" if one.losers else ""))
         by_reason: dict[str, list[str]] = {}
         for name, reason in one.losers:
-            by_reason.setdefault(in_a_plan(reason), []).append(name)
+            by_reason.setdefault(reason, []).append(name)
         for reason, names_of in by_reason.items():
             out.print(f"  {', '.join(names_of)}: {reason}")
     for layout, reason in best.plan.refused:
@@ -142,7 +138,7 @@ def _print_sweep(out: Console, planned: Planned) -> None:
         out.print(table(title, ["strategy", *(f":{point.value:,}" for point in points)], rows))
     for point in planned.points:
         if point.best is None:
-            out.print(f"{point.value:,} {header}: {in_a_plan(point.why_not)}")
+            out.print(f"{point.value:,} {header}: {point.why_not}")
     if any(_is_tied(point) for point in planned.points):
         out.print(_TIES)
     found = overtakings(planned.points)
@@ -181,38 +177,6 @@ def _sweep_row(point: Point) -> Sequence[object]:
     return (f"{point.value:,}", mix(best), best.split, readable_seconds(best.seconds), f"{best.tokens_per_s:,.0f}", f"{best.mfu:.1%}")
 
 
-def print_formulas(out: Console, *, host: bool) -> None:
-    """The cost model in symbols, strategy by strategy."""
-    out.print("\nThe cost model. A pass takes as long as its phases, each so many times; what stands in one Max goes on side by side.")
-    out.print("  T_work is what a rank computes by itself, T_… what it sends.")
-    if host:
-        out.print("  H_… is what sending that takes of the cores that compute: messages · latency + bytes / rate of the host.")
-    for way in WAYS:
-        out.print(f"  {way}: T_work = {formula_text(work_formula(way))}")
-    out.print("  F flops a second of the kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory.")
-    out.print("  Of a rank, by the mask: pairs of full and masked blocks, squares on a diagonal and their rows, launches, merged elements;")
-    out.print("  and packed, the bytes of buffers that heads are copied into before they travel, or out of afterwards.")
-    for name, strategy in STRATEGIES.items():
-        if name == "local":
-            continue
-        for way in WAYS:
-            out.print(f"\n{name}, {way}:")
-            _print_phases(out, phase_formulas(strategy, way, host=host))
-            if uses_links_together(strategy, way):
-                out.print("  and where all ranks are on one node, whose messages share a link:")
-                _print_phases(out, phase_formulas(strategy, way, one_link=True, host=host))
-            for line in exchange_text(strategy, way):
-                out.print(f"  {line}")
-        work = {of: formula_text(formula) for of, formula in strategy.work_formulas().items()}
-        out.print(f"  without a mask: pairs = {work['pairs']}, kept for the backward {work['kept_bytes']} bytes")
-
-
-def _print_phases(out: Console, phases: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> None:
-    for times, seconds in phases:
-        often = "" if times == 1 else f"({formula_text(times)}) times "
-        out.print(f"  {often}{formula_text(seconds)}")
-
-
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
@@ -230,8 +194,9 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
         "plans": [_candidate_json(each) for each in planned.candidates],
         "attention": [
             {
-                "name": p.site.name, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds, "bytes_per_rank": p.busiest_bytes,
-                "losers": [_loser_json(p, name, in_a_plan(reason)) for name, reason in p.losers],
+                "name": p.site.name, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds,
+                "bytes_per_rank": p.offer.sent_bytes,
+                "losers": [_loser_json(p, name, reason) for name, reason in p.losers],
             }
             for p in planned.best.plan.sites
         ],
@@ -240,7 +205,7 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
             "points": [
                 {
                     "value": point.value, "best": point.best and _candidate_json(point.best),
-                    "why_not": in_a_plan(point.why_not) or None, "seconds": point.seconds,
+                    "why_not": point.why_not or None, "seconds": point.seconds,
                     "degrees": {name: found and [found.split.data, found.split.sequence] for name, found in point.alone.items()},
                 }
                 for point in planned.points

@@ -18,8 +18,9 @@ from autoseq.passes.attention_site import is_attention
 from autoseq.passes.formula.floats import requires_grad
 from autoseq.passes.sizes import hint
 from autoseq.planning.asked_ranks import asked_ranks
-from autoseq.planning.choice import Offer, Picks, choose, needed_bytes, smallest, taken, three_digits
+from autoseq.planning.choice import Offer, Picks, Placed, choose, needed_bytes, smallest, taken, three_digits
 from autoseq.planning.prediction import step_seconds
+from autoseq.planning.reasons import in_one_plan
 from autoseq.planning.topology import Topology
 from autoseq.readable import readable_seconds
 from autoseq.runtime.errors import StrategyError
@@ -50,15 +51,6 @@ class NamedSite:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """An offer, with the layout and the mesh that it is for."""
-
-    offer: Offer
-    layout: Layout
-    mesh: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class SitePlan:
     """The strategy of one site in the layout of its plan, what it sends, and why each other strategy lost."""
 
@@ -66,7 +58,6 @@ class SitePlan:
     strategy: str
     layout: Layout
     cost: Cost  # of rank 0
-    busiest_bytes: int  # what the rank sends in a step that sends most
     losers: tuple[tuple[str, str], ...]
     offers: tuple[Offer, ...]  # of all that could serve in this layout, the chosen one among them
     elsewhere: tuple[Placed, ...] = ()  # of all that could serve in the layouts and on the meshes that were not taken
@@ -75,6 +66,11 @@ class SitePlan:
     def places(self) -> tuple[Placed, ...]:
         """All that could serve, in the plan's layout and on its mesh first."""
         return (*(Placed(offer, self.layout, self.site.site.mesh) for offer in self.offers), *self.elsewhere)
+
+    @property
+    def place(self) -> Placed:
+        """What was chosen, where it is."""
+        return Placed(self.offer, self.layout, self.site.site.mesh)
 
     def best_offer(self, strategy: str) -> Placed | None:
         """The best that a strategy offers in any layout, on any mesh, of equal ones the plan's; None if it could serve in none."""
@@ -106,7 +102,7 @@ class Plan:
 
     def step_bytes(self) -> int:
         """What the sites' busiest ranks send in a step."""
-        return sum(planned.busiest_bytes for planned in self.sites)
+        return sum(planned.offer.sent_bytes for planned in self.sites)
 
     def seconds(self) -> float:
         """Predicted for the attention of a step."""
@@ -285,12 +281,10 @@ def _as_seen(name: str, site: Site, P: int) -> Site:
 
 
 @lru_cache(maxsize=4096)
-def _sent(name: str, site: Site, P: int, layout: Layout, ways: tuple[Way, ...]) -> tuple[Cost, int]:
-    """What rank 0 sends, and the bytes of the rank that sends most."""
-    of_ranks = [STRATEGIES[name].cost(site, P, layout, rank) for rank in asked_ranks(P)]
-    if ways != WAYS:
-        of_ranks = [replace(cost, backward_bytes=0, backward_messages=0) for cost in of_ranks]
-    return of_ranks[0], max(cost.step_bytes for cost in of_ranks)
+def _costs(name: str, site: Site, P: int, layout: Layout, ways: tuple[Way, ...]) -> tuple[Cost, ...]:
+    """What the ranks that are asked send, rank 0 first."""
+    of_ranks = tuple(STRATEGIES[name].cost(site, P, layout, rank) for rank in asked_ranks(P))
+    return of_ranks if ways == WAYS else tuple(replace(cost, backward_bytes=0, backward_messages=0) for cost in of_ranks)
 
 
 @lru_cache(maxsize=4096)
@@ -301,7 +295,7 @@ def _offer(name: str, site: Site, P: int, layout: Layout, topology: Topology, wa
         float(f"{step_seconds(strategy, site, P, layout, topology, ranks, ways):.6g}"),  # not decided by the order of a sum
         max(strategy.kept_bytes(site, P, layout, rank) for rank in ranks) if ways == WAYS else 0,
         max(strategy.buffer_bytes(site, P, layout, rank, way) for rank in ranks for way in ways),
-        _sent(name, site, P, layout, ways)[1],
+        max(cost.step_bytes for cost in _costs(name, site, P, layout, ways)),
     )
 
 
@@ -329,43 +323,16 @@ def _placed(losing: Sequence[_Candidate], number: int, mesh: tuple[int, ...]) ->
 def _site_plan(
     named: NamedSite, taken_in: _Candidate, number: int, elsewhere: Sequence[Placed], P: int, names: Sequence[str]
 ) -> SitePlan:  # fmt: skip
-    layout, offers = taken_in.layout, taken_in.offers[number]
-    best, site = offers[taken_in.picks[number]], named.site
-    sent = _sent(best.strategy, _as_seen(best.strategy, site, P), P, layout, named.ways)
-    planned = SitePlan(named, best.strategy, layout, *sent, (), tuple(offers), tuple(elsewhere))
-    lost = [(name, planned.best_offer(name)) for name in names if name != best.strategy]
-    losers = tuple((name, _why_not(name, found, best, site, P, layout)) for name, found in lost)
-    return replace(planned, losers=losers)
+    layout, offers, site = taken_in.layout, taken_in.offers[number], named.site
+    best = offers[taken_in.picks[number]].strategy
+    cost, *_ = _costs(best, _as_seen(best, site, P), P, layout, named.ways)
+    planned = SitePlan(named, best, layout, cost, (), tuple(offers), tuple(elsewhere))
 
+    def why_not(name: str) -> str:
+        found = planned.best_offer(name)
+        if found is None:
+            return str(_refusal(site, name, P, layout))
+        chosen = taken(taken_in.offers, taken_in.picks)
+        return in_one_plan(found, planned.place, needed_bytes([*chosen[:number], found.offer, *chosen[number + 1 :]]) - taken_in.held_bytes)
 
-def _why_not(name: str, found: Placed | None, best: Offer, site: Site, P: int, layout: Layout) -> str:
-    """Of a strategy that could serve: its seconds, in the layout that suits it best."""
-    if found is None:
-        return str(_refusal(site, name, P, layout))
-    lost, other = found.offer, found.layout != layout
-    seconds = compared(found, best, with_rows=other)
-    if three_digits(lost.seconds) > three_digits(best.seconds):
-        return seconds
-    if other:
-        return f"{seconds}; {of_rows(layout)}"
-    if three_digits(lost.seconds) == three_digits(best.seconds) and lost.sent_bytes >= best.sent_bytes:
-        return f"{seconds}, which is the same in three digits; {_tie(lost, best)}"
-    held = lost.kept_bytes + lost.buffer_bytes - best.kept_bytes - best.buffer_bytes
-    return f"{seconds}, but it holds {held:,} bytes more and does not fit"
-
-
-def of_rows(layout: Layout) -> str:
-    """Why a strategy that suits one attention was not taken; why the layout was, `Plan.refused` tells."""
-    return f"but all attentions share one layout, {layout}"
-
-
-def compared(lost: Placed, best: Offer, *, on_mesh: bool = False, with_rows: bool = False) -> str:
-    """`1.24 ms a step on a mesh of 2 × 4 with zigzag rows, ulysses 1.23 ms`."""
-    mesh = f" on a mesh of {' × '.join(map(str, lost.mesh))}" if on_mesh else ""
-    rows = f" with {lost.layout} rows" if with_rows else ""
-    return f"{readable_seconds(lost.offer.seconds)} a step{mesh}{rows}, {best.strategy} {readable_seconds(best.seconds)}"
-
-
-def _tie(lost: Offer, best: Offer) -> str:
-    more = lost.sent_bytes - best.sent_bytes
-    return f"it sends {more:,} bytes more" if more else f"{best.strategy} comes first in the list of strategies"
+    return replace(planned, losers=tuple((name, why_not(name)) for name in names if name != best))

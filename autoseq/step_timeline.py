@@ -21,6 +21,7 @@ from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.model_cost import ModelCost
 from autoseq.planning.prediction import Lane, Segment, pass_time
 from autoseq.planning.topology import Topology
+from autoseq.planning.training import rest_seconds
 from autoseq.program import Program
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS, Way
@@ -114,16 +115,14 @@ class _Clock:
         self._flops, self._bytes = sum(part.flops for part in parts), sum(part.num_bytes for part in parts)
         self._products_s, self._traffic_s = dict[Way, float](), dict[Way, float]()
         for way in WAYS:
-            spent = cost.way(way)
-            self._products_s[way] = sum(n / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, n in spent.flops + spent.again)
-            moved_s = (spent.fixed_bytes + spent.growing_bytes) / topology.memory_bytes_per_s
-            self._traffic_s[way] = moved_s + spent.launches * topology.launch_s
+            self._products_s[way], self._traffic_s[way] = rest_seconds(cost.way(way), topology)
         self._known: dict[tuple[object, ...], tuple[float, list[tuple[Segment, ...]]]] = {}
 
     def advance(self, part: _Part, way: Way) -> None:
-        """All ranks go through a part."""
+        """All ranks go through a part; an attention that wants no gradient has no backward."""
         if part.site is not None:
-            self._attend(part.site, way)
+            if way in part.site.site.ways:
+                self._attend(part.site, way)
             return
         self._compute(part, way)
         for op, sent in ((part.sent.forward if way == "forward" else part.sent.backward) if part.sent else {}).items():

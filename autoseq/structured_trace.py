@@ -25,7 +25,7 @@ def plan_text(plan: Plan) -> str:
         "sites": [
             {
                 "name": p.site.name, "source": p.site.source, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds,
-                "bytes_of_busiest_rank": p.busiest_bytes,
+                "bytes_of_busiest_rank": p.offer.sent_bytes,
                 "offers": {offer.strategy: offer.seconds for offer in p.offers}, "losers": dict(p.losers),
             }
             for p in plan.sites

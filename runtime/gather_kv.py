@@ -47,8 +47,8 @@ from autoseq.runtime.stages import (
     queries_of,
     stage_buffers,
 )
-from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, needs_of_site, rows_of_site, task_of
-from autoseq.runtime.timeline import Exchange, Exchanges, MessageKind, Peers, Phase, Scope, Way, peers_of, pipeline
+from autoseq.runtime.strategy import Cost, Site, Strategy, accumulator_bytes, cost_in, needs_of_site, rows_of_site, task_of
+from autoseq.runtime.timeline import WAYS, Exchange, Exchanges, MessageKind, Peers, Phase, Scope, Way, peers_of, pipeline
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.work_counts import Task, part_of
 
@@ -219,8 +219,8 @@ class GatherKV(Strategy):
         t, stages = local_length(site.k_len, group_size, layout), num_key_stages(site, group_size, layout)
         return gather_buffers(site, group_size, t, stages, self.exchanges(site, group_size, layout, rank, way))
 
-    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
-        return opaque_traffic(site, self.cost(site, group_size, layout))
+    def opaque(self, site: Site, group_size: int, layout: Layout, ways: Sequence[Way] = WAYS) -> dict[str, Traffic]:
+        return opaque_traffic(site, cost_in(ways, lambda way: self.exchanges(site, group_size, layout, 0, way)))
 
 
 def gather_exchanges(

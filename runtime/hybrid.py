@@ -12,7 +12,7 @@ rest is the op of `ring` or `gather_kv`, whose participants hold the shards of s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -34,7 +34,7 @@ from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.local import whole_attention
 from autoseq.runtime.ring import Ring
 from autoseq.runtime.stages import STAGES, num_heads
-from autoseq.runtime.strategy import Cost, Site, Strategy, cost_of, needs_two_dims, saved_bytes
+from autoseq.runtime.strategy import Cost, Site, Strategy, cost_in, needs_two_dims, saved_bytes
 from autoseq.runtime.timeline import WAYS, Exchanges, Phase, Scope, Way, Work, alone, substituted
 from autoseq.runtime.traffic import Traffic
 from autoseq.runtime.ulysses import Ulysses, head_shares, num_heads_of_ranks
@@ -132,10 +132,10 @@ class _Hybrid(Strategy):
         found: dict[str, Any] = {name: formula.xreplace(ours) for name, formula in self.trade.strategy.work_formulas().items()}
         return found
 
-    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
+    def opaque(self, site: Site, group_size: int, layout: Layout, ways: Sequence[Way] = WAYS) -> dict[str, Traffic]:
         """Of the rows; heads go through functional collectives."""
         share = self._share(site, layout, 0)
-        return self.trade.kinds(site, cost_of(*(self.trade.exchanges(share, way, "flat") for way in WAYS)))
+        return self.trade.kinds(site, cost_in(ways, lambda way: self.trade.exchanges(share, way, "flat")))
 
     def sizes(self, site: Site, group_size: int, layout: Layout, rank: int) -> dict[sympy.Symbol, int]:
         return super().sizes(site, group_size, layout, rank) | self._head_sizes(site, rank) | {

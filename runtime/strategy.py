@@ -163,6 +163,11 @@ def needs_two_dims(site: Site) -> str | None:
     return f"it works on two levels and needs several nodes of several ranks{found}: {MESH_ADVICE}"
 
 
+def cost_in(ways: Sequence[Way], exchanges: Callable[[Way], Exchanges]) -> Cost:
+    """All exchanges of these ways together, and none of another."""
+    return cost_of(*(exchanges(way) if way in ways else {} for way in WAYS))
+
+
 def cost_of(forward: Exchanges, backward: Exchanges) -> Cost:
     """All exchanges of both ways together."""
     ways = [list(of_way.values()) for of_way in (forward, backward)]
@@ -220,12 +225,12 @@ class Strategy(ABC):
         """What `rank` sends, to the byte. What only the values of a tensor rule out is not known here, and counted."""
         return cost_of(*(self.exchanges(site, group_size, layout, rank, way) for way in WAYS))
 
-    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
-        """What rank 0 sends in one step from inside opaque operators, by the kind of message as the counting backend names them.
+    def opaque(self, site: Site, group_size: int, layout: Layout, ways: Sequence[Way] = WAYS) -> dict[str, Traffic]:
+        """What rank 0 sends in these passes from inside opaque operators, by the kind of message as the counting backend names them.
 
         What goes through functional collectives, which a dispatcher sees, is not among it.
         """
-        cost = self.cost(site, group_size, layout)
+        cost = cost_in(ways, lambda way: self.exchanges(site, group_size, layout, 0, way))
         return {"send": Traffic(cost.forward_messages + cost.backward_messages, cost.step_bytes)}
 
     def full_cost(self, site: Site, group_size: int, layout: Layout, rank: int = 0) -> Cost:

@@ -191,7 +191,7 @@ class Ulysses(Strategy):
         s, t = (strategy.P * rows for rows in (strategy.s, strategy.t))
         return {"pairs": strategy.B * OWN_HEADS * s * t, "kept_bytes": saved_formula(OWN_HEADS, OWN_KV_HEADS, s, t)}
 
-    def opaque(self, site: Site, group_size: int, layout: Layout) -> dict[str, Traffic]:
+    def opaque(self, site: Site, group_size: int, layout: Layout, ways: Sequence[Way] = WAYS) -> dict[str, Traffic]:
         return {}
 
     def cases(self, site: Site, group_size: int, layout: Layout, rank: int, together: int = 1) -> tuple[Case, ...]:

@@ -33,6 +33,13 @@ from ranks import run_ranks
 from test_degrees import H100, training
 from test_zoo import GRADIENT_TOLERANCE, LOSS_TOLERANCE, train
 
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_decided", "_told"):
+        monkeypatch.setattr(asked_strategies, name, set())
+
+
 # Which pattern counts -------------------------------------------------------------------------------------------------
 
 LAYERS = {"layers.5.*": "ring", "*.attn": "halo", "*": "ulysses"}
@@ -170,8 +177,7 @@ def test_inspect_knows_all_parts_and_which_name_none_has(after: Callable[[Tensor
         inspect_model(lambda: make(after), seq_len=16, world_size=2, strategy={"a": "ring", "c": "ring", "*": "ulysses"})
 
 
-def test_a_part_tells_once_what_another_part_may_have(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked_strategies, "_known", set())
+def test_a_part_tells_once_what_another_part_may_have(caplog: pytest.LogCaptureFixture) -> None:
     options = {"inner": "eager", "strategy": {"a": "auto", "b": "auto", "elsewhere": "auto"}}
     model, kwargs = make(break_graph)
     torch.compile(model, backend="autoseq", options=options)(**kwargs)

@@ -27,7 +27,7 @@ from autoseq.passes.shard import Fallback
 from autoseq.plan_model import look_at
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import model_cost
-from autoseq.planning.training import Training, memory_besides_attention
+from autoseq.planning.training import Split, Training, memory_besides_attention
 from autoseq.readable import readable_bytes
 from autoseq.runtime.counting import counters, reset_counters
 from inspected_models import OneAttention, break_graph
@@ -334,7 +334,7 @@ def test_a_plan_calculates_for_eight_ranks_what_a_look_at_eight_finds(training: 
     times = calculated.tokens // seen.tokens
     assert (calculated.kept_bytes, calculated.largest_bytes) == (times * seen.kept_bytes, times * seen.largest_bytes)
     assert calculated.gathered_bytes == times * seen.gathered_bytes == times * LENGTH * 8 * 4
-    assert memory_besides_attention(training, LENGTH // 8, 8, 8).gathered == LENGTH * 8 * 4
+    assert memory_besides_attention(training, Split(1, 8), "contiguous").gathered == LENGTH * 8 * 4
 
 
 def test_the_plan_command_says_once_what_a_run_warns_of() -> None:

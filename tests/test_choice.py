@@ -24,6 +24,9 @@ CHOICES = {
     "as fast in three digits is equally fast": ([[Offer("a", 1.001, 1, 0, 7), Offer("b", 1.004, 9, 0, 6)]], 9, ["b"]),
     "of equally fast ones the first": ([[Offer("a", 1.0, 9, 0), Offer("b", 1.0, 1, 0)]], 9, ["a"]),
     "of equally fast ones the first that fits": ([[Offer("a", 1.0, 9, 0), Offer("b", 1.0, 1, 0)]], 8, ["b"]),
+    "memory is spent on what is better, not on what is faster in the fourth digit": (
+        [[Offer("a", 1.0001, 100, 0, 10), Offer("b", 1.0, 100, 0, 20), Offer("c", 0.5, 1000, 0)]], 200, ["a"]
+    ),
     "time is given where a byte costs least": (
         [[Offer("a", 1.0, 100, 0), Offer("b", 9.0, 0, 0)], [Offer("c", 1.0, 100, 0), Offer("d", 2.0, 0, 0)]], 100, ["a", "d"]
     ),
@@ -55,6 +58,6 @@ def test_against_every_choice_there_is(sites: list[list[Offer]], limit: int) -> 
     for number, offers in enumerate(sites):
         for offer in offers:
             swapped = [*chosen[:number], offer, *chosen[number + 1 :]]
-            assert needed_bytes(swapped) > limit or offer.seconds >= chosen[number].seconds
+            assert needed_bytes(swapped) > limit or offer.worth >= chosen[number].worth
     if limit >= max(map(needed_bytes, every)):
         assert sum(o.seconds for o in chosen) == min(sum(o.seconds for o in offers) for offers in fitting)

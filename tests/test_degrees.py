@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoseq.plan_model import plan_training
-from autoseq.planner import NamedSite, Placed, Plan, SitePlan, make_plan
-from autoseq.planning.choice import Offer, three_digits
+from autoseq.planner import NamedSite, Plan, SitePlan, make_plan
+from autoseq.planning.choice import Offer, Placed, three_digits
 from autoseq.planning.degrees import Candidate, Split, beside_other_meshes, candidates, splits
 from autoseq.planning.model_cost import Collective, ModelCost, PassCost
 from autoseq.planning.presets import load_topology
-from autoseq.planning.sweep import overtakings, sweep, would_fit
+from autoseq.planning.sweep import Looked, overtakings, sweep, values_of, would_fit
 from autoseq.planning.topology import KernelRates, Link, Rate, Topology
 from autoseq.planning.training import Memory, StepTime, Training
 from autoseq.readable import readable_seconds
@@ -47,6 +48,11 @@ def training(*, batch: int = 8, seq_len: int = 8192, layers: int = 2, sharded: b
     return Training(tuple(NamedSite(f"layers.{i}", "model.py:1", "k <= q", site) for i in range(layers)), cost, batch, seq_len, sharded)
 
 
+def looked(training: Training) -> Looked:
+    """The model at other lengths, whatever the ranks."""
+    return lambda length, ranks: training.at(seq_len=length)
+
+
 # Splits ---------------------------------------------------------------------------------------------------------------
 
 SPLITS = {
@@ -64,11 +70,21 @@ SPLITS = {
 
 @pytest.mark.parametrize(("ranks", "batch", "expected"), SPLITS.values(), ids=SPLITS)
 def test_which_splits_there_are(ranks: int, batch: int, expected: list[Split]) -> None:
-    assert list(splits(ranks, H100, batch=batch, seq_len=8192)) == expected
+    assert list(splits(training(batch=batch), ranks, H100)) == expected
 
 
 def test_a_sequence_has_a_token_for_each_rank() -> None:
-    assert [split.sequence for split in splits(8, H100, batch=8, seq_len=3)] == [1, 2]
+    assert [split.sequence for split in splits(training(seq_len=3), 8, H100)] == [1, 2]
+
+
+def test_the_shortest_attention_has_a_token_for_each_rank() -> None:
+    """As the text that an image looks at, which a run would refuse to split over more ranks than it has tokens."""
+    asked = training(batch=8)
+    (first, *others) = asked.sites
+    short = replace(asked, sites=(replace(first, site=replace(first.site, k_len=5, max_ahead=None)), *others))
+    assert [split.sequence for split in splits(short, 8, H100) if not split.mesh] == [1, 2, 4]
+    with pytest.raises(PlanError, match=r"a sequence needs a token for each of its ranks \(an attention has 5\).* --batch 2 would work"):
+        candidates(short.at(batch=1), 8, H100)
 
 
 # Whole steps ----------------------------------------------------------------------------------------------------------
@@ -199,7 +215,7 @@ def test_why_a_strategy_on_another_mesh_was_not_taken(
 ) -> None:
     def candidate(mesh: tuple[int, ...], offers: tuple[Offer, ...], planned: dict[str, Any], of_step: dict[str, Any]) -> Candidate:
         site = NamedSite("a", "model.py:1", "k <= q", replace(training(batch=1).sites[0].site, mesh=mesh))
-        taken = SitePlan(site, offers[0].strategy, "contiguous", Cost(0, 0, 0, 0), 0, (), offers)
+        taken = SitePlan(site, offers[0].strategy, "contiguous", Cost(0, 0, 0, 0), (), offers)
         layout = planned.get("layout", "contiguous")
         told = {"split": Split(1, 4, mesh), "sent_bytes": 100, "fits": True, "seconds": 2.0} | of_step
         time = StepTime(told.pop("seconds"), 0.0, 0.0, 0.0, 0.0)
@@ -285,7 +301,7 @@ def test_what_cannot_be_split_is_an_error_that_says_why() -> None:
 
 def test_a_limit_that_nothing_fits_says_what_would() -> None:
     with pytest.raises(PlanError) as caught:
-        plan_training(training(batch=1, seq_len=65536), world_size=4, topology=H100, memory_gib=8)
+        plan_training(looked(training(batch=1)), seq_len=65536, world_size=4, topology=H100, memory_gib=8)
     message = str(caught.value)
     assert "no plan fits in 8.59 GB a rank: the smallest, 1 × 4" in message
     assert re.search(r"What would fit: .*tokens: [\d.]+ GB a rank", message)
@@ -302,18 +318,18 @@ def test_a_limit_that_nothing_fits_says_what_would() -> None:
 def test_what_would_fit_does_and_needs_what_is_said(change: str, of: Callable[[Training], Training]) -> None:
     asked, limit = training(batch=1, seq_len=65536, layers=4), replace(H100, memory_bytes=int(19e9))
     assert not candidates(asked, 4, limit)[0].fits
-    ((_, size),) = [each for each in would_fit(asked, 4, limit) if re.search(change, each[0])]
+    ((_, size),) = [each for each in would_fit(looked(asked), 65536, 4, limit) if re.search(change, each[0])]
     best = candidates(of(asked), 4, limit)[0]
     assert best.fits and best.memory.total == size
 
 
 def test_a_share_of_the_memory_is_kept_free() -> None:
-    asked = training(batch=1)
-    needs = plan_training(asked, world_size=4, topology=H100).best.memory.total
+    plan = partial(plan_training, looked(training(batch=1)), seq_len=8192, world_size=4)
+    needs = plan(topology=H100).best.memory.total
     limit = replace(H100, memory_bytes=int(needs * 1.04))
-    assert plan_training(asked, world_size=4, topology=limit).best.memory.total == needs
+    assert plan(topology=limit).best.memory.total == needs
     with pytest.raises(PlanError, match=r"more are kept free, --reserve"):
-        plan_training(asked, world_size=4, topology=limit, strategy="ulysses", layout="contiguous", reserve=0.2)
+        plan(topology=limit, strategy="ulysses", layout="contiguous", reserve=0.2)
 
 
 def test_a_strategy_that_serves_no_split_is_an_error() -> None:
@@ -322,7 +338,7 @@ def test_a_strategy_that_serves_no_split_is_an_error() -> None:
 
 
 def test_a_sweep_has_a_point_for_each_value_and_finds_where_strategies_overtake() -> None:
-    points = sweep(training(batch=1, layers=1), 8, H100, "seq-len")
+    points = sweep(looked(training(batch=1, layers=1)), 8192, 8, H100, "seq-len")
     assert [point.value for point in points] == [8192 * 2**k // 16 for k in range(9)]
     for point in points:
         assert point.best is not None
@@ -333,13 +349,24 @@ def test_a_sweep_has_a_point_for_each_value_and_finds_where_strategies_overtake(
         assert value in [point.value for point in points] and before != after
 
 
-def test_a_sweep_of_ranks_asks_for_those_that_fill_nodes() -> None:
-    points = sweep(training(batch=1, layers=1), 16, load_topology("2x8xA800-4nic"), "world-size", strategy="ulysses")
-    assert [point.value for point in points] == [1, 2, 4, 8, 16]
+VALUES: dict[str, tuple[Any, dict[str, int], int, str, list[int]]] = {
+    "ranks that fill nodes": ("world-size", {}, 16, "2x8xA800-4nic", [1, 2, 4, 8, 16]),
+    "a part of a node": ("world-size", {}, 6, "8xH100", [1, 2, 4, 6]),
+    "lengths that have a token for each rank": ("seq-len", {"seq_len": 64, "batch": 1}, 16, "2x8xA800-4nic", [16 << k for k in range(7)]),
+    "shorter ones, where copies of the data share the ranks": (
+        "seq-len", {"seq_len": 16, "batch": 64}, 512, "64x8xH100", [8, 16, 32, 64, 128, 256]
+    ),
+    "the length itself, though nothing can share it": ("seq-len", {"seq_len": 16, "batch": 1}, 256, "32x8xH100", [16, 256]),
+}  # fmt: skip
 
 
-def test_a_sweep_of_a_part_of_a_node() -> None:
-    points = sweep(training(batch=1, layers=1), 6, H100, "world-size", strategy="ring")
+@pytest.mark.parametrize(("over", "of", "ranks", "hardware", "expected"), VALUES.values(), ids=VALUES)
+def test_what_a_sweep_asks_for(over: Any, of: dict[str, int], ranks: int, hardware: str, expected: list[int]) -> None:
+    assert values_of(over, training(**{"batch": 1, **of}), ranks, load_topology(hardware)) == expected
+
+
+def test_a_sweep_of_ranks_has_the_strategy_that_was_asked_for() -> None:
+    points = sweep(looked(training(batch=1, layers=1)), 8192, 6, H100, "world-size", strategy="ring")
     served = [(point.value, point.best and point.best.strategies) for point in points]
     assert served == [(1, {"local": 1}), (2, {"ring": 1}), (4, {"ring": 1}), (6, {"ring": 1})]
 

@@ -16,7 +16,8 @@ from autoseq.options import Options
 from autoseq.plan_model import look_at
 from autoseq.planning.gathered import cost_on, gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
-from autoseq.planning.training import Training, memory_besides_attention
+from autoseq.planning.training import Split, Training, memory_besides_attention
+from test_joint_attention import Joint
 
 WIDTH, HEADS, LENGTH = 32, 2, 256
 
@@ -71,10 +72,24 @@ def test_two_looks_tell_what_a_third_would_find() -> None:
 
 
 def test_what_is_gathered_does_not_shrink_with_more_ranks(training: Training) -> None:
-    held = [memory_besides_attention(training, LENGTH // P, P, P).activations for P in (2, 8, 64)]
+    held = [memory_besides_attention(training, Split(1, P), "contiguous").activations for P in (2, 8, 64)]
     once = replace(training, cost_on_more=None)
-    assert held[2] > memory_besides_attention(once, LENGTH // 64, 64, 64).activations * 8
+    assert held[2] > memory_besides_attention(once, Split(1, 64), "contiguous").activations * 8
     assert held[0] > held[1] > held[2]
+
+
+def test_rows_that_move_between_ranks_do_not_shrink_with_more_of_them() -> None:
+    """Two sequences end to end: how many rows change their rank depends on where the first ends, and on all ranks together."""
+
+    def joined() -> tuple[nn.Module, dict[str, Any]]:
+        sizes = {"text": (1, 128, WIDTH), "image": (1, 4096, WIDTH), "wanted": (1, 4096, 6)}
+        return Joint(False, 1, WIDTH), {name: torch.randn(size) for name, size in sizes.items()}
+
+    options = Options(layout="contiguous")
+    looks = {P: with_programs(joined, partial(model_cost, world_size=P), world_size=P, options=options) for P in (2, 4, 8)}
+    assert gathers(looks[2]) and {each.kind for each in looks[2].exchanged} == {"all_to_all"}
+    (calculated,), (seen,) = cost_on(8, looks[2], looks[4]).exchanged, looks[8].exchanged
+    assert calculated.full_bytes * looks[8].tokens / looks[2].tokens == pytest.approx(seen.full_bytes, rel=0.1)
 
 
 def test_models_without_such_steps_are_looked_at_once() -> None:

@@ -36,7 +36,7 @@ def test_a_forward_counts_alone(name: str) -> None:
     seconds = max(pass_seconds(strategy, SITE, P, layout, rank, TOPOLOGY, "forward") for rank in asked_ranks(P))
     assert found.seconds == pytest.approx(seconds, rel=1e-5)
     costs = [strategy.cost(SITE, P, layout, rank) for rank in asked_ranks(P)]
-    assert found.busiest_bytes == max(cost.forward_bytes for cost in costs)
+    assert found.offer.sent_bytes == max(cost.forward_bytes for cost in costs)
     assert (found.cost.forward_bytes, found.cost.backward_bytes) == (costs[0].forward_bytes, 0)
     assert found.offer.kept_bytes == 0
     assert found.offer.buffer_bytes == max(strategy.buffer_bytes(SITE, P, layout, rank, "forward") for rank in asked_ranks(P))

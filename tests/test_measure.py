@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from autoseq.launch import LaunchError
 from autoseq.planning import measure as measuring
 from autoseq.planning import shared_cores, time_kernels, time_links
 from autoseq.planning.fitting import Line, Sample, fit_line
@@ -302,6 +303,27 @@ def test_ranks_of_a_launcher_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert measuring.measure_launched(Request(1, efforts=SMALL)).world_size == 1
     assert not torch.distributed.is_initialized(), "and left as they were"
+
+
+def host_on_machines_of_their_own(rank: int, world_size: int) -> Host | None:
+    """The first has a core left for messages, the second has not."""
+    with pytest.MonkeyPatch.context() as patch:
+        cores = (8, 1)[rank]
+        patch.setattr(shared_cores, "_threads", lambda besides: Threads(f"machine {rank}", frozenset(range(cores)), 1 + besides))
+        return measuring._host([line(1e-4, 1e9)], CPU)
+
+
+def test_machines_with_other_cores_take_part_in_the_same_messages() -> None:
+    first, second = run_ranks(host_on_machines_of_their_own, 2, timeout_s=20)
+    assert first is None and second is not None
+
+
+def test_a_launcher_that_says_too_little_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=r"the ranks cannot meet: .*MASTER_ADDR.*; without RANK, autoseq starts ranks of its own"):
+        measuring.measure_launched(Request(2))
 
 
 def test_a_request_that_cannot_be() -> None:

@@ -15,6 +15,7 @@ import models
 from autoseq.inspection import with_programs
 from autoseq.options import Options
 from autoseq.planning.model_cost import ModelCost, model_cost
+from autoseq.planning.training import Split, Training, memory_besides_attention
 from autoseq.saved_memory import saved_bytes
 
 WIDTH, HEADS, WIDE = 8, 2, 24
@@ -72,6 +73,29 @@ def test_what_is_frozen_has_no_gradient() -> None:
     assert found.parameters - found.trained == WIDTH * WIDE
     assert sum(each.full_bytes for each in found.reduced) == found.gradient_bytes + 4
     assert found.parameter_bytes - found.gradient_bytes == 4 * WIDTH * WIDE
+
+
+class Buffered(Small):
+    """With a table that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.table)
+
+
+def test_buffers_are_no_parameters_and_stay_whole() -> None:
+    plain, found = cost_of(Small), cost_of(Buffered)
+    assert (found.parameters, found.parameter_bytes) == (plain.parameters, plain.parameter_bytes)
+    assert (plain.buffer_bytes, found.buffer_bytes) == (0, 4 * WIDTH * WIDTH)
+    whole, sharded = (
+        memory_besides_attention(Training((), found, 1, 16, shard_parameters), Split(1, 4), "contiguous").parameters
+        for shard_parameters in (False, True)
+    )
+    assert whole == found.parameter_bytes + found.buffer_bytes
+    assert sharded == found.parameter_bytes // 4 + found.buffer_bytes
 
 
 @pytest.mark.parametrize("tokens", [16, 2 * WIDTH, 2 * WIDE], ids=["other sizes", "as many rows as the width", "as many as the wide layer"])

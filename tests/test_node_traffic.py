@@ -15,6 +15,7 @@ from autoseq.options import Options
 from autoseq.program import Program
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
+from autoseq.runtime.timeline import WAYS
 from autoseq.runtime.traffic import Traffic
 from inspected_models import OneAttention, make_model
 
@@ -49,6 +50,29 @@ def test_all_nodes_together_send_what_a_step_sends(strategy: str) -> None:
     assert None not in traffic
     assert {"attention", "cross_entropy", "vary_many"} <= set(names(traffic))
     assert names(traffic)["vary_many"] == (set(), {"all_reduce"})
+
+
+def frozen_but_for_the_last() -> tuple[nn.Module, dict[str, Any]]:
+    model, batch = make_model("plain", 1, 37)
+    model.requires_grad_(False)
+    model.blocks[-1].requires_grad_(True)  # type: ignore[index]
+    return model, batch
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather_kv", "hybrid", "hybrid_gather"])
+def test_attention_without_a_gradient_sends_nothing_backward(strategy: str) -> None:
+    def look_at_sites(programs: Sequence[Program]) -> list[tuple[NodeTraffic, Counts]]:
+        assert [planned.site.ways for planned in programs[0].plan.sites] == [("forward",), WAYS]
+        return look(programs)
+
+    options = Options(strategy=strategy, ranks_per_node=P // NODES)
+    ((traffic, counted),) = with_programs(frozen_but_for_the_last, look_at_sites, world_size=P, options=options)
+    total: Counts = {}
+    for sent in traffic.values():
+        total = add_counts(total, sent.step)
+    assert total == counted
+    frozen, last = (sent for node, sent in traffic.items() if node is not None and "attention" in node.meta)
+    assert not frozen.backward and last.backward
 
 
 @pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather_kv"])

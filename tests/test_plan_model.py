@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoseq import plan_model
-from autoseq.plan_model import look_further
+from autoseq.plan_model import looks_at
 
 LENGTH = 256
 
@@ -30,18 +31,31 @@ class Windowed(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=(behind >= 0) & (behind < self.window(x.shape[1])))
 
 
+def up_to(longest: int) -> Callable[[int], int]:
+    """A window of 16 in a model that has no longer sequences."""
+
+    def window(length: int) -> int:
+        if length > longest:
+            raise ValueError("too long")
+        return 16
+
+    return window
+
+
 WINDOWS: dict[str, tuple[Callable[[int], int], dict[int, int], set[int]]] = {
     "the same everywhere": (lambda n: 16, {32: 16, 512: 16}, set()),
     "a share of the length": (lambda n: n // 8, {32: 4, 512: 64}, {32, 512}),
     "a share of long sequences": (lambda n: max(16, n // 32), {32: 16, 512: 16, 1024: 32}, {512, 1024}),
+    "a model that fails at a length far off": (up_to(512), {32: 16, 512: 16}, {512}),
 }
 """The window, what it is at some lengths, and those of them at which the model has to be looked at."""
 
 
 @pytest.mark.parametrize(("window", "expected", "looked_at"), WINDOWS.values(), ids=WINDOWS)
 def test_windows_at_other_lengths(
-    window: Callable[[int], int], expected: dict[int, int], looked_at: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    window: Callable[[int], int], expected: dict[int, int], looked_at: set[int], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     looks: list[int] = []
     look_at = plan_model.look_at
 
@@ -53,20 +67,10 @@ def test_windows_at_other_lengths(
         return Windowed(window), {"x": torch.randn(1, length, 8)}
 
     monkeypatch.setattr(plan_model, "look_at", counted)
-    _, at = look_further(make, batch=1, seq_len=LENGTH, world_size=2)
+    at = looks_at(make, batch=1, seq_len=LENGTH)
+    at(LENGTH, 2)
     for length, keys in expected.items():
         (named,) = at(length, 2).sites
         assert (named.site.q_len, named.site.max_ahead, named.site.max_behind) == (length, 0, keys - 1)
     assert looks[0] == LENGTH and set(looks[1:]) == looked_at
-
-
-def test_a_length_far_off_at_which_the_model_fails_is_no_error() -> None:
-    """It only means that nearer ones are looked at."""
-
-    def make(length: int) -> tuple[nn.Module, dict[str, Any]]:
-        if length > 2 * LENGTH:
-            raise ValueError("too long")
-        return Windowed(lambda n: 16), {"x": torch.randn(1, length, 8)}
-
-    _, at = look_further(make, batch=1, seq_len=LENGTH, world_size=2)
-    assert at(2 * LENGTH, 2).seq_len == 2 * LENGTH
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -15,7 +15,7 @@ from autoseq.planning import time_formulas as formulas
 from autoseq.planning.asked_ranks import asked_ranks
 from autoseq.planning.exchange_times import NodeLoad, crossing_seconds, exchange_seconds
 from autoseq.planning.prediction import dtype_of, pass_seconds, pass_time, step_seconds
-from autoseq.planning.time_formulas import exchange_symbol, host_symbol, time_formula, uses_links_together
+from autoseq.planning.time_formulas import exchange_symbol, host_symbol, phase_formulas, uses_links_together
 from autoseq.planning.topology import Host, KernelRates, Topology
 from autoseq.runtime.errors import PlanError
 from autoseq.runtime.layout import Layout
@@ -115,21 +115,6 @@ def test_ranks_that_are_done_leave_their_cores_to_others(
     assert found == [WORK * each for each in expected]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
-def test_the_formula_knows_what_messages_take_of_the_cores(name: str, way: Way) -> None:
-    strategy, plain = STRATEGIES[name], topology(inside=link(0.0, 1e9))
-    hosted = replace(plain, host=Host(0.5, 3.0))
-    site = replace(SITE, q_len=128, k_len=128, heads=8, kv_heads=8, max_behind=9, max_ahead=0, mesh=(2, 2))
-    exchanges = strategy.exchanges(site, 4, "contiguous", 1, way)
-    values = {exchange_symbol(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, hosted, way).items()}
-    values |= {host_symbol(of): 0.5 * each.messages + each.bytes / 3 for of, each in exchanges.items()}
-    found = pass_time(strategy, site, 4, "contiguous", 1, hosted, way)
-    formula = time_formula(strategy, way, one_link=True, host=True).subs({**values, formulas.WORK: found.work_s})
-    assert float(formula.subs(strategy.sizes(site, 4, "contiguous", 1))) == pytest.approx(found.seconds)
-    assert found.seconds > pass_seconds(strategy, site, 4, "contiguous", 1, plain, way)
-
-
 def test_links_of_two_kinds_carry_messages_side_by_side_and_one_link_one_after_the_other() -> None:
     both = [Phase(ONE, sends(a=1, b=1))]
     nodes = topology(ranks_per_node=2, between=replace(link(), lanes=2))
@@ -226,18 +211,35 @@ def test_a_pass_is_never_shorter_than_the_messages_of_a_link(
             assert found >= busy * (1 - 1e-9), where
 
 
+HOST = Host(0.5, 3.0)
+PLACES = {
+    "several nodes": (topology(ranks_per_node=2), False),
+    "one node, whose messages share a link": (topology(), True),
+    "one node, whose messages need the cores that compute": (replace(topology(inside=link(0.0, 1e9)), host=HOST), True),
+}
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "local"])
-def test_the_formula_knows_a_shared_link(name: str, way: Way) -> None:
-    """Formula and prediction agree on one node too, and differ from several nodes only where both levels go together."""
+@pytest.mark.parametrize(("hardware", "one_link"), PLACES.values(), ids=PLACES)
+def test_the_formula_gives_the_predicted_seconds(hardware: Topology, one_link: bool, name: str, way: Way) -> None:
     strategy = STRATEGIES[name]
     site = replace(SITE, q_len=512, k_len=512, heads=8, kv_heads=8, mesh=(2, 2), max_ahead=0, max_behind=99)
-    found = pass_time(strategy, site, 4, "contiguous", 1, topology(), way)
-    messages = {exchange_symbol(of): each for of, each in exchange_seconds(strategy, site, 4, "contiguous", 1, topology(), way).items()}
-    formula = time_formula(strategy, way, one_link=True)
-    values = {formulas.WORK: found.work_s} | messages | strategy.sizes(site, 4, "contiguous", 1)
-    assert float(formula.subs(values)) == pytest.approx(found.seconds)
-    assert (formula != time_formula(strategy, way)) == uses_links_together(strategy, way) == (name == "double_ring")
+    asked = (strategy, site, 4, "contiguous", 1, hardware, way)
+    found, exchanges = pass_time(*asked), strategy.exchanges(site, 4, "contiguous", 1, way)
+    values = {exchange_symbol(of): each for of, each in exchange_seconds(*asked).items()}
+    values |= {host_symbol(of): HOST.latency_s * each.messages + each.bytes / HOST.bytes_per_s for of, each in exchanges.items()}
+    phases = phase_formulas(strategy, way, one_link=one_link, host=hardware.host is not None)
+    formula = sum((times * seconds for times, seconds in phases), start=sympy.Integer(0))
+    numbers = values | {formulas.WORK: found.work_s} | strategy.sizes(site, 4, "contiguous", 1)
+    assert float(formula.subs(numbers)) == pytest.approx(found.seconds)
+    if hardware.host is not None:
+        assert found.seconds > pass_seconds(strategy, site, 4, "contiguous", 1, replace(hardware, host=None), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_messages_inside_a_node_go_beside_others_only_in_a_double_ring(way: Way) -> None:
+    assert [name for name, strategy in STRATEGIES.items() if name != "local" and uses_links_together(strategy, way)] == ["double_ring"]
 
 
 def test_elements_without_a_rate_are_an_error_that_says_what_to_do() -> None:

@@ -62,9 +62,9 @@ def test_numbers_are_in_order(name: str) -> None:
     ("name", "shape"),
     [
         pytest.param("8xH100", (1, 8, 8), id="a node"),
-        pytest.param("4xh100", (1, 4, 8), id="a part of a node, in small letters"),
+        pytest.param("4xh100", (1, 4, 4), id="a part of a node, in small letters, with its share of the cards"),
         pytest.param("2x8xA800-4nic", (2, 8, 4), id="two nodes with four cards"),
-        pytest.param("16x4xH200", (16, 4, 8), id="nodes of four"),
+        pytest.param("16x4xH200", (16, 4, 4), id="nodes of four"),
         pytest.param("3x1xA10-2nic", (3, 1, 2), id="nodes of one"),
     ],
 )

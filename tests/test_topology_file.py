@@ -90,6 +90,17 @@ def test_a_mistake_names_its_field(path: str, value: Any, message: str) -> None:
         parse_topology(changed(path, value), "my.json")
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("memory_gib", r"memory_gib is out of range: 1E\+999999$"), ("nodes", r"nodes is out of range: 1E\+999999$")],
+)
+def test_numbers_that_arithmetic_cannot_have(field: str, message: str) -> None:
+    with pytest.raises(TopologyError, match=message):
+        parse_topology(changed(field, 7777).replace("7777", "1e999999"), "my.json")
+    with pytest.raises(TopologyError, match=r"my\.json is not JSON: "):
+        parse_topology(changed(field, 7777).replace("7777", "1e" + 30 * "9"), "my.json")
+
+
 def test_a_misspelt_field_is_missing_and_named() -> None:
     text = changed("inside.send.latency_us", KeyError).replace('"all_gather"', '"al_gather"')
     with pytest.raises(TopologyError, match=r"inside\.all_gather is missing; there is 'al_gather'"):

@@ -19,7 +19,7 @@ from autoseq.options import Options
 from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology import Topology
-from autoseq.planning.training import Training, step_time, tokens_of_rank
+from autoseq.planning.training import Split, Training, step_time
 from autoseq.program import Program
 from autoseq.step_timeline import Span, Timeline, step_timeline
 from autoseq.trace_report import trace_json
@@ -50,6 +50,13 @@ def events(timeline: Timeline) -> list[dict[str, Any]]:
 # The clock ------------------------------------------------------------------------------------------------------------
 
 
+def frozen_but_for_the_last() -> Made:
+    model, batch = make_model("plain", 1, 64)
+    model.requires_grad_(False)
+    model.blocks[-1].requires_grad_(True)  # type: ignore[index]
+    return model, batch
+
+
 SORTS = partial(make_one, lambda y: torch.sort(y, dim=1).values)
 
 
@@ -59,14 +66,14 @@ SORTS = partial(make_one, lambda y: torch.sort(y, dim=1).values)
         pytest.param(4, {"length": 64, "strategy": "ring", "layout": "contiguous"}, id="uneven ranks"),
         pytest.param(4, {"length": 16, "make": SORTS, "strategy": "gather_kv"}, id="a step on gathered values"),
         pytest.param(16, {"length": 64, "strategy": "hybrid", "ranks_per_node": 8}, id="two levels"),
+        pytest.param(4, {"length": 64, "make": frozen_but_for_the_last, "strategy": "ring"}, id="an attention without a gradient"),
     ],
 )
 def test_the_step_is_as_long_as_a_plan_says(P: int, asked: dict[str, Any]) -> None:
     timeline, program, cost = step(P=P, **asked)
     sites = tuple(planned.site for planned in program.plan.sites)
     training = Training(sites, cost, batch=1, seq_len=asked["length"])
-    tokens = tokens_of_rank(training, 1, P, program.plan.layout)
-    predicted = step_time(training, program.plan, tokens, P, P, TOPOLOGY.at(P))
+    predicted = step_time(training, Split(1, P), program.plan, TOPOLOGY.at(P))
     assert timeline.seconds == pytest.approx(predicted.seconds, rel=1e-5)  # plans hold six digits
     assert max(span.start_s + span.seconds for span in timeline.spans) == pytest.approx(timeline.seconds)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from attention_job import Run, runs_of, site_of
-from autoseq.plan_report import print_formulas
+from autoseq.plan_formulas import print_formulas
 from autoseq.runtime import work_counts
 from autoseq.runtime.layout import Layout, chunk_ranges, local_length
 from autoseq.runtime.mask import Mask
@@ -178,8 +178,9 @@ def test_formulas_of_work_are_what_is_counted() -> None:
 
 def test_formulas_of_work_are_printed() -> None:
     out = Console(file=io.StringIO(), width=400)
-    print_formulas(out, host=False)
+    print_formulas(out, host=True)
     shown = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "H_… is what sending that takes of the cores that compute" in shown and "H_keys" in shown
     for name in NAMES:
         assert f"pairs = {formula_text(STRATEGIES[name].work_formulas()['pairs'])}, kept" in shown, name
 

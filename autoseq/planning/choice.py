@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoseq.runtime.layout import Layout
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -23,6 +25,15 @@ class Offer:
     def worth(self) -> tuple[float, int]:
         """What is less is better."""
         return three_digits(self.seconds), self.sent_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An offer, with the layout and the mesh that it is for."""
+
+    offer: Offer
+    layout: Layout
+    mesh: tuple[int, ...]
 
 
 def three_digits(x: float) -> float:
@@ -53,7 +64,7 @@ def smallest(sites: Sequence[Sequence[Offer]]) -> Picks:
 
 
 def choose(sites: Sequence[Sequence[Offer]], limit_bytes: float) -> Picks | None:
-    """A choice that fits and of which no site can take a faster offer that still fits; None if nothing fits.
+    """A choice that fits and of which no site can take a better offer (`Offer.worth`) that still fits; None if nothing fits.
 
     Without a limit in the way it is each site's fastest offer, of equally fast ones (`three_digits`) what sends less, or the first.
     Otherwise the largest buffer is guessed, time is traded for memory where a byte costs the fewest seconds, and what is left over is
@@ -108,13 +119,13 @@ def _within(sites: Sequence[Sequence[Offer]], buffer: int, limit_bytes: float) -
 
 
 def _improved(sites: Sequence[Sequence[Offer]], picks: Picks, limit_bytes: float) -> Picks:
-    """Faster offers where there is room for them, until there is none."""
+    """Better offers where there is room for them, until there is none."""
     better = True
     while better:
         better = False
         for number, offers in enumerate(sites):
-            for i in sorted(range(len(offers)), key=lambda i, of=offers: of[i].seconds):
-                if offers[i].seconds >= offers[picks[number]].seconds:
+            for i in sorted(range(len(offers)), key=lambda i, of=offers: of[i].worth):
+                if offers[i].worth >= offers[picks[number]].worth:
                     break
                 swapped = (*picks[:number], i, *picks[number + 1 :])
                 if needed_bytes(taken(sites, swapped)) <= limit_bytes:

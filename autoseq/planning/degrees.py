@@ -12,27 +12,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from autoseq.planner import Placed, Plan, SitePlan, compared, make_plan, of_rows
-from autoseq.planning.choice import three_digits
+from autoseq.planner import Plan, SitePlan, make_plan
+from autoseq.planning.choice import Placed, three_digits
+from autoseq.planning.reasons import by_itself, of_rows
 from autoseq.planning.topology import Topology
-from autoseq.planning.training import Memory, StepTime, Training, memory_besides_attention, sent_bytes, step_time, tokens_of_rank
+from autoseq.planning.training import Memory, Split, StepTime, Training, memory_besides_attention, sent_bytes, step_time
 from autoseq.readable import readable_seconds
 from autoseq.runtime.errors import PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
-from autoseq.runtime.strategy import Site
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """`mesh` is () for a sequence whose ranks are all alike, else (nodes, ranks in a node)."""
-
-    data: int
-    sequence: int
-    mesh: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        mesh = f" ({self.mesh[0]} × {self.mesh[1]})" if self.mesh else ""
-        return f"{self.data} × {self.sequence}{mesh}"
+from autoseq.runtime.strategy import MESH_ADVICE, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +46,7 @@ class Candidate:
         return dict(Counter(planned.strategy for planned in self.plan.sites))
 
 
-def splits(world_size: int, topology: Topology, *, batch: int, seq_len: int) -> Iterator[Split]:
+def splits(training: Training, world_size: int, topology: Topology) -> Iterator[Split]:
     """All that are possible, few ranks of a sequence first. Inside a node a mesh may have any shape, several nodes are its first dim.
 
     Raises TopologyError if the ranks are neither whole nodes nor a part of one.
@@ -66,7 +54,7 @@ def splits(world_size: int, topology: Topology, *, batch: int, seq_len: int) -> 
     R = topology.at(world_size).ranks_per_node
     for P in divisors(world_size):
         within = P <= R and R % P == 0
-        if batch % (world_size // P) or seq_len < P or not (within or P % R == 0):
+        if training.batch % (world_size // P) or training.shortest < P or not (within or P % R == 0):
             continue
         yield Split(world_size // P, P)
         for ranks in divisors(P)[1:-1] if within else [R] if R > 1 else []:
@@ -85,7 +73,7 @@ def candidates(
 
     Raises StrategyError if no split can be served, PlanError if the batch cannot be split.
     """
-    asked = list(splits(world_size, topology, batch=training.batch, seq_len=training.seq_len))
+    asked = list(splits(training, world_size, topology))
     if not asked:
         raise PlanError(_cannot_share(training, world_size, topology))
     found: list[Candidate] = []
@@ -98,11 +86,10 @@ def candidates(
     if not found:
         raise refusals[-1]
     useful = [each for each in found if not each.split.mesh or _uses_mesh(each.plan)]
-    order = {each.split: number for number, each in enumerate(found)}
 
-    def rank(each: Candidate) -> tuple[bool, float, int, int, int]:
+    def rank(each: Candidate) -> tuple[bool, float, int, int]:
         least = three_digits(each.seconds) if each.fits else each.memory.total
-        return not each.fits, least, each.split.sequence, each.sent_bytes, order[each.split]
+        return not each.fits, least, each.split.sequence, each.sent_bytes
 
     best, *others = sorted(useful or found, key=rank)
     return [beside_other_meshes(best, found), *others]
@@ -110,33 +97,44 @@ def candidates(
 
 def candidate(training: Training, split: Split, topology: Topology, *, strategy: str = "auto", layout: str = "auto") -> Candidate:
     """The plan for one split. Raises StrategyError if an attention cannot be served."""
-    W, P = split.data * split.sequence, split.sequence
     of_copy = training.at(batch=training.batch // split.data)
     # The grain of zigzag rows may add a few rows of padding; it is not known yet which layout it will be.
-    tokens = tokens_of_rank(training, split.data, P, "contiguous")
-    rest = memory_besides_attention(training, tokens, P, W)
-    plan = make_plan(
-        of_copy.on(split.mesh), group_size=P, strategy=strategy if P > 1 else "auto", layout=layout, topology=topology,
-        reserved_bytes=rest.total,
-    )  # fmt: skip
-    tokens = tokens_of_rank(training, split.data, P, plan.layout)
-    memory = replace(memory_besides_attention(training, tokens, P, W), attention=plan.memory_bytes())
-    time = step_time(training, plan, tokens, P, W, topology)
+    rest = memory_besides_attention(training, split, "contiguous")
+    try:
+        plan = make_plan(
+            of_copy.on(split.mesh), group_size=split.sequence, strategy=strategy if split.sequence > 1 else "auto", layout=layout,
+            topology=topology, reserved_bytes=rest.total,
+        )  # fmt: skip
+    except StrategyError as error:
+        raise StrategyError(_in_a_plan(str(error))) from None
+    plan = replace(plan, sites=tuple(map(_told_in_a_plan, plan.sites)))
+    memory = replace(memory_besides_attention(training, split, plan.layout), attention=plan.memory_bytes())
+    time = step_time(training, split, plan, topology)
     peak = topology.kernel_rates(_dtype(training)).peak_flops_per_s
     return Candidate(
-        split, plan, time, memory, sent_bytes(training, plan, tokens, P, W),
+        split, plan, time, memory, sent_bytes(training, split, plan),
         fits=memory.total <= topology.memory_bytes,
         tokens_per_s=training.tokens / time.seconds,
-        mfu=training.step_flops / (time.seconds * W * peak),
+        mfu=training.step_flops / (time.seconds * split.ranks * peak),
     )  # fmt: skip
+
+
+def _told_in_a_plan(planned: SitePlan) -> SitePlan:
+    return replace(planned, losers=tuple((name, _in_a_plan(reason)) for name, reason in planned.losers))
+
+
+def _in_a_plan(reason: str) -> str:
+    """A refusal without the advice to give the model a mesh: a plan tries all meshes that there are."""
+    return reason.replace(f": {MESH_ADVICE}", ", which a sequence of this plan has not")
 
 
 def _cannot_share(training: Training, world_size: int, topology: Topology) -> str:
     """Why there is no split. As many sequences as there are ranks can always be shared, so some batch works."""
-    works = next(n for n in range(1, world_size + 1) if any(splits(world_size, topology, batch=n, seq_len=training.seq_len)))
+    works = next(n for n in range(1, world_size + 1) if any(splits(training.at(batch=n), world_size, topology)))
+    shorter = f" (an attention has {training.shortest:,})" if training.shortest < training.seq_len else ""
     return (
         f"{world_size} ranks cannot share a batch of {training.batch} with {training.seq_len:,} tokens: the copies of the data must "
-        "divide the batch, a sequence needs a token for each of its ranks, and its ranks fill whole nodes of "
+        f"divide the batch, a sequence needs a token for each of its ranks{shorter}, and its ranks fill whole nodes of "
         f"{topology.at(world_size).ranks_per_node} or a part of one. --batch {works} would work, and so would each multiple of it"
     )
 
@@ -186,18 +184,14 @@ def _beside_sites(planned: SitePlan, number: int, best: Candidate, others: Seque
 
 def _why_not_there(lost: Placed, planned: SitePlan, number: int, best: Candidate, other: Candidate) -> str:
     """Of a strategy on a mesh that was not taken; `other` is the plan for that mesh, which may have it or not."""
-    seconds = compared(lost, planned.offer, on_mesh=True, with_rows=lost.layout != planned.layout)
-    theirs, ours = three_digits(lost.offer.seconds), three_digits(planned.seconds)
-    more = lost.offer.sent_bytes - planned.offer.sent_bytes
-    if theirs > ours:
-        return seconds
-    if theirs == ours and more > 0:
-        return f"{seconds}, which is the same in three digits; it sends {more:,} bytes more"
+    told, is_reason = by_itself(lost, planned.place)
     there = other.plan.sites[number]
+    if is_reason:
+        return told
     if there.strategy == lost.offer.strategy:
-        return f"{seconds}; {_step_lost(other, best)}"
+        return f"{told}; {_step_lost(other, best)}"
     if there.layout != lost.layout:
-        return f"{seconds}; {of_rows(there.layout)}"
+        return f"{told}; {of_rows(there.layout)}"
     return f"on a mesh of {' × '.join(map(str, lost.mesh))}: {dict(there.losers)[lost.offer.strategy]}"
 
 

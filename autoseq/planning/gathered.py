@@ -12,12 +12,13 @@ from functools import lru_cache
 
 from autoseq.planning.model_cost import Collective, ModelCost, PassCost
 
-_GATHERED = ("all_gather", "reduce_scatter")
+# The last is of rows that move between ranks, as where two sequences are joined: how many does not shrink with those that a rank has.
+_OF_OTHER_ROWS = ("all_gather", "reduce_scatter", "all_to_all")
 
 
 def gathers(cost: ModelCost) -> bool:
     """Whether some steps of a model see all rows, so that one look does not tell what it costs on other numbers of ranks."""
-    return any(each.kind in _GATHERED for each in cost.exchanged)
+    return any(each.kind in _OF_OTHER_ROWS for each in cost.exchanged)
 
 
 @lru_cache(maxsize=4096)

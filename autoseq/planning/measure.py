@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from autoseq.launch import Rank, device_kind, run_ranks
+from autoseq.launch import LaunchError, Rank, device_kind, run_ranks
 from autoseq.planning.fitting import Line, Sample, fit_line, four_digits
 from autoseq.planning.found import found_topology
 from autoseq.planning.shared_cores import ranks_here, turns_here
@@ -126,11 +126,10 @@ def _host(times: Sequence[list[Sample]], device: torch.device) -> Host | None:
     """What messages take of the cores that compute: on CPUs where no core is left for the thread that sends."""
     if device.type != "cpu" or not times:
         return None
-    turns, with_senders = turns_here(), turns_here(besides=1)
-    if with_senders <= 1:
-        return None
+    # All ranks take part in all of it, whatever is left on their own machines: in the end rank 0's counts.
+    turns, with_senders, sharing = turns_here(), turns_here(besides=1), ranks_here()
     line = fit_line([Sample(each.units, turns * each.seconds) for each in _middle([each for of_kind in times for each in of_kind])])
-    return Host(line.latency_s, line.units_per_s, four_digits(turns), ranks_here())
+    return Host(line.latency_s, line.units_per_s, four_digits(turns), sharing) if with_senders > 1 else None
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -231,7 +230,11 @@ def measure_launched(request: Request) -> Topology:
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        told = "RANK and WORLD_SIZE say that a launcher started this rank, and torchrun sets MASTER_ADDR and MASTER_PORT beside them"
+        raise LaunchError(f"the ranks cannot meet: {error}. {told}; without RANK, autoseq starts ranks of its own") from error
     try:
         return measure(request, device)
     finally:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
@@ -78,6 +78,7 @@ class ModelCost:
     kept_bytes: int
     largest_bytes: int
     gathered_bytes: int = 0
+    buffer_bytes: int = 0  # registered buffers, which FSDP leaves whole
 
     def way(self, way: Way) -> PassCost:
         return self.forward if way == "forward" else self.backward
@@ -92,7 +93,8 @@ def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | No
     if tokens is None:
         sites = [(planned.site.site, planned.layout) for program in programs for planned in program.plan.sites]
         tokens = max(site.batch * local_length(max(site.q_len, site.k_len), world_size, layout) for site, layout in sites)
-    owned = _parameters(programs)
+    owned = _owned(programs)
+    parameters = [x for x in owned if isinstance(x, nn.Parameter)]
     collectives = _collectives([each.counts for each in counted], world_size)
     return ModelCost(
         tokens=tokens,
@@ -101,9 +103,10 @@ def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | No
         backward=_pass_cost(counted, "backward"),
         reduced=tuple(each for each in collectives if each.kind == "all_reduce"),
         exchanged=tuple(each for each in collectives if each.kind != "all_reduce"),
-        parameters=sum(x.numel() for x in owned),
+        parameters=sum(x.numel() for x in parameters),
         trained=sum(x.numel() for x in owned if x.requires_grad),
-        parameter_bytes=sum(_bytes(x) for x in owned),
+        parameter_bytes=sum(_bytes(x) for x in parameters),
+        buffer_bytes=sum(_bytes(x) for x in owned) - sum(_bytes(x) for x in parameters),
         gradient_bytes=sum(_bytes(x) for x in owned if x.requires_grad),
         kept_bytes=sum(each.kept_bytes for each in counted),
         largest_bytes=max(each.largest_bytes for each in counted),
@@ -111,7 +114,7 @@ def model_cost(programs: Sequence[Program], *, world_size: int, tokens: int | No
     )
 
 
-def _parameters(programs: Sequence[Program]) -> list[Tensor]:
+def _owned(programs: Sequence[Program]) -> list[Tensor]:
     """The distinct parameters and buffers of some programs: a later part of a model may use those of an earlier one.
 
     Not told apart by their names: layers of one class have the same in a part that is traced once for all of them.

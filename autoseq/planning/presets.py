@@ -65,7 +65,7 @@ def _preset(name: str, nodes: str | None, ranks: str, device: str, lanes: str | 
         raise TopologyError(f"topology {name!r}: there must be one node or more")
     if lanes is not None and not 1 <= int(lanes) <= _MAX_LANES:
         raise TopologyError(f"topology {name!r}: a node has 1 to {_MAX_LANES} network cards, not {int(lanes)}")
-    made = replace(base, name=name, nodes=int(nodes or 1), ranks_per_node=int(ranks))
+    made = replace(base.cut_into(int(ranks)), name=name, nodes=int(nodes or 1))
     if lanes is not None and made.between is not None:
         source = f"between.lanes: {int(lanes)}, as the name says, whatever else is said below"
         made = replace(made, between=replace(made.between, lanes=int(lanes)), sources=(source, *made.sources))

@@ -9,15 +9,16 @@ from typing import Literal
 
 from autoseq.planning.degrees import Candidate, candidates, splits
 from autoseq.planning.topology import Topology
-from autoseq.planning.training import Training, memory_besides_attention, tokens_of_rank
+from autoseq.planning.training import Training, memory_besides_attention
 from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
 
 Over = Literal["seq-len", "world-size"]
 Looked = Callable[[int, int], Training]
-"""The model with sequences of so many tokens, for so many ranks. Raises AutoSeqError where it has no such length."""
+"""A model with sequences of so many tokens, for so many ranks. Raises AutoSeqError where it has no such length."""
 
-_HALVINGS, _DOUBLINGS = 4, 4
+DOUBLINGS = 4
+"""Of the length, and as many halvings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +36,27 @@ class Point:
         return {name: found and found.seconds for name, found in self.alone.items()}
 
 
-def values_of(over: Over, *, seq_len: int, world_size: int, topology: Topology) -> list[int]:
-    """Powers of two around the length, or up to the number of ranks as far as they fill a part of a node or whole nodes."""
+def values_of(over: Over, training: Training, world_size: int, topology: Topology) -> list[int]:
+    """The value that was asked for, and powers of two around the length for which there are splits, or up to the number of ranks as far as
+    they fill a part of a node or whole nodes.
+    """
     if over == "seq-len":
-        return [n for k in range(-_HALVINGS, _DOUBLINGS + 1) if (n := round(seq_len * 2.0**k)) >= world_size]
+        lengths = [round(training.seq_len * 2.0**k) for k in range(-DOUBLINGS, DOUBLINGS + 1)]
+        return [n for n in lengths if n == training.seq_len or (n and any(splits(training.at(seq_len=n), world_size, topology)))]
     R = topology.at(world_size).ranks_per_node
     counts = sorted({world_size} | {2**k for k in range(world_size.bit_length())})
     return [n for n in counts if n <= world_size and (n <= R or n % R == 0)]
 
 
 def sweep(
-    training: Training, world_size: int, topology: Topology, over: Over, *, strategy: str = "auto", layout: str = "auto",
-    asked: Looked | None = None,
+    looked: Looked, seq_len: int, world_size: int, topology: Topology, over: Over, *, strategy: str = "auto", layout: str = "auto"
 ) -> list[Point]:  # fmt: skip
     """A point for each value, as a plan for that value; one that nothing serves or fits has no best, and says why."""
     names, points = STRATEGIES if strategy == "auto" else (), list[Point]()
-    for value in values_of(over, seq_len=training.seq_len, world_size=world_size, topology=topology):
-        length, ranks = (value, world_size) if over == "seq-len" else (training.seq_len, value)
+    for value in values_of(over, looked(seq_len, world_size), world_size, topology):
+        length, ranks = (value, world_size) if over == "seq-len" else (seq_len, value)
         try:
-            at = _at(training, asked, length, ranks)
+            at = looked(length, ranks)
         except AutoSeqError as error:  # the model has no such length
             points.append(Point(value, None, dict.fromkeys(names), str(error)))
             continue
@@ -61,11 +64,6 @@ def sweep(
         alone = {name: _alone(at, ranks, topology, name, layout) for name in names}
         points.append(Point(value, best, alone, why_not))
     return points
-
-
-def _at(training: Training, asked: Looked | None, seq_len: int, ranks: int) -> Training:
-    """As it was looked at for so many tokens and ranks, or calculated."""
-    return training.at(seq_len=seq_len) if asked is None else asked(seq_len, ranks)
 
 
 def overtakings(points: Sequence[Point]) -> list[tuple[int, str, str]]:
@@ -111,26 +109,25 @@ def _fitting(training: Training, world_size: int, topology: Topology, strategy: 
 
 def _may_fit(training: Training, world_size: int, topology: Topology) -> bool:
     """Whether there is room for all but attention, in the split that leaves most; asked first, because it is quickly answered."""
-    asked = splits(world_size, topology, batch=training.batch, seq_len=training.seq_len)
-    held = [
-        memory_besides_attention(
-            training, tokens_of_rank(training, split.data, split.sequence, "contiguous"), split.sequence, world_size
-        ).total
-        for split in asked
-    ]
+    held = [memory_besides_attention(training, split, "contiguous").total for split in splits(training, world_size, topology)]
     return not held or min(held) <= topology.memory_bytes
 
 
 def would_fit(
-    training: Training, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto",
-    asked: Looked | None = None,
+    looked: Looked, seq_len: int, world_size: int, topology: Topology, *, strategy: str = "auto", layout: str = "auto"
 ) -> list[tuple[str, int]]:  # fmt: skip
     """What can be changed so that some plan fits, and the bytes that a rank needs then: one thing at a time, else several together."""
     found: list[tuple[str, int]] = []
 
-    def tried(change: str, changed: Callable[[Training], Training], ranks: int = world_size, length: int = training.seq_len) -> bool:
+    def as_it_is(training: Training) -> Training:
+        return training
+
+    def smallest(training: Training) -> Training:
+        return training.sharded().checkpointed()
+
+    def tried(change: str, changed: Callable[[Training], Training] = as_it_is, ranks: int = world_size, length: int = seq_len) -> bool:
         try:
-            best, _ = _best(changed(_at(training, asked, length, ranks)), ranks, topology, strategy, layout)
+            best, _ = _best(changed(looked(length, ranks)), ranks, topology, strategy, layout)
         except AutoSeqError:  # no such number of ranks, or length of the model
             return False
         if best is not None:
@@ -142,15 +139,16 @@ def would_fit(
             if tried(f"{ranks:,} ranks{change}", changed, ranks):
                 return
 
-    if not training.shard_parameters:
+    is_sharded = looked(seq_len, world_size).shard_parameters
+    if not is_sharded:
         tried("parameters sharded over all ranks (--shard-parameters)", Training.sharded)
     tried("activation checkpointing of each layer", Training.checkpointed)
-    if not found and not training.shard_parameters:
-        tried("--shard-parameters and activation checkpointing of each layer", lambda each: each.sharded().checkpointed())
-    for length in (training.seq_len >> k for k in range(1, 12)):
-        if length and tried(f"a sequence of {length:,} tokens", Training.at, length=length):
+    if not found and not is_sharded:
+        tried("--shard-parameters and activation checkpointing of each layer", smallest)
+    for length in (seq_len >> k for k in range(1, 12)):
+        if length and tried(f"a sequence of {length:,} tokens", length=length):
             break
-    more_ranks("", Training.at)
+    more_ranks("", as_it_is)
     if not found:
-        more_ranks(" with --shard-parameters and activation checkpointing", lambda each: each.sharded().checkpointed())
+        more_ranks(" with --shard-parameters and activation checkpointing", smallest)
     return found

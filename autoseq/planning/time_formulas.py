@@ -43,11 +43,6 @@ def host_symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(f"H_{name}", nonnegative=True)
 
 
-def time_formula(strategy: Strategy, way: Way, *, one_link: bool = False, host: bool = False) -> sympy.Expr:
-    """Seconds of a pass on several ranks, in the symbols of the strategy, WORK, and those of its exchanges."""
-    return sum((times * seconds for times, seconds in phase_formulas(strategy, way, one_link=one_link, host=host)), start=sympy.Integer(0))
-
-
 def phase_formulas(
     strategy: Strategy, way: Way, *, one_link: bool = False, host: bool = False
 ) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:  # fmt: skip

@@ -47,7 +47,7 @@ def parse_topology(text: str, where: str) -> Topology:
     """Read a topology; `where` is what messages call the text. Raises TopologyError for anything that is not as it must be."""
     try:
         data = json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=Decimal, object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, ArithmeticError) as error:
         raise TopologyError(f"{where} is not JSON: {error}") from error
     except TopologyError as error:
         raise TopologyError(f"{where}: {error}") from error
@@ -158,8 +158,10 @@ class _Section:
 
     def count(self, name: str) -> int:
         value = self._take(name)
-        if not isinstance(value, Decimal) or not value.is_finite() or value != value.to_integral_value() or value < 1:
+        if not isinstance(value, Decimal) or not value.is_finite() or value < 1 or (_is_sane(value) and value != value.to_integral_value()):
             raise self.error(name, f"is a whole number, 1 or more, not {_kind(value)}")
+        if not _is_sane(value):
+            raise self.error(name, f"is out of range: {value}")
         return int(value)
 
     def number(self, units: _Units) -> Decimal:
@@ -171,10 +173,9 @@ class _Section:
         value = self._take(names[0], others=list(units)[1:])
         if not isinstance(value, Decimal) or not value.is_finite() or value <= 0:
             raise self.error(names[0], f"is a number above 0, not {_kind(value)}")
-        scaled = value * units[names[0]]
-        if not 0 < float(scaled) < float("inf"):
+        if not _is_sane(value):
             raise self.error(names[0], f"is out of range: {value}")
-        return scaled
+        return value * units[names[0]]
 
     def end(self) -> None:
         """Raises TopologyError for a field that nobody took."""
@@ -198,6 +199,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise TopologyError(f"the field {next(n for n in names if names.count(n) > 1)!r} is there twice in one object")
     return data
+
+
+def _is_sane(value: Decimal) -> bool:
+    """Whether a number is of a size that something can have, in any unit: arithmetic with others overflows, or does not end."""
+    return abs(value.adjusted()) < 100
 
 
 def _kind(value: Any) -> str:

@@ -16,10 +16,10 @@ from functools import cached_property
 
 from autoseq.planner import NamedSite, Plan
 from autoseq.planning.gathered import cost_on
-from autoseq.planning.model_cost import Collective, ModelCost
+from autoseq.planning.model_cost import Collective, ModelCost, PassCost
 from autoseq.planning.topology import Topology
 from autoseq.program import Warned
-from autoseq.runtime.layout import local_length
+from autoseq.runtime.layout import Layout, local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS, Way, flops
 
@@ -28,6 +28,24 @@ OPTIMIZER_BYTES = 8
 
 _BUCKET_BYTES = 25 * 2**20
 """Of gradients in one message of DDP, unless it is told another size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Copies of the data, and ranks that share a sequence. `mesh` is () where these are all alike, else (nodes, ranks in a node)."""
+
+    data: int
+    sequence: int
+    mesh: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """All there are."""
+        return self.data * self.sequence
+
+    def __str__(self) -> str:
+        mesh = f" ({self.mesh[0]} × {self.mesh[1]})" if self.mesh else ""
+        return f"{self.data} × {self.sequence}{mesh}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,11 @@ class Training:
     def tokens(self) -> int:
         return self.batch * self.seq_len
 
+    @property
+    def shortest(self) -> int:
+        """Of the sequence and the lengths of its attentions: no more ranks can share it."""
+        return min(self.seq_len, *(n for named in self.sites for n in (named.site.q_len, named.site.k_len)))
+
     @cached_property
     def step_flops(self) -> int:
         """Of matrix products, without what is computed again: the backward's are twice the forward's."""
@@ -107,7 +130,7 @@ class Training:
 class Memory:
     """Bytes that a rank holds at the end of the forward, when it holds most."""
 
-    parameters: int
+    parameters: int  # and buffers
     gradients: int
     optimizer: int
     activations: int  # what autograd keeps besides attention
@@ -135,53 +158,58 @@ class StepTime:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-def tokens_of_rank(training: Training, data: int, P: int, plan_layout: str) -> int:
+def tokens_of_rank(training: Training, split: Split, layout: Layout) -> int:
     """Rows times batch of one rank, padding included."""
-    return training.batch // data * local_length(training.seq_len, P, plan_layout)  # type: ignore[arg-type]
+    return training.batch // split.data * local_length(training.seq_len, split.sequence, layout)
 
 
-def memory_besides_attention(training: Training, tokens: int, P: int, world_size: int) -> Memory:
-    """What a rank with so many tokens holds, attention not counted."""
-    cost, parts = training.cost_on(P), world_size if training.shard_parameters else 1
+def memory_besides_attention(training: Training, split: Split, layout: Layout) -> Memory:
+    """What a rank holds, attention not counted."""
+    cost, tokens = training.cost_on(split.sequence), tokens_of_rank(training, split, layout)
+    parts = split.ranks if training.shard_parameters else 1
     return Memory(
-        parameters=cost.parameter_bytes // parts,
+        parameters=cost.parameter_bytes // parts + cost.buffer_bytes,
         gradients=cost.gradient_bytes // parts,
         optimizer=OPTIMIZER_BYTES * cost.trained // parts,
         activations=cost.kept_bytes * tokens // cost.tokens,
         attention=0,
         largest=2 * cost.largest_bytes * tokens // cost.tokens,
-        gathered=cost.gathered_bytes * tokens // cost.tokens if P > 1 else 0,
+        gathered=cost.gathered_bytes * tokens // cost.tokens if split.sequence > 1 else 0,
     )
 
 
-def step_time(training: Training, plan: Plan, tokens: int, P: int, world_size: int, topology: Topology) -> StepTime:
-    """Predicted seconds on ranks with so many tokens each."""
+def step_time(training: Training, split: Split, plan: Plan, topology: Topology) -> StepTime:
+    """Predicted seconds."""
+    P = split.sequence
     cost = training.cost_on(P)
-    share = tokens / cost.tokens
+    share = tokens_of_rank(training, split, plan.layout) / cost.tokens
     products, traffic = dict[Way, float](), dict[Way, float]()
     for way in WAYS:
-        spent = cost.way(way)
-        multiplied = spent.flops + spent.again
-        products[way] = sum(number * share / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, number in multiplied)
-        moved = spent.fixed_bytes + spent.growing_bytes * share
-        traffic[way] = moved / topology.memory_bytes_per_s + spent.launches * topology.launch_s
-    exchanges = sum(_collective_seconds(each, P, topology, share) for each in cost.exchanged) if P > 1 else 0.0
+        products[way], traffic[way] = rest_seconds(cost.way(way), topology, share)
     return StepTime(
         attention_s=plan.seconds(),
         products_s=sum(products.values()),
         traffic_s=sum(traffic.values()),
-        exchanges_s=exchanges,
-        parameters_s=_parameter_seconds(training, P, world_size, topology, products, traffic),
+        exchanges_s=sum(_collective_seconds(each, P, topology, share) for each in cost.exchanged) if P > 1 else 0.0,
+        parameters_s=_parameter_seconds(training, split, topology, {way: products[way] + traffic[way] for way in WAYS}),
     )
 
 
-def sent_bytes(training: Training, plan: Plan, tokens: int, P: int, world_size: int) -> int:
+def rest_seconds(spent: PassCost, topology: Topology, share: float = 1.0) -> tuple[float, float]:
+    """Of one way besides attention: matrix products, and the memory traffic and launches of other kernels. `share` is of the tokens."""
+    products = sum(number * share / topology.kernel_rates(dtype).matmul_flops_per_s for dtype, number in spent.flops + spent.again)
+    moved = spent.fixed_bytes + spent.growing_bytes * share
+    return products, moved / topology.memory_bytes_per_s + spent.launches * topology.launch_s
+
+
+def sent_bytes(training: Training, split: Split, plan: Plan) -> int:
     """What the busiest rank sends in a step."""
-    cost = training.cost_on(P)
+    P, W = split.sequence, split.ranks
+    cost, tokens = training.cost_on(P), tokens_of_rank(training, split, plan.layout)
     exchanged = sum(each.full_bytes * tokens * (P - 1) // (P * cost.tokens) for each in cost.exchanged)
-    summed = sum(2 * each.full_bytes * (ranks - 1) // ranks for each, ranks in (*_summed(cost, P), *_averaged(training, world_size // P)))
+    summed = sum(2 * each.full_bytes * (ranks - 1) // ranks for each, ranks in (*_summed(cost, P), *_averaged(training, split.data)))
     sharded = 2 * cost.parameter_bytes + cost.gradient_bytes if training.shard_parameters else 0
-    return plan.step_bytes() + exchanged + summed + sharded * (world_size - 1) // world_size
+    return plan.step_bytes() + exchanged + summed + sharded * (W - 1) // W
 
 
 Sum = tuple[Collective, int]
@@ -200,20 +228,17 @@ def _averaged(training: Training, copies: int) -> list[Sum]:
     return [(Collective("all_reduce", size, -(-size // _BUCKET_BYTES)), copies)] if copies > 1 and not training.shard_parameters else []
 
 
-def _parameter_seconds(
-    training: Training, P: int, W: int, topology: Topology, products: dict[Way, float], traffic: dict[Way, float]
-) -> float:  # fmt: skip
-    if W == 1:
-        return 0.0
-    cost, hardware = training.cost, topology.at(W)
+def _parameter_seconds(training: Training, split: Split, topology: Topology, busy: dict[Way, float]) -> float:
+    """`busy`: what the rest of the model takes each way, under which sharded parameters travel."""
+    P, W, cost = split.sequence, split.ranks, training.cost
+    hardware = topology.at(W)
     summed = sum(_collective_seconds(each, ranks, topology) for each, ranks in _summed(cost, P))
-    averaged = sum(_collective_seconds(each, copies, hardware.every(P)) for each, copies in _averaged(training, W // P))
-    if not training.shard_parameters:
+    averaged = sum(_collective_seconds(each, copies, hardware.every(P)) for each, copies in _averaged(training, split.data))
+    if not training.shard_parameters or W == 1:
         return summed + averaged
     messages = max(1, sum(each.messages for each in cost.reduced))
     gather = hardware.seconds("all_gather", (W - 1) / W * cost.parameter_bytes, messages, ranks=W)
     scatter = hardware.seconds("reduce_scatter", (W - 1) / W * cost.gradient_bytes, messages, ranks=W)
-    busy: dict[Way, float] = {way: products[way] + traffic[way] for way in products}
     return summed + max(0.0, gather - busy["forward"]) + max(0.0, gather + scatter - busy["backward"])
 
 

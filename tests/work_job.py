@@ -44,7 +44,7 @@ def count_calls(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) 
     def packed(copy: Any) -> Any:
         """Packing gives the buffer, unpacking gets it, or several."""
 
-        def call(first: Tensor | list[Tensor] | None, *args: Any) -> Any:
+        def call(first: Any, *args: Any) -> Any:
             result = copy(first, *args)
             buffers = [result] if isinstance(result, Tensor) else [first] if isinstance(first, Tensor) else first
             made[0] += replace(NO_WORK, packed_bytes=sum(buffer.nbytes for buffer in buffers))

@@ -30,8 +30,8 @@ from autoseq.planning.degrees import Candidate, Split, candidate
 from autoseq.planning.presets import load_topology
 from inspected_models import EXAMPLE, OneAttention, break_graph
 from ranks import run_ranks
-from test_degrees import H100, training
 from test_zoo import GRADIENT_TOLERANCE, LOSS_TOLERANCE, train
+from trainings import H100, training
 
 
 @pytest.fixture(autouse=True)

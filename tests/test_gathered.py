@@ -17,7 +17,7 @@ from autoseq.plan_model import look_at
 from autoseq.planning.gathered import cost_on, gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.training import Split, Training, memory_besides_attention
-from test_joint_attention import Joint
+from joint_model import Joint
 
 WIDTH, HEADS, LENGTH = 32, 2, 256
 

@@ -28,7 +28,7 @@ from autoseq.planning.topology_file import dump
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.target import load_target
-from test_degrees import H100, looked, training
+from trainings import H100, looked, training
 
 TINY = "examples/plain_gpt.py:tiny"
 

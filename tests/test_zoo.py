@@ -15,7 +15,13 @@ from ranks import run_ranks
 from training_job import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
 PAIRS = [(name, attention) for name, entry in zoo.ZOO.items() for attention in entry.attention]
-MODELS = pytest.mark.parametrize(("name", "attention"), PAIRS, ids=[", ".join(filter(None, pair)) for pair in PAIRS])
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=[", ".join(filter(None, pair)) for pair in PAIRS])
+def pair(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A model and a spelling of its attention. The tests of a pair follow each other, so that it is inspected once."""
+    return request.param
+
 
 # BLOOM's GELU is an autograd function of its own: Dynamo makes an instance of its class, and torch warns of what Dynamo does.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -27,26 +33,23 @@ def inspected(name: str, attention: str) -> Inspection:
     return inspect_model(lambda: (entry.make(attention), entry.batch()), seq_len=zoo.LENGTH, world_size=2)
 
 
-@MODELS
-def test_every_attention_is_found_and_its_mask_is_read(name: str, attention: str) -> None:
-    assert tuple(site.site.mask for site in inspected(name, attention).sites) == zoo.ZOO[name].masks
-    assert inspected(name, attention).dense_masks == []
+def test_every_attention_is_found_and_its_mask_is_read(pair: tuple[str, str]) -> None:
+    assert tuple(site.site.mask for site in inspected(*pair).sites) == zoo.ZOO[pair[0]].masks
+    assert inspected(*pair).dense_masks == []
 
 
-@MODELS
-def test_nothing_of_the_size_of_the_scores_is_left(name: str, attention: str) -> None:
-    made = [item.shape for program in inspected(name, attention).programs for item in intermediates(program.gm.graph)]
-    assert [shape for shape in made if sum(size in zoo.ZOO[name].sequence_sizes for size in shape) > 1] == []
+def test_nothing_of_the_size_of_the_scores_is_left(pair: tuple[str, str]) -> None:
+    made = [item.shape for program in inspected(*pair).programs for item in intermediates(program.gm.graph)]
+    assert [shape for shape in made if sum(size in zoo.ZOO[pair[0]].sequence_sizes for size in shape) > 1] == []
 
 
-@MODELS
-def test_nothing_else_is_gathered(name: str, attention: str) -> None:
-    assert tuple(fallback.op for fallback in inspected(name, attention).fallbacks) == zoo.ZOO[name].gathered
+def test_nothing_else_is_gathered(pair: tuple[str, str]) -> None:
+    assert tuple(fallback.op for fallback in inspected(*pair).fallbacks) == zoo.ZOO[pair[0]].gathered
 
 
-@MODELS
-def test_loss_outputs_and_gradients_are_one_devices(name: str, attention: str) -> None:
+def test_loss_outputs_and_gradients_are_one_devices(pair: tuple[str, str]) -> None:
     """Both spellings of a model's attention become one graph, so one goes through AOTAutograd and the other runs as it was rewritten."""
+    name, attention = pair
     strategy = one_of(name, attention)
     inner = "aot_eager" if attention == zoo.ZOO[name].attention[0] else "eager"
     for differences in run_ranks(train, 2, name, attention, strategy, inner):

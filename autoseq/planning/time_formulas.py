@@ -15,6 +15,7 @@ The same phases as `prediction` evaluates, so a test can hold one to the other.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import sympy
 
@@ -43,21 +44,25 @@ def host_symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(f"H_{name}", nonnegative=True)
 
 
-def phase_formulas(
-    strategy: Strategy, way: Way, *, one_link: bool = False, host: bool = False
-) -> Iterator[tuple[sympy.Expr, sympy.Expr]]:  # fmt: skip
-    """How often each phase comes, and its seconds: those of the longest of what goes on side by side.
+Phases = tuple[tuple[sympy.Expr, sympy.Expr], ...]
+"""How often each phase comes, and its seconds: those of the longest of what goes on side by side."""
+
+
+@cache
+def phase_formulas(strategy: Strategy, way: Way, *, one_link: bool = False, host: bool = False) -> Phases:
+    """The phases of a pass on several ranks. SymPy takes long over a Max, and they are asked for more than once.
 
     `one_link`: as on one node, where messages of two levels take the same link, one after the other. `host`: messages need cores.
     """
-    lanes = lanes_of(_sample(strategy, way), one_link=one_link)
+    lanes, found = lanes_of(_sample(strategy, way), one_link=one_link), list[tuple[sympy.Expr, sympy.Expr]]()
     for phase in strategy.phases(way):
         busy: dict[Lane, sympy.Expr] = {"compute": phase.work * WORK}
         for name, share in phase.sends:
             busy["compute"] += share * host_symbol(name) if host else 0
             busy[lanes[name]] = busy.get(lanes[name], sympy.Integer(0)) + share * exchange_symbol(name)
         parts = [part for part in busy.values() if part != 0]
-        yield phase.times, sympy.Max(*parts) if parts else sympy.Integer(0)
+        found.append((phase.times, sympy.Max(*parts) if parts else sympy.Integer(0)))
+    return tuple(found)
 
 
 def work_formula(way: Way) -> sympy.Expr:
@@ -70,7 +75,7 @@ def work_formula(way: Way) -> sympy.Expr:
 
 def uses_links_together(strategy: Strategy, way: Way) -> bool:
     """Whether messages inside a node travel beside those across, so that a shared link makes a difference."""
-    return list(phase_formulas(strategy, way)) != list(phase_formulas(strategy, way, one_link=True))
+    return phase_formulas(strategy, way) != phase_formulas(strategy, way, one_link=True)
 
 
 def exchange_text(strategy: Strategy, way: Way) -> Iterator[str]:

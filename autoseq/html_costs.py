@@ -115,9 +115,13 @@ def attention_formulas(planned: SitePlan, P: int) -> list[Formula]:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """What a strategy is predicted to take for a site: seconds of a step, as a share of the slowest one's, and bytes held."""
+    """What a strategy is predicted to take for a site: seconds of a step, as a share of the slowest one's, and bytes held.
+
+    `rows` is the layout that suits it best, if that is not the program's.
+    """
 
     strategy: str
+    rows: str
     seconds: float
     share: float
     held_bytes: int
@@ -125,18 +129,23 @@ class Time:
 
 
 def predicted_times(planned: SitePlan) -> list[Time]:
-    """The strategies that could serve a site, the fastest first."""
-    slowest = max((offer.seconds for offer in planned.offers), default=0.0) or 1.0
+    """The strategies that could serve a site, each in the layout that suits it best, the fastest first."""
+    names = dict.fromkeys(place.offer.strategy for place in planned.places)
+    best = [place for name in names if (place := planned.place if name == planned.strategy else planned.best_offer(name)) is not None]
+    slowest = max((place.offer.seconds for place in best), default=0.0) or 1.0
     times = [
-        Time(each.strategy, each.seconds, each.seconds / slowest, each.kept_bytes + each.buffer_bytes, each.strategy == planned.strategy)
-        for each in planned.offers
-    ]
+        Time(
+            offer.strategy, place.layout if place.layout != planned.layout else "", offer.seconds, offer.seconds / slowest,
+            offer.kept_bytes + offer.buffer_bytes, offer.strategy == planned.strategy,
+        )
+        for place in best for offer in (place.offer,)
+    ]  # fmt: skip
     return sorted(times, key=lambda time: time.seconds)
 
 
 def refusals(planned: SitePlan) -> list[tuple[str, str]]:
     """The strategies that could not serve, by their reasons."""
-    offered = {offer.strategy for offer in planned.offers}
+    offered = {place.offer.strategy for place in planned.places}
     names: dict[str, list[str]] = {}
     for name, reason in planned.losers:
         if name not in offered:

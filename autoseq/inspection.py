@@ -21,6 +21,7 @@ from autoseq.dry_run import Counts, add_counts, step_traffic
 from autoseq.graph_text import remember_global
 from autoseq.options import Options
 from autoseq.passes.attention_site import LeftWhole
+from autoseq.passes.autocast import ENTER
 from autoseq.passes.read_masks import DenseMask
 from autoseq.passes.shard import Fallback
 from autoseq.passes.sizes import hint, num_bytes
@@ -127,6 +128,7 @@ def with_programs(
             with torch.device("meta"):
                 model, kwargs = make()
             programs = _capture(model, kwargs, options, group)
+            _tell_autocast(programs)
         except Exception as error:
             if isinstance(error, AutoSeqError) and not isinstance(error, TargetError):
                 raise
@@ -178,6 +180,15 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
         check_patterns(options.strategy, list(names), of_part=not is_whole)
         _tell_untraced(model, programs)
     return programs
+
+
+def _tell_autocast(programs: Sequence[Program]) -> None:
+    """Autocast is a device's, and without weights there is none."""
+    if any(node.target is ENTER for program in programs for node in program.before.nodes):
+        log.warning(
+            "the model enters torch.autocast, which does nothing while there are no weights: all numbers are of the dtype of its "
+            "parameters. For those of another, give it parameters of that dtype (model.bfloat16())"
+        )
 
 
 def _tell_untraced(model: nn.Module, programs: Sequence[Program]) -> None:

@@ -9,9 +9,11 @@ from autoseq.asked_strategies import as_patterns
 from autoseq.planner import SitePlan
 from autoseq.planning.degrees import Candidate
 
+_DEVICE = '"cuda" if torch.cuda.is_available() else "cpu"'
+
 
 def call_of(best: Candidate, topology: str) -> str:
-    """The line that has a candidate's degrees, strategies and layout. It is started on all ranks, with CUDA.
+    """The line that has a candidate's degrees, strategies and layout. It is run on all ranks.
 
     What cannot be told apart by name is chosen again in the run, on `topology`: the name or the file that the plan is for, as it was given.
     """
@@ -21,7 +23,7 @@ def call_of(best: Candidate, topology: str) -> str:
     mesh = {"nodes": split.mesh[0], "ranks": split.mesh[1]} if split.mesh else {"ranks": split.sequence}
     dims = ({"data": split.data} if split.data > 1 else {}) | mesh
     if len(dims) > 1:
-        made = f'init_device_mesh("cuda", {tuple(dims.values())}, mesh_dim_names=({_quoted(dims)}))'
+        made = f'init_device_mesh({_DEVICE}, {tuple(dims.values())}, mesh_dim_names=({_quoted(dims)}))'
         options["mesh"] = made if split.data == 1 else f"{made}[{_quoted(mesh)}]"
     by_name = _by_name(best.plan.sites)
     shared = {name: taken for name, taken in by_name.items() if len(taken) > 1}

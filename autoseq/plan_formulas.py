@@ -50,9 +50,10 @@ def print_formulas(out: Console, *, host: bool) -> None:
         out.print("  H_… is what sending that takes of the cores that compute: messages · latency + bytes / rate of the host.")
     for way, formula in found["T_work"].items():
         out.print(f"  {way}: T_work = {formula}")
-    out.print("  F flops a second of the kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory.")
+    out.print("  F flops a second of the kernel, which leaves out tile keys at once, L seconds a launch, M bytes a second of memory.")
     out.print("  Of a rank, by the mask: pairs of full and masked blocks, squares on a diagonal and their rows, launches, merged elements;")
     out.print("  and packed, the bytes of buffers that heads or keys are copied into before they travel, or out of afterwards.")
+    out.print("  The other letters: autoseq strategies; and j, 1 where it is queries that go round a bidirectional ring, else 0.")
     for name, strategy in found["strategies"].items():
         for way in WAYS:
             out.print(f"\n{name}, {way}:")

@@ -26,7 +26,7 @@ from autoseq.planning.sweep import DOUBLINGS, Looked, Over, Point, sweep, would_
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
 from autoseq.program import Program, Warned
-from autoseq.readable import readable_bytes
+from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.runtime.errors import AutoSeqError, PlanError
 from autoseq.runtime.layout import Layout, local_length
 
@@ -194,10 +194,19 @@ def plan_training(
     asked: dict[str, str] = {"strategy": strategy, "layout": layout}
     training = looked(seq_len, world_size)
     found = candidates(training, world_size, topology, **asked)
-    if not found[0].fits:
-        raise PlanError(_nothing_fits(found[0], would_fit(looked, seq_len, world_size, topology, **asked), topology, reserved))
     points = [] if over is None else sweep(looked, seq_len, world_size, topology, over, **asked)
+    if not found[0].fits:
+        others = would_fit(looked, seq_len, world_size, topology, **asked)
+        raise PlanError(_nothing_fits(found[0], others, topology, reserved) + (f". {_swept(points, over)}" if over else ""))
     return Planned(training, world_size, topology, reserved, tuple(found), over, tuple(points))
+
+
+def _swept(points: Sequence[Point], over: Over) -> str:
+    """What of a sweep fits, where what was asked for does not."""
+    what = {"seq-len": "tokens", "world-size": "ranks"}[over]
+    served = [(point.value, point.best) for point in points if point.best is not None]
+    told = [f"{value:,} {what} ({readable_seconds(best.seconds)} a step, {readable_bytes(best.memory.total)})" for value, best in served]
+    return f"Of the sweep fit {', '.join(told)}" if told else "Of the sweep nothing fits"
 
 
 def _nothing_fits(least: Candidate, others: Sequence[tuple[str, int]], topology: Topology, reserved: int) -> str:

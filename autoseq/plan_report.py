@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) ->
     free = f", and {readable_bytes(planned.reserved_bytes)} more kept free (--reserve)" if planned.reserved_bytes else ""
     out.print(
         f"{training.batch} × {training.seq_len:,} tokens a step on {planned.world_size:,} ranks of {topology.name} ({nodes}), "
-        f"{readable_bytes(topology.memory_bytes)} a rank for a plan{free}. Predicted, not measured."
+        f"{readable_bytes(topology.memory_bytes)} a rank for a plan{free}. Products in {training.dtype}, as the model has them. "
+        "Predicted, not measured."
     )
     _print_plans(out, planned)
     out.print(f"To run the first: {call_of(best, given)}")
@@ -53,20 +53,21 @@ def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) ->
 def _print_plans(out: Console, planned: Planned) -> None:
     shown = planned.candidates[:_SHOWN]
     of_all = f" ({len(shown)} of {len(planned.candidates)})" if len(shown) < len(planned.candidates) else ""
-    columns = ["data × sequence", "strategies", "layout", ":step", ":tokens/s", ":MFU", ":sent a rank", ":memory a rank"]
+    columns = ["data × sequence", "strategies", "layout", ":step", ":tokens/s", ":MFU", ":sent", ":memory a rank"]
     rows = [*map(_row, shown)]
     if not all(each.fits for each in shown):
         columns = [*columns, "fits"]
         rows = [(*row, "yes" if each.fits else "no") for row, each in zip(rows, shown, strict=True)]
     out.print(table(f"Plans, the fastest that fit first{of_all}", columns, rows))
     meshes = [each.split for each in shown if each.split.mesh]
-    legend = "data × sequence: copies of the data × ranks that share a sequence"
+    legend = "data × sequence: copies of the data × ranks that share a sequence. Sent: by the rank that sends most"
     if meshes:
         (nodes, ranks), whole = meshes[0].mesh, meshes[0]
         in_a_node = whole.sequence <= planned.topology.at(planned.world_size).ranks_per_node
         parts = f"{nodes} parts of a node, each of {ranks} ranks," if in_a_node else f"{nodes} nodes of {ranks} ranks"
         legend += f"; {whole}: of these, {parts} are the mesh of a strategy on two levels"
-    out.print(f"{legend}. MFU: the model's products, none counted twice, by what the devices could do at their peak.")
+    dtype = planned.training.dtype
+    out.print(f"{legend}. MFU: the model's products, none counted twice, by what the devices could do at their peak in {dtype}.")
 
 
 def _row(each: Candidate) -> Sequence[object]:
@@ -110,9 +111,11 @@ def sent_for(warned: Warned, best: Candidate) -> int:
 
 
 def _print_sites(out: Console, best: Candidate) -> None:
-    """Sites that are alike share their lines."""
-    for _, same in groupby(best.plan.sites, key=lambda p: (p.site.site, p.site.ways, p.strategy)):
-        group = list(same)
+    """Sites that are alike share their lines, wherever they are."""
+    groups: dict[object, list[SitePlan]] = {}
+    for planned in best.plan.sites:
+        groups.setdefault((planned.site.site, planned.site.ways, planned.strategy), []).append(planned)
+    for group in groups.values():
         one = group[0]
         names = one.site.name if len(group) == 1 else f"{one.site.name} … {group[-1].site.name} ({len(group)} ×)"
         seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.offer.sent_bytes)} sent"
@@ -143,7 +146,8 @@ def _print_sweep(out: Console, planned: Planned) -> None:
         out.print(_TIES)
     found = overtakings(planned.points)
     for value, before, after in found:
-        out.print(f"From {value:,} {header} on: {after} (before: {before})")
+        as_long = ", which takes as long there" if _ties(planned, value, before) else ""
+        out.print(f"From {value:,} {header} on: {after} (before: {before}{as_long})")
     if not found:
         out.print("No strategy overtakes another.")
 
@@ -152,6 +156,13 @@ _TIES = (
     "Attentions that take as long in three digits go to what sends less, then to contiguous rows: a step\n"
     "with one strategy everywhere may take as long as the plan, or a hair less (docs/planner.md, Ties)."
 )
+
+
+def _ties(planned: Planned, value: int, strategy: str) -> bool:
+    """Whether a strategy for all attention takes no longer than the plan for a value."""
+    point = next(point for point in planned.points if point.value == value)
+    seconds = point.seconds.get(strategy)
+    return seconds is not None and point.best is not None and three_digits(seconds) <= three_digits(point.best.seconds)
 
 
 def _is_tied(point: Point) -> bool:
@@ -185,6 +196,7 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
     training = planned.training
     return json.dumps({
         "world_size": planned.world_size, "batch": training.batch, "sequence_length": training.seq_len,
+        "dtype": training.dtype,
         "topology": planned.topology.name, "memory_limit_bytes": planned.topology.memory_bytes, "reserved_bytes": planned.reserved_bytes,
         "warnings": [
             {"what": each.what, "bytes_per_rank": sent_for(each, planned.best), "held_bytes": each.held_bytes}
@@ -195,7 +207,7 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
         "attention": [
             {
                 "name": p.site.name, "mask": p.site.mask, "strategy": p.strategy, "seconds": p.seconds,
-                "bytes_per_rank": p.offer.sent_bytes,
+                "bytes_of_busiest_rank": p.offer.sent_bytes,
                 "losers": [_loser_json(p, name, reason) for name, reason in p.losers],
             }
             for p in planned.best.plan.sites
@@ -227,7 +239,7 @@ def _candidate_json(each: Candidate) -> dict[str, Any]:
     return {
         "data": each.split.data, "sequence": each.split.sequence, "mesh": list(each.split.mesh), "layout": each.plan.layout,
         "strategies": each.strategies, "step_seconds": each.seconds, "tokens_per_s": each.tokens_per_s, "mfu": each.mfu,
-        "bytes_per_rank": each.sent_bytes, "memory_bytes": each.memory.total, "fits": each.fits,
+        "bytes_of_busiest_rank": each.sent_bytes, "memory_bytes": each.memory.total, "fits": each.fits,
         "seconds": {name: getattr(each.time, name) for name in each.time.__dataclass_fields__},
         "memory": {name: getattr(each.memory, name) for name in each.memory.__dataclass_fields__},
         "layouts_not_taken": [{"layout": layout, "reason": reason} for layout, reason in each.plan.refused],

@@ -276,8 +276,8 @@ def _no_attention(gm: fx.GraphModule, left_whole: Sequence[LeftWhole]) -> str:
     frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame else "the compiled function"
     return (
-        f"no attention was found in the program that ends at {where}. autoseq reads "
-        "torch.nn.functional.scaled_dot_product_attention; for a transformers model pass attn_implementation='sdpa'."
+        f"no attention was found in the program that ends at {where}. autoseq reads scaled_dot_product_attention, a softmax between two "
+        "matrix products, nn.MultiheadAttention, flex_attention and flash-attn's functions (docs/attention.md)"
     )
 
 

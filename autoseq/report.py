@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -59,6 +58,7 @@ def _site_json(planned: SitePlan) -> dict[str, Any]:
     return {
         "name": named.name, "source": named.source, "heads": named.site.heads, "kv_heads": named.site.kv_heads, "mask": named.mask,
         "strategy": planned.strategy, "bytes_per_rank": site_bytes(planned), "messages_per_rank": site_messages(planned),
+        "bytes_of_busiest_rank": planned.offer.sent_bytes,
     }  # fmt: skip
 
 
@@ -94,15 +94,17 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs | None)
 
 
 def plan_table(sites: Sequence[SitePlan]) -> Group:
-    """The attention sites; those that differ in nothing but a number in their name share a row."""
-    groups = [list(same) for _, same in groupby(sites, key=_alike)]
+    """The attention sites; those that differ in nothing but a number in their name share a row, wherever they are."""
+    groups: dict[object, list[SitePlan]] = {}
+    for planned in sites:
+        groups.setdefault(_alike(planned), []).append(planned)
     return table(
         f"Attention: {len(sites)} sites",
         ["module", "source", ":heads", ":KV heads", "mask", "strategy", ":bytes each", ":messages each"],
         [
             (_names(group), short_source(one.site.source), one.site.site.heads, one.site.site.kv_heads, one.site.mask, one.strategy,
              f"{site_bytes(one):,}", site_messages(one))
-            for group in groups for one in group[:1]
+            for group in groups.values() for one in group[:1]
         ],
     )  # fmt: skip
 

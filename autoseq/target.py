@@ -13,6 +13,7 @@ A factory is called with `batch` and `seq_len` and returns the model and the key
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,10 +61,20 @@ def load_target(text: str) -> Target:
     return Target(text, _factory(text, module, name))
 
 
+_TORCH = str(Path(torch.__file__).parent)
+
+
 def brief(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """An exception in one line; of one that Dynamo has wrapped, what it wraps, and the innermost line that is not torch's."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    wrapped = re.search(r": got (\w+\(.*\))$", text, re.M)
+    _, _, frames = text.partition("from user code:")
+    places = [place for place in re.findall(r'File "([^"]+)", line (\d+), in', frames) if not place[0].startswith(_TORCH)]
+    where = " at {}:{}".format(*places[-1]) if places else ""
+    return f"{type(error).__name__}{where}: {wrapped[1] if wrapped else lines[0]}"
 
 
 def _kind(made: object) -> str:

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 from rich.console import Console
 
-from autoseq.planning.topology import KINDS, Link, Rate, Topology
-from autoseq.readable import readable_bytes
+from autoseq.planning.topology import KINDS, KernelRates, Link, Rate, Topology
+from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.report import table
 
 
@@ -28,10 +28,11 @@ def print_topology(console: Console, topology: Topology) -> None:
     links = [("inside a node", topology.inside, ""), ("between nodes", topology.between, " a card")]
     for title, link, per in links:
         if link is not None:
-            shape = f"{link.duplex} duplex" + (f", {link.lanes} network cards a node" if per else "")
+            cards = f", {link.lanes} network card{'' if link.lanes == 1 else 's'} a node" if per else ""
+            shape = f"{link.duplex} duplex{cards}"
             rows = [(kind, *_rate(link.rate(kind))) for kind in KINDS]
             console.print(table(f"Links {title} ({shape})", ("message", ":latency", f":each way{per}"), rows))
-    rows = [(dtype, *(_flops(getattr(rates, rate.name)) for rate in fields(rates))) for dtype, rates in topology.kernels.items()]
+    rows = [(dtype, *_rates(rates)) for dtype, rates in topology.kernels.items()]
     console.print(table("Kernels", ("dtype", ":peak", ":products", ":attention", ":its backward"), rows))
     console.print(f"memory at {readable_bytes(topology.memory_bytes_per_s)}/s, {_time(topology.launch_s)} for each kernel call")
     console.print(f"attention past a causal diagonal is left out in pieces of {topology.attention_tile} keys")
@@ -46,10 +47,10 @@ def print_topology(console: Console, topology: Topology) -> None:
 
 
 def _line(topology: Topology) -> tuple[str, ...]:
-    peak = _flops(topology.kernel_rates("bfloat16").peak_flops_per_s)
+    peak = topology.kernel_rates("bfloat16").peak_flops_per_s
     memory = readable_bytes(topology.memory_bytes)
     between = _link(topology.between) if topology.between else ""
-    return topology.name, str(topology.world_size), memory, peak, _link(topology.inside), between
+    return topology.name, str(topology.world_size), memory, _flops(peak, peak), _link(topology.inside), between
 
 
 def _link(link: Link) -> str:
@@ -62,8 +63,14 @@ def _rate(rate: Rate) -> tuple[str, str]:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} us" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+    return readable_seconds(seconds)
 
 
-def _flops(rate: float) -> str:
-    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e11 else f"{rate / 1e9:.3g} GFLOP/s"
+def _rates(rates: KernelRates) -> list[str]:
+    """In one unit, that of the largest."""
+    values = [getattr(rates, each.name) for each in fields(rates)]
+    return [_flops(value, max(values)) for value in values]
+
+
+def _flops(rate: float, largest: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if largest >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"

@@ -1,6 +1,7 @@
 """The command line's manners: TARGETs, exit statuses, one-line messages, help that teaches."""
 
 import json
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -11,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
 from autoseq.runtime.errors import TargetError
-from autoseq.target import load_target
+from autoseq.target import brief, load_target
 
 EXAMPLE = "examples/plain_gpt.py:tiny"
 
@@ -111,7 +112,7 @@ def test_files_and_modules_give_model_and_arguments(folder: Path, text: str) -> 
         pytest.param(["inspect", "nowhere.py:tiny"], 2, "there is no file nowhere.py", id="inspect: no such file"),
         pytest.param(["verify", "nowhere.py:tiny"], 2, "there is no file nowhere.py", id="verify: no such file"),
         pytest.param(["inspect", "factories.py:raises"], 2, "RuntimeError: first line", id="the factory raises"),
-        pytest.param(["inspect", "factories.py:wrong_shape"], 2, "the model failed when it was traced", id="the model raises"),
+        pytest.param(["inspect", "factories.py:wrong_shape"], 2, "traced: TorchRuntimeError: RuntimeError('", id="the model raises"),
         pytest.param(["inspect", "factories.py:right"], 1, "no attention was found", id="a model without attention"),
         pytest.param(["inspect", "factories.py:right", "--strategy", "x"], 2, "'strategy' cannot be 'x'; it is one of", id="strategy"),
         pytest.param(["inspect", "factories.py:right", "--layout", "odd"], 2, "option 'layout' cannot be 'odd'", id="layout"),
@@ -122,6 +123,17 @@ def test_a_mistake_is_a_message_and_a_status_and_no_traceback(folder: Path, argu
     assert (result.exit_code, result.stdout) == (status, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_error_that_dynamo_wraps_is_told_with_its_cause_and_the_models_line() -> None:
+    class TooFewTargets(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(x, x.new_zeros(3, dtype=torch.long))
+
+    with pytest.raises(Exception) as raised:
+        torch.compile(TooFewTargets(), backend="eager")(torch.zeros(4, 8))
+    told = brief(raised.value)
+    assert re.fullmatch(r"TorchRuntimeError at .*test_cli\.py:\d+: ValueError\('Expected input batch_size \(4\) .*'\)", told), told
 
 
 def test_more_ranks_than_tokens_is_an_error_at_the_attentions_source_line() -> None:

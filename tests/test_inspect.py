@@ -72,6 +72,7 @@ def test_json_is_the_documented_object() -> None:
     assert site | {"source": ""} == {
         "name": "model.layers.0.self_attn", "source": "", "heads": 4, "kv_heads": 2, "mask": "(k <= q) & (k > q - 8)",
         "strategy": "gather_kv", "bytes_per_rank": 2 * 2 * 7 * 2 * 8 * 4, "messages_per_rank": 3,
+        "bytes_of_busiest_rank": 2 * 2 * 7 * 2 * 8 * 4,
     }  # fmt: skip
     assert "sdpa_attention.py" in site["source"]
     assert {tuple(entry) for entry in shown["collectives"]} == {("op", "count", "bytes_per_rank")}

@@ -25,6 +25,7 @@ from autoseq.planning.degrees import Candidate, Split, candidates
 from autoseq.planning.presets import load_topology
 from autoseq.planning.topology import Host
 from autoseq.planning.topology_file import dump
+from autoseq.runtime.errors import PlanError
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.target import load_target
@@ -49,13 +50,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     found, _ = swept
     assert list(found) == [
-        "world_size", "batch", "sequence_length", "topology", "memory_limit_bytes", "reserved_bytes", "warnings", "call", "plans",
+        "world_size", "batch", "sequence_length", "dtype", "topology", "memory_limit_bytes", "reserved_bytes", "warnings", "call", "plans",
         "attention", "sweep",
     ]  # fmt: skip
     assert (found["world_size"], found["batch"], found["sequence_length"], found["topology"]) == (4, 2, 512, "4xA10")
     best, *others = found["plans"]
     assert set(best) == {
-        "data", "sequence", "mesh", "layout", "strategies", "step_seconds", "tokens_per_s", "mfu", "bytes_per_rank", "memory_bytes",
+        "data", "sequence", "mesh", "layout", "strategies", "step_seconds", "tokens_per_s", "mfu", "bytes_of_busiest_rank",
+        "memory_bytes",
         "fits", "seconds", "memory", "layouts_not_taken",
     }  # fmt: skip
     assert all(each["data"] * each["sequence"] == 4 for each in found["plans"])
@@ -154,6 +156,48 @@ def test_a_sweep_fits_into_100_columns_and_names_degrees() -> None:
     assert re.search(r"│ ring  .*│ +[12] × [48] │", swept.replace("\n", " "))
 
 
+def test_where_what_was_asked_for_does_not_fit_a_sweep_says_what_does() -> None:
+    with pytest.raises(PlanError, match=r"no plan fits .*\. Of the sweep fit 1,024 tokens \([\d.]+ ms a step, [\d.]+ GB\), 2,048 "):
+        plan_training(looked(training(batch=1)), seq_len=16384, world_size=2, topology=H100, memory_gib=7, over="seq-len")
+
+
+def test_attentions_that_are_alike_are_told_once_wherever_they_are() -> None:
+    asked = training(batch=1, layers=4)
+    sites = [replace(named, site=replace(named.site, max_behind=99 if i % 2 else None)) for i, named in enumerate(asked.sites)]
+    planned = plan_training(looked(replace(asked, sites=tuple(sites))), seq_len=8192, world_size=8, topology=H100)
+    out = Console(width=200, file=io.StringIO())
+    print_plan(out, planned, given="8xH100", formulas=False)
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    assert re.findall(r"^layers\S+ … \S+ \(\d ×\)", shown, re.M) == ["layers.0 … layers.2 (2 ×)", "layers.1 … layers.3 (2 ×)"]
+
+
+def test_a_plan_says_for_which_dtype_it_is(swept: tuple[dict, Path]) -> None:
+    assert swept[0]["dtype"] == "float32"
+    assert training().dtype == "bfloat16"
+
+
+AUTOCAST = """
+import torch
+from inspected_models import OneAttention
+
+class Mixed(OneAttention):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+def model(batch, seq_len):
+    return Mixed(), {"x": torch.randn(batch, seq_len, 8)}
+"""
+
+
+def test_autocast_inside_the_model_is_told_to_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "mixed.py").write_text(AUTOCAST)
+    shown = run(f"{tmp_path}/mixed.py:model", "--seq-len", "64", "--world-size", "2", "--topology", "4xA10")
+    assert shown.exit_code == 0
+    assert shown.stderr.count("the model enters torch.autocast, which does nothing while there are no weights") == 1
+    assert "Products in float32, as the model has them" in shown.stdout
+
+
 def test_what_no_mesh_of_the_ranks_serves_is_refused_once_for_all() -> None:
     shown = run(TINY, "--seq-len", "64", "--world-size", "2", "--topology", "4xA10")
     refused = "hybrid, hybrid_gather, hybrid_outer, hybrid_gather_outer, double_ring: it works on two levels and needs several nodes"
@@ -173,9 +217,11 @@ def test_what_a_mesh_is_made_of(hardware: str, told: str) -> None:
 
 CALLS = {
     "one strategy": (Split(1, 8), "torch.compile(model, backend=\"autoseq\", options={\"strategy\": \"ring\", \"layout\": \"zigzag\"})"),
-    "copies of the data": (Split(2, 4), 'init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "ranks"))["ranks"]'),
-    "two levels": (Split(1, 8, (2, 4)), 'init_device_mesh("cuda", (2, 4), mesh_dim_names=("nodes", "ranks")),'),
-    "both": (Split(2, 8, (2, 4)), 'init_device_mesh("cuda", (2, 2, 4), mesh_dim_names=("data", "nodes", "ranks"))["nodes", "ranks"]'),
+    "copies of the data": (
+        Split(2, 4), 'init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (2, 4), mesh_dim_names=("data", "ranks"))["ranks"]'
+    ),
+    "two levels": (Split(1, 8, (2, 4)), '"cpu", (2, 4), mesh_dim_names=("nodes", "ranks")),'),
+    "both": (Split(2, 8, (2, 4)), '"cpu", (2, 2, 4), mesh_dim_names=("data", "nodes", "ranks"))["nodes", "ranks"]'),
     "nothing to split": (Split(8, 1), "DistributedDataParallel or FSDP, without autoseq"),
 }
 

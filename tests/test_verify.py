@@ -9,8 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from autoseq import verify
 from autoseq.cli import app
-from autoseq.verify import Difference, _relative
+from autoseq.launch import Rank
+from autoseq.verify import Case, Difference, _relative
 
 EXAMPLE = "examples/plain_gpt.py:tiny"
 
@@ -31,6 +33,21 @@ FACTORIES = """
             q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             return {"hidden": self.dropout(y.transpose(1, 2).flatten(2)), "length": x.shape[1]}
+
+    class WithKeyBias(nn.Module):
+        '''The gradient of the keys' bias is zero but for rounding.'''
+
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(-1, (2, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            return self.out(y).square().mean()
+
+    def with_key_bias(batch, seq_len):
+        return WithKeyBias(), {"x": torch.randn(batch, seq_len, 8)}
 
     def right(batch, seq_len):
         return Model(), {"x": torch.randn(batch, seq_len, 8)}
@@ -84,6 +101,24 @@ def test_a_model_without_loss_is_compared_through_a_projection_and_without_dropo
     assert result.exit_code == 0, result.output
     assert "hidden" in result.stdout
     assert "qkv.weight" in result.stdout
+
+
+def test_gradients_that_are_nothing_but_rounding_are_compared_beside_all_others(factories: str) -> None:
+    result = run(f"{factories}:with_key_bias", "--seq-len", "64", "--world-size", "2", "--inner", "eager", "--all")
+    assert result.exit_code == 0, result.output
+    assert "k.bias" in result.stdout
+
+
+def test_a_gradient_that_should_be_zero_and_is_not_fails(factories: str) -> None:
+    """Zero but for rounding on one device, and far more than rounding on ranks."""
+    rank, case = Rank(0, 1, torch.device("cpu"), None), Case(f"{factories}:with_key_bias", 1, 64, {})  # type: ignore[arg-type]
+    model, kwargs = verify._make(rank, case)
+    gradients = verify._step(model, model, kwargs)["gradient"]
+    rounding = verify._rounding(rank, case, gradients)
+    assert list(rounding) == ["k.bias"]
+    ours = {**gradients, "k.bias": gradients["k.bias"] + 1e-4}
+    assert verify._errors({"output": {}, "gradient": ours}, {"output": {}, "gradient": gradients}, rounding)["gradient", "k.bias"] > 1
+    assert verify._errors({"output": {}, "gradient": gradients}, {"output": {}, "gradient": gradients}, rounding)["gradient", "k.bias"] == 0
 
 
 def test_a_transformers_configuration_is_verified(tmp_path: Path) -> None:

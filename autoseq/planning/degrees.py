@@ -110,7 +110,7 @@ def candidate(training: Training, split: Split, topology: Topology, *, strategy:
     plan = replace(plan, sites=tuple(map(_told_in_a_plan, plan.sites)))
     memory = replace(memory_besides_attention(training, split, plan.layout), attention=plan.memory_bytes())
     time = step_time(training, split, plan, topology)
-    peak = topology.kernel_rates(_dtype(training)).peak_flops_per_s
+    peak = topology.kernel_rates(training.dtype).peak_flops_per_s
     return Candidate(
         split, plan, time, memory, sent_bytes(training, split, plan),
         fits=memory.total <= topology.memory_bytes,
@@ -137,11 +137,6 @@ def _cannot_share(training: Training, world_size: int, topology: Topology) -> st
         f"divide the batch, a sequence needs a token for each of its ranks{shorter}, and its ranks fill whole nodes of "
         f"{topology.at(world_size).ranks_per_node} or a part of one. --batch {works} would work, and so would each multiple of it"
     )
-
-
-def _dtype(training: Training) -> str:
-    """The dtype of most products."""
-    return max(training.cost.forward.flops, key=lambda pair: pair[1], default=("float32", 0))[0]
 
 
 def _uses_mesh(plan: Plan) -> bool:

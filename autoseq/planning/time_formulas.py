@@ -1,11 +1,11 @@
 """The cost model in symbols: how a strategy's seconds come from what it sends and computes and from what a topology says.
 
     T_work = 2 computed (D + V) / F + launches L + (a (3 merged + masked) + 2 packed) / M
-    computed = full + masked + min(squares, (squares + g rows) / 2)
+    computed = full + masked + min(squares, (squares + tile · rows) / 2)
     T_keys = messages latency + bytes / rate
     H_keys = messages latency + bytes / rate of the host, where messages need the cores that compute, and 0 elsewhere
 
-F flops a second of the attention kernel, which leaves out g keys at once, L seconds a launch, M bytes a second of memory; latency and
+F flops a second of the attention kernel, which leaves out tile keys at once, L seconds a launch, M bytes a second of memory; latency and
 rate of a link, of which the slower counts: inside a node, or all of a node between nodes. Of a rank's blocks, full and masked are pairs,
 and so are the squares at a diagonal, which have so many rows; packed are the bytes of buffers that heads or keys are copied into or out of.
 
@@ -27,7 +27,7 @@ WORK = sympy.Symbol("T_work", nonnegative=True)
 FULL, MASKED, SQUARES, ROWS, PACKED = sympy.symbols("full masked squares rows packed", nonnegative=True, integer=True)
 LAUNCHES, MERGED = sympy.symbols("launches merged", nonnegative=True, integer=True)
 FLOPS_PER_S, LAUNCH_S, MEMORY_BYTES_PER_S = sympy.symbols("F L M", positive=True)
-TILE = sympy.Symbol("g", positive=True, integer=True)
+TILE = sympy.Symbol("tile", positive=True, integer=True)
 
 _SAMPLE = Site(
     batch=1, q_len=64, k_len=64, heads=8, kv_heads=8, head_dim=8, value_dim=8, element_bytes=2, max_ahead=0, max_behind=7, mesh=(2, 2)

@@ -109,6 +109,11 @@ class Training:
         return self.batch * self.seq_len
 
     @property
+    def dtype(self) -> str:
+        """That of most products."""
+        return max(self.cost.forward.flops, key=lambda pair: pair[1], default=("float32", 0))[0]
+
+    @property
     def shortest(self) -> int:
         """Of the sequence and the lengths of its attentions: no more ranks can share it."""
         return min(self.seq_len, *(n for named in self.sites for n in (named.site.q_len, named.site.k_len)))

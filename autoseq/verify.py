@@ -82,7 +82,7 @@ def _compare(rank: Rank, case: Case, path: str) -> list[Difference]:
 
 def _errors(actual: _Results, expected: _Results, rounding: Mapping[str, float]) -> dict[tuple[_Kind, str], float]:
     """By kind and name; `rounding` is `_rounding` of the expected gradients."""
-    found = {
+    found: dict[tuple[_Kind, str], float] = {
         (kind, name): _relative(actual[kind].get(name), expected[kind].get(name))
         for kind in _KINDS for name in sorted(expected[kind].keys() | actual[kind].keys())
     }  # fmt: skip

@@ -40,9 +40,10 @@ _OWNED = re.compile(rf"{_PREFIX}-p(\d+)\.\d+-")
 _MAX_NODES = 200
 _serials = itertools.count()
 
-# Segments of at most this size leave a node, so that the bucket may be small: a bucket is a head start that every pause renews.
+# Segments of at most this size leave a node, so that the bucket may be small: a bucket is a head start that every pause renews. It holds
+# what a link carries in this time, or a segment and a half: where cores are busy, the kernel fills it late, and what overflows is lost.
 _SEGMENT_BYTES = 16384
-_BURST = "24kb"
+_BURST_S = 2e-3
 # Longer than what TCP ever has in flight: nothing is dropped, so nothing is sent twice.
 _QUEUE = "16mb"
 
@@ -156,8 +157,9 @@ class SlowNetwork:
         _ip("-n", self.hub, "link", "set", port, "master", "br0", "up")
         _ip("-n", namespace, "addr", "add", f"{self.address(node)}/24", "dev", DEVICE)
         _ip("-n", namespace, "link", "set", DEVICE, "up", "gso_max_size", str(_SEGMENT_BYTES))
+        burst = max(3 * _SEGMENT_BYTES // 2, int((bits_per_s(self.rate) or 0) / 8 * _BURST_S))
         for where, device in ((namespace, DEVICE), (self.hub, port)):
-            _run("tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf", "rate", self.rate, "burst", _BURST, "limit", _QUEUE)
+            _run("tc", "-n", where, "qdisc", "add", "dev", device, "root", "tbf", "rate", self.rate, "burst", str(burst), "limit", _QUEUE)
 
 
 def remove_abandoned() -> list[str]:

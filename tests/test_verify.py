@@ -116,7 +116,8 @@ def test_a_gradient_that_should_be_zero_and_is_not_fails(factories: str) -> None
     gradients = verify._step(model, model, kwargs)["gradient"]
     rounding = verify._rounding(rank, case, gradients)
     assert list(rounding) == ["k.bias"]
-    ours = {**gradients, "k.bias": gradients["k.bias"] + 1e-4}
+    wrong = torch.full_like(gradients["k.weight"][0], 1e-4)  # type: ignore[index]
+    ours = {**gradients, "k.bias": wrong}
     assert verify._errors({"output": {}, "gradient": ours}, {"output": {}, "gradient": gradients}, rounding)["gradient", "k.bias"] > 1
     assert verify._errors({"output": {}, "gradient": gradients}, {"output": {}, "gradient": gradients}, rounding)["gradient", "k.bias"] == 0
 

@@ -18,11 +18,13 @@ import autoseq.html_report
 import chromium
 import zoo
 from autoseq.dry_run import add_counts
-from autoseq.html_costs import totals
+from autoseq.html_costs import predicted_times, totals
 from autoseq.html_report import html_page, inspect_pictures
 from autoseq.inspection import Made
 from autoseq.options import Options
+from autoseq.planner import make_plan
 from inspected_models import OneAttention, break_graph, make_model
+from trainings import H100, training
 
 EVIL = "<script>document['title']='owned'</script><img src=x onerror=\"document['title']='owned'\">"
 TARGET = "</title><script>document.title='owned'</script>"
@@ -300,3 +302,14 @@ def test_nothing_is_wider_than_the_window(page: chromium.Page, llama: str, nasty
             page.open(file.as_uri())
             assert page.run("document.documentElement.scrollWidth") <= width
     page.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_strategies_are_compared_in_the_layout_that_suits_each() -> None:
+    """As a plan compares them: a causal ring with contiguous rows would look twice as slow as it is."""
+    (planned, *_) = make_plan(training(batch=1, seq_len=65536).sites, group_size=8, strategy="auto", layout="auto", topology=H100).sites
+    times = {time.strategy: time for time in predicted_times(planned)}
+    assert planned.layout == "contiguous" and times["ring"].rows == "zigzag" and times[planned.strategy].rows == ""
+    for name, time in times.items():
+        best = planned.best_offer(name)
+        assert best is not None and time.seconds == (planned.seconds if name == planned.strategy else best.offer.seconds)
+    assert [time.seconds for time in times.values()] == sorted(time.seconds for time in times.values())

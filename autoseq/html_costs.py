@@ -7,6 +7,7 @@ from autoseq.html_blocks import Block, Fold, Item, Line, Parameter, Row, rows_of
 from autoseq.html_drawings import MOST_RANKS
 from autoseq.node_traffic import NOTHING_SENT, Sent
 from autoseq.planner import SitePlan
+from autoseq.planning.choice import Placed
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.timeline import WAYS
 from autoseq.runtime.traffic import SILENT, Traffic
@@ -133,14 +134,13 @@ def predicted_times(planned: SitePlan) -> list[Time]:
     names = dict.fromkeys(place.offer.strategy for place in planned.places)
     best = [place for name in names if (place := planned.place if name == planned.strategy else planned.best_offer(name)) is not None]
     slowest = max((place.offer.seconds for place in best), default=0.0) or 1.0
-    times = [
-        Time(
-            offer.strategy, place.layout if place.layout != planned.layout else "", offer.seconds, offer.seconds / slowest,
-            offer.kept_bytes + offer.buffer_bytes, offer.strategy == planned.strategy,
-        )
-        for place in best for offer in (place.offer,)
-    ]  # fmt: skip
-    return sorted(times, key=lambda time: time.seconds)
+
+    def time(place: Placed) -> Time:
+        offer, rows = place.offer, place.layout if place.layout != planned.layout else ""
+        held = offer.kept_bytes + offer.buffer_bytes
+        return Time(offer.strategy, rows, offer.seconds, offer.seconds / slowest, held, offer.strategy == planned.strategy)
+
+    return sorted(map(time, best), key=lambda each: each.seconds)
 
 
 def refusals(planned: SitePlan) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from autoseq.planning.degrees import Candidate, candidates
 from autoseq.planning.gathered import gathers
 from autoseq.planning.model_cost import ModelCost, model_cost
 from autoseq.planning.presets import load_topology
-from autoseq.planning.sweep import DOUBLINGS, Looked, Over, Point, sweep, would_fit
+from autoseq.planning.sweep import DOUBLINGS, UNITS, Looked, Over, Point, sweep, would_fit
 from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
 from autoseq.program import Program, Warned
@@ -203,9 +203,8 @@ def plan_training(
 
 def _swept(points: Sequence[Point], over: Over) -> str:
     """What of a sweep fits, where what was asked for does not."""
-    what = {"seq-len": "tokens", "world-size": "ranks"}[over]
-    served = [(point.value, point.best) for point in points if point.best is not None]
-    told = [f"{value:,} {what} ({readable_seconds(best.seconds)} a step, {readable_bytes(best.memory.total)})" for value, best in served]
+    served, unit = [(point.value, point.best) for point in points if point.best is not None], UNITS[over]
+    told = [f"{value:,} {unit} ({readable_seconds(best.seconds)} a step, {readable_bytes(best.memory.total)})" for value, best in served]
     return f"Of the sweep fit {', '.join(told)}" if told else "Of the sweep nothing fits"
 
 

@@ -16,11 +16,11 @@ from autoseq.plan_model import MEMORY, Planned
 from autoseq.planner import SitePlan
 from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Candidate
-from autoseq.planning.sweep import Point, mix, overtakings
+from autoseq.planning.sweep import UNITS, Point, mix, overtakings
 from autoseq.planning.training import Training
 from autoseq.program import Warned
 from autoseq.readable import readable_bytes, readable_seconds
-from autoseq.report import table
+from autoseq.report import grouped, names_of, table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
 
@@ -112,26 +112,22 @@ def sent_for(warned: Warned, best: Candidate) -> int:
 
 def _print_sites(out: Console, best: Candidate) -> None:
     """Sites that are alike share their lines, wherever they are."""
-    groups: dict[object, list[SitePlan]] = {}
-    for planned in best.plan.sites:
-        groups.setdefault((planned.site.site, planned.site.ways, planned.strategy), []).append(planned)
-    for group in groups.values():
+    for group in grouped(best.plan.sites, lambda p: (p.site.site, p.site.ways, p.strategy)):
         one = group[0]
-        names = one.site.name if len(group) == 1 else f"{one.site.name} … {group[-1].site.name} ({len(group)} ×)"
         seconds = f"{readable_seconds(one.seconds)} a step each, {readable_bytes(one.offer.sent_bytes)} sent"
-        out.print(f"\n{names}, mask {one.site.mask}: {one.strategy}, {seconds}." + (" Not taken:" if one.losers else ""))
+        out.print(f"\n{names_of(group)}, mask {one.site.mask}: {one.strategy}, {seconds}." + (" Not taken:" if one.losers else ""))
         by_reason: dict[str, list[str]] = {}
         for name, reason in one.losers:
             by_reason.setdefault(reason, []).append(name)
-        for reason, names_of in by_reason.items():
-            out.print(f"  {', '.join(names_of)}: {reason}")
+        for reason, names in by_reason.items():
+            out.print(f"  {', '.join(names)}: {reason}")
     for layout, reason in best.plan.refused:
         out.print(f"\nLayout {layout} was not taken: {reason}")
 
 
 def _print_sweep(out: Console, planned: Planned) -> None:
     names = [name for name in STRATEGIES if any(point.seconds.get(name) is not None for point in planned.points)]
-    header = {"seq-len": "tokens", "world-size": "ranks"}[planned.over or "seq-len"]
+    header = UNITS[planned.over or "seq-len"]
     columns = [f":{header}", "strategies", "data × sequence", ":step", ":tokens/s", ":MFU"]
     out.print(table("Sweep: the first plan", columns, [_sweep_row(point) for point in planned.points]))
     for start in range(0, len(planned.points) if names else 0, _POINTS_A_TABLE):
@@ -146,7 +142,8 @@ def _print_sweep(out: Console, planned: Planned) -> None:
         out.print(_TIES)
     found = overtakings(planned.points)
     for value, before, after in found:
-        as_long = ", which takes as long there" if _ties(planned, value, before) else ""
+        point = next(point for point in planned.points if point.value == value)
+        as_long = ", which takes as long there" if before in _as_fast(point) else ""
         out.print(f"From {value:,} {header} on: {after} (before: {before}{as_long})")
     if not found:
         out.print("No strategy overtakes another.")
@@ -158,20 +155,17 @@ _TIES = (
 )
 
 
-def _ties(planned: Planned, value: int, strategy: str) -> bool:
-    """Whether a strategy for all attention takes no longer than the plan for a value."""
-    point = next(point for point in planned.points if point.value == value)
-    seconds = point.seconds.get(strategy)
-    return seconds is not None and point.best is not None and three_digits(seconds) <= three_digits(point.best.seconds)
+def _as_fast(point: Point) -> list[str]:
+    """The strategies with which, for all attention, a step takes no longer than the plan."""
+    if point.best is None:
+        return []
+    longest = three_digits(point.best.seconds)
+    return [name for name, seconds in point.seconds.items() if seconds is not None and three_digits(seconds) <= longest]
 
 
 def _is_tied(point: Point) -> bool:
     """Whether one strategy for all attention is not slower than the plan, which has others."""
-    alone = {name: seconds for name, seconds in point.seconds.items() if seconds is not None}
-    best = point.best
-    return best is not None and any(
-        three_digits(seconds) <= three_digits(best.seconds) for name, seconds in alone.items() if set(best.strategies) != {name}
-    )
+    return point.best is not None and any(set(point.best.strategies) != {name} for name in _as_fast(point))
 
 
 _POINTS_A_TABLE = 5  # what 100 columns have room for

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from rich.console import Console, Group
@@ -95,18 +95,24 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs | None)
 
 def plan_table(sites: Sequence[SitePlan]) -> Group:
     """The attention sites; those that differ in nothing but a number in their name share a row, wherever they are."""
-    groups: dict[object, list[SitePlan]] = {}
-    for planned in sites:
-        groups.setdefault(_alike(planned), []).append(planned)
+    groups = grouped(sites, _alike)
     return table(
         f"Attention: {len(sites)} sites",
         ["module", "source", ":heads", ":KV heads", "mask", "strategy", ":bytes each", ":messages each"],
         [
-            (_names(group), short_source(one.site.source), one.site.site.heads, one.site.site.kv_heads, one.site.mask, one.strategy,
+            (names_of(group), short_source(one.site.source), one.site.site.heads, one.site.site.kv_heads, one.site.mask, one.strategy,
              f"{site_bytes(one):,}", site_messages(one))
-            for group in groups.values() for one in group[:1]
+            for group in groups for one in group[:1]
         ],
     )  # fmt: skip
+
+
+def grouped(sites: Iterable[SitePlan], key: Callable[[SitePlan], object]) -> list[list[SitePlan]]:
+    """Attention sites that are alike, wherever they are, in the order of the first of each."""
+    groups: dict[object, list[SitePlan]] = {}
+    for planned in sites:
+        groups.setdefault(key(planned), []).append(planned)
+    return list(groups.values())
 
 
 def _alike(planned: SitePlan) -> tuple[object, ...]:
@@ -114,7 +120,8 @@ def _alike(planned: SitePlan) -> tuple[object, ...]:
     return re.sub(r"\d+", "#", re.sub(r"#\d+$", "", named.name)), named.source, named.site, named.mask, planned.strategy, planned.cost
 
 
-def _names(group: Sequence[SitePlan]) -> str:
+def names_of(group: Sequence[SitePlan]) -> str:
+    """`layers.0 … layers.3 (4 ×)`."""
     first, last = group[0].site.name, group[-1].site.name
     return first if len(group) == 1 else f"{first} … {last} ({len(group)} ×)"
 

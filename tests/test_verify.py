@@ -116,10 +116,16 @@ def test_a_gradient_that_should_be_zero_and_is_not_fails(factories: str) -> None
     gradients = verify._step(model, model, kwargs)["gradient"]
     rounding = verify._rounding(rank, case, gradients)
     assert list(rounding) == ["k.bias"]
-    wrong = torch.full_like(gradients["k.weight"][0], 1e-4)  # type: ignore[index]
-    ours = {**gradients, "k.bias": wrong}
-    assert verify._errors({"output": {}, "gradient": ours}, {"output": {}, "gradient": gradients}, rounding)["gradient", "k.bias"] > 1
-    assert verify._errors({"output": {}, "gradient": gradients}, {"output": {}, "gradient": gradients}, rounding)["gradient", "k.bias"] == 0
+    bias = gradients["k.bias"]
+    assert bias is not None
+
+    def error(ours: torch.Tensor) -> float:
+        actual, expected = ({"output": {}, "gradient": each} for each in ({**gradients, "k.bias": ours}, gradients))
+        return verify._errors(actual, expected, rounding)["gradient", "k.bias"]
+
+    assert error(bias) == 0
+    assert error(bias + 1e-4) > 1
+    assert error(bias.double()) == math.inf
 
 
 def test_a_transformers_configuration_is_verified(tmp_path: Path) -> None:

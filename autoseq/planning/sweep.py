@@ -14,6 +14,7 @@ from autoseq.runtime.errors import AutoSeqError, PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
 
 Over = Literal["seq-len", "world-size"]
+UNITS: dict[Over, str] = {"seq-len": "tokens", "world-size": "ranks"}
 Looked = Callable[[int, int], Training]
 """A model with sequences of so many tokens, for so many ranks. Raises AutoSeqError where it has no such length."""
 

@@ -9,7 +9,7 @@ the product. `read_masks` then finds the structure in both.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,21 +96,50 @@ class _Call:
         ranks = {len(_shape(x)) for x in (self.q, self.k, self.v)}
         if ranks not in ({3}, {4}):
             return f"query, key and value have {sorted(ranks)} dimensions; 3 or 4 are read"
-        if not self._aligned():
-            return "query, key and value are broadcast against each other"
+        if self.grouped and not same_size(_shape(self.k)[1], _shape(self.v)[1]):
+            return "key and value have different numbers of heads"
         if isinstance(self.dropout_p, fx.Node):
             return "attention dropout has a probability that is computed"
         if self.mask is not None and self.is_causal:
             return "both attn_mask and is_causal are given"
         return None
 
-    def _aligned(self) -> bool:
-        """Equal batches, one value row a key row, and heads that pair up or, with `enable_gqa`, in groups."""
-        q, k, v = (_shape(x) for x in (self.q, self.k, self.v))
-        pairs = [(q[0], k[0]), (k[0], v[0]), (k[-2], v[-2]), (q[-1], k[-1])]
-        if len(q) == 4:
-            pairs += [(k[1], v[1]), (q[1] % k[1], 0) if self.grouped else (q[1], k[1])]
-        return all(same_size(a, b) for a, b in pairs)
+    def broadcast(self, anchor: fx.Node) -> "_Call":
+        """The same call with equal batches, and as many heads for queries as for keys unless these are groups, as one head always is."""
+        batch = _sizes_of(anchor, 0, self.q, self.k, self.v)
+        if len(_shape(self.q)) == 3:  # [B, S, D] is one head
+            return replace(self, **{name: _expanded(anchor, getattr(self, name), [batch]) for name in "qkv"})
+        keys = _sizes_of(anchor, 1, self.k, self.v)
+        heads = _sizes_of(anchor, 1, self.q) if self.grouped else _sizes_of(anchor, 1, self.q, self.k, self.v)
+        kv_heads = keys if self.grouped or same_size(keys[0], 1) else heads
+        given = {"q": heads, "k": kv_heads, "v": kv_heads}
+        return replace(self, **{name: _expanded(anchor, getattr(self, name), [batch, sizes]) for name, sizes in given.items()})
+
+
+_SizeOf = tuple[Any, Any]
+"""A size, and the argument of a node that stands for it."""
+
+
+def _sizes_of(anchor: fx.Node, dim: int, *operands: fx.Node) -> _SizeOf:
+    """The size that a dim of some operands is broadcast to."""
+    widest = next((x for x in operands if not same_size(_shape(x)[dim], 1)), operands[0])
+    size = _shape(widest)[dim]
+    if isinstance(size, int):
+        return size, size
+    read = anchor.graph.call_function(aten.sym_size.int, (widest, dim))
+    read.meta["val"] = size
+    return size, read
+
+
+def _expanded(anchor: fx.Node, x: fx.Node, leading: list[_SizeOf]) -> fx.Node:
+    """An operand with these leading dims."""
+    shape = _shape(x)
+    wanted = [size for size, _ in leading]
+    if all(same_size(size, have) for size, have in zip(wanted, shape, strict=False)):
+        return x
+    sizes = [*(argument for _, argument in leading), *[-1] * (len(shape) - len(leading))]
+    made = anchor.graph.call_function(aten.expand.default, (x, sizes))
+    return like(made, anchor, x.meta["val"].expand(*wanted, *shape[len(leading):]))
 
 
 def _shape(node: fx.Node) -> torch.Size:
@@ -118,10 +147,11 @@ def _shape(node: fx.Node) -> torch.Size:
 
 
 def _rewrite(node: fx.Node, call: _Call) -> None:
-    q, k, v = call.q, call.k, call.v
     graph = node.graph
-    flat = len(_shape(q)) == 3
+    flat = len(_shape(call.q)) == 3
     with graph.inserting_before(node):
+        call = call.broadcast(node)
+        q, k, v = call.q, call.k, call.v
         if flat:  # [B, S, D] is one head
             q, k, v = (like(graph.call_function(aten.unsqueeze.default, (x, 1)), node, x.meta["val"].unsqueeze(1)) for x in (q, k, v))
         else:

@@ -76,7 +76,9 @@ def _schema(target: Any) -> Any:
 def _is_flash_attention(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return False
-    namespace, _, name = _schema(node.target).name.partition("::")
+    # A packet of overloads has a name, but not always an overload called "default" (`torch.ops.aten.slice`).
+    packet = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+    namespace, _, name = packet._qualified_op_name.partition("::")
     return namespace in _NAMESPACES and name in _NAMES
 
 

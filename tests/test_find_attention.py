@@ -73,6 +73,13 @@ FOUND = [
     pytest.param(lambda q, k: attend(q, k.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1)), 4, {}, id="must not un-repeat: repeat is a tiling"),
     pytest.param(lambda q, k: attend(q, k.repeat_interleave(2, 2)[:, [0, 0, 1, 1]], q.repeat_interleave(2, 2)), 4, {"k_len": 12},
                  id="must not un-repeat: repeat_interleave of rows"),
+    pytest.param(lambda q, k: attend(q, k[:, :1], k[:, :1]), 1, {}, id="one head of keys is broadcast"),
+    pytest.param(lambda q, k: attend(q, q, q[:, :1]), 4, {}, id="one head of values is broadcast"),
+    pytest.param(lambda q, k: attend(q[:, :1], q, q), 4, {}, id="one head of queries is broadcast"),
+    pytest.param(lambda q, k: attend(q[:1], q, q), 4, {}, id="one query for the whole batch"),
+    pytest.param(lambda q, k: attend(q, k[:1, :1], k[:, :1]), 1, {}, id="one batch of keys beside all of values"),
+    pytest.param(lambda q, k: attend(q, k[:1], k[:1], enable_gqa=True), 2, {}, id="one batch of groups"),
+    pytest.param(lambda q, k: attend(q[0], q[0, :1], q[0, :1]), 1, {}, id="3-D, one memory for the whole batch"),
     pytest.param(lambda q, k: attend(q, q, q, (q @ q.mT)[:, :1] > 0), 4, {"predicate": "Ne(c0(b, 0, q, k), 0)"}, id="a mask for all heads"),
     pytest.param(lambda q, k: attend(q, q, q, q[0, 0] @ q[0, 0].mT > 0), 4, {"predicate": "Ne(c0(q, k), 0)"}, id="a mask of two dims"),
     pytest.param(lambda q, k: attend(q, q, q, q @ q.mT), 4, {"predicate": "", "score": "f_add(s, c0(b, h, q, k))"}, id="a float bias"),
@@ -95,6 +102,7 @@ def test_find_attention(fn: Callable[..., Any], kv_heads: int, keywords: dict[st
 LEFT_WHOLE = [
     pytest.param(lambda q, b: attend(q[None], q[None], q[None]), "3 or 4 are read", id="five dims"),
     pytest.param(lambda q, b: attend(q[0], q, q), "3 or 4 are read", id="ranks that differ"),
+    pytest.param(lambda q, b: attend(q, q[:, :2], q, enable_gqa=True), "different numbers of heads", id="groups of keys and of values"),
 ]
 
 
@@ -113,11 +121,6 @@ def lengthened(x: Tensor) -> Tensor:
 
 
 UNUSUAL = [
-    pytest.param(lambda q, k: attend(q[:1], q, q), id="one query for the whole batch"),
-    pytest.param(lambda q, k: attend(q, q[:1], q[:1]), id="one memory for the whole batch"),
-    pytest.param(lambda q, k: attend(q, q, q[:1]), id="one value for the whole batch"),
-    pytest.param(lambda q, k: attend(q, q, q[:, :1]), id="one value head for all"),
-    pytest.param(lambda q, k: attend(q[0], q[0, :1], q[0, :1]), id="3-D, one memory for the whole batch"),
     pytest.param(lambda q, k: attend(q, lengthened(k), lengthened(k), q.new_ones(6, 12).tril(6) > 0, enable_gqa=True),
                  id="longer, not more heads"),
 ]  # fmt: skip

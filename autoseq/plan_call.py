@@ -1,4 +1,7 @@
-"""The line of Python that runs a plan of `autoseq plan`."""
+"""The lines of Python that run a plan of `autoseq plan`: the mesh, the sampler, what sums gradients over the copies, and the compilation.
+
+A name is missing from none: `model`, `dataset` and the optimizer are the user's, all else is imported or spelled out.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,52 @@ from collections.abc import Iterable
 from autoseq.asked_strategies import as_patterns
 from autoseq.planner import SitePlan
 from autoseq.planning.degrees import Candidate
+from autoseq.planning.training import Split, Training
 
 _DEVICE = '"cuda" if torch.cuda.is_available() else "cpu"'
+ALONE = "# Each rank has whole sequences: train with DistributedDataParallel or FSDP, without autoseq."
+
+
+def lines_of(best: Candidate, training: Training, topology: str) -> list[str]:
+    """The statements that train with a candidate, run on all ranks after `init_process_group` with the same weights everywhere.
+
+    The whole batch of `training` is divided among the copies of the data. See `call_of` for `topology`.
+    """
+    split = best.split
+    if split.sequence == 1:
+        return [ALONE]
+    rows = f"batch_size={training.batch // split.data}"
+    sampler = 'num_replicas=mesh["data"].size(), rank=mesh["data"].get_local_rank()'
+    compiled = f"model = {call_of(best, topology)}"
+    if training.shard_parameters:
+        sharded = f'model = fully_shard(model, mesh=autoseq.sequence_mesh({split.ranks})["sequence"], reshard_after_forward=True)'
+        imports, wrapped = "import autoseq; from torch.distributed.fsdp import fully_shard", [sharded, compiled]
+    elif split.data > 1:
+        replicated = "torch.nn.parallel.DistributedDataParallel"
+        copies = f'model = {replicated}(model, process_group=mesh["data"].get_group(), gradient_as_bucket_view=True)'
+        imports, wrapped = "import autoseq", [compiled, copies]
+    else:
+        imports, wrapped = "import autoseq", [compiled]
+    return [
+        imports, _mesh_line(split), f"sampler = torch.utils.data.DistributedSampler(dataset, {sampler})",
+        f"loader = torch.utils.data.DataLoader(dataset, {rows}, sampler=sampler)", *wrapped,
+    ]  # fmt: skip
+
+
+def _mesh_line(split: Split) -> str:
+    if not split.mesh:
+        return f"mesh = autoseq.sequence_mesh({split.sequence})"
+    return f'mesh = torch.distributed.init_device_mesh({_DEVICE}, {(split.data, *split.mesh)}, mesh_dim_names=("data", "nodes", "ranks"))'
 
 
 def call_of(best: Candidate, topology: str) -> str:
-    """The line that has a candidate's degrees, strategies and layout. It is run on all ranks.
+    """The compilation that has a candidate's strategies and layout, on the mesh of `lines_of`.
 
     What cannot be told apart by name is chosen again in the run, on `topology`: the name or the file that the plan is for, as it was given.
     """
-    split, options = best.split, dict[str, str]()
-    if split.sequence == 1:
-        return "each rank has whole sequences: train with DistributedDataParallel or FSDP, without autoseq"
-    mesh = {"nodes": split.mesh[0], "ranks": split.mesh[1]} if split.mesh else {"ranks": split.sequence}
-    dims = ({"data": split.data} if split.data > 1 else {}) | mesh
-    if len(dims) > 1:
-        made = f'init_device_mesh({_DEVICE}, {tuple(dims.values())}, mesh_dim_names=({_quoted(dims)}))'
-        options["mesh"] = made if split.data == 1 else f"{made}[{_quoted(mesh)}]"
+    if best.split.sequence == 1:
+        return ALONE
+    options = {"mesh": 'mesh["nodes", "ranks"]' if best.split.mesh else 'mesh["sequence"]'}
     by_name = _by_name(best.plan.sites)
     shared = {name: taken for name, taken in by_name.items() if len(taken) > 1}
     patterns = as_patterns({name: "auto" if name in shared else taken[0] for name, taken in by_name.items()})

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from autoseq.plan_call import call_of
+from autoseq.plan_call import call_of, lines_of
 from autoseq.plan_formulas import formulas_json, print_formulas
 from autoseq.plan_model import MEMORY, Planned
 from autoseq.planner import SitePlan
@@ -39,7 +39,8 @@ def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) ->
         "Predicted, not measured."
     )
     _print_plans(out, planned)
-    out.print(f"To run the first: {call_of(best, given)}")
+    out.print("To run the first, on every rank after init_process_group, with a model of the same weights and your dataset:")
+    out.print("\n".join(f"    {line}" for line in lines_of(best, training, given)))
     out.print(table("A step of the first", ["goes into", ":predicted", ":share"], _time_rows(best)))
     out.print(table("Memory of a rank, with the first", ["for", ":bytes", ":in short"], _memory_rows(best)))
     _print_warnings(out, planned)
@@ -196,7 +197,7 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
             {"what": each.what, "bytes_per_rank": sent_for(each, planned.best), "held_bytes": each.held_bytes}
             for each in training.warnings if planned.best.split.sequence > 1
         ],
-        "call": call_of(planned.best, given),
+        "call": call_of(planned.best, given), "lines": lines_of(planned.best, training, given),
         "plans": [_candidate_json(each) for each in planned.candidates],
         "attention": [
             {

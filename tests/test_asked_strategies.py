@@ -293,7 +293,7 @@ WRITTEN: dict[str, tuple[dict[str, str], str]] = {
 @pytest.mark.parametrize(("strategies", "written"), WRITTEN.values(), ids=WRITTEN)
 def test_how_the_strategies_of_a_plan_are_written(two_layers: Candidate, strategies: dict[str, str], written: str) -> None:
     line = call_of(with_strategies(two_layers, strategies), "4xA10")
-    assert line == f'torch.compile(model, backend="autoseq", options={{{written}, "layout": "contiguous"}})'
+    assert line == f'torch.compile(model, backend="autoseq", options={{"mesh": mesh["sequence"], {written}, "layout": "contiguous"}})'
 
 
 names = st.text(st.sampled_from("ab01.*?[]!-#\"'\\\né"), min_size=1, max_size=8) | st.sampled_from(NAMES)
@@ -359,7 +359,8 @@ def test_attentions_that_share_a_name_have_one_strategy_or_are_chosen_again_and_
     assert [site.site.name for site in planned.plan.sites] == [name, f"{name}#2", f"{name}#3"]
     assert options_of(call_of(taking(planned, ["ring"] * 3), "mine.json")) == {"strategy": "ring", "layout": "contiguous"}
     assert call_of(taking(planned, ["ring", "ulysses", "ring"]), "mine.json") == (
-        'torch.compile(model, backend="autoseq", options={"strategy": "auto", "topology": "mine.json", "layout": "contiguous"})'
+        'torch.compile(model, backend="autoseq", '
+        'options={"mesh": mesh["sequence"], "strategy": "auto", "topology": "mine.json", "layout": "contiguous"})'
         f'  # "{name}" is the name of several attentions, planned as ring and ulysses: the run chooses'
     )
 

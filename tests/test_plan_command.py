@@ -11,13 +11,14 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from autoseq.cli import app
-from autoseq.plan_call import call_of
+from autoseq.plan_call import call_of, lines_of
 from autoseq.plan_model import look_at, plan_training
 from autoseq.plan_report import print_plan
 from autoseq.planning.choice import three_digits
@@ -50,8 +51,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
 def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     found, _ = swept
     assert list(found) == [
-        "world_size", "batch", "sequence_length", "dtype", "topology", "memory_limit_bytes", "reserved_bytes", "warnings", "call", "plans",
-        "attention", "sweep",
+        "world_size", "batch", "sequence_length", "dtype", "topology", "memory_limit_bytes", "reserved_bytes", "warnings", "call", "lines",
+        "plans", "attention", "sweep",
     ]  # fmt: skip
     assert (found["world_size"], found["batch"], found["sequence_length"], found["topology"]) == (4, 2, 512, "4xA10")
     best, *others = found["plans"]
@@ -134,7 +135,8 @@ def test_tables_and_formulas() -> None:
     assert (shown.exit_code, shown.stderr) == (0, "")
     for expected in (
         "1 × 4,096 tokens a step on 16 ranks of 2x8xH100-4nic (2 nodes of 8), 80.7 GB a rank for a plan, and 4.25 GB more kept free",
-        "To run the first: torch.compile(model, backend=\"autoseq\", options={", "copies of the data × ranks that share a sequence",
+        "To run the first, on every rank after init_process_group", "torch.compile(model, backend=\"autoseq\", options={",
+        "copies of the data × ranks that share a sequence",
         "Predicted, not measured", "data × sequence", "MFU", "Not taken:",
         "whole sequence on one rank", "T_work = ", "ring, forward:", "times Max(", "T_keys: send among all ranks",
     ):  # fmt: skip
@@ -215,15 +217,14 @@ def test_what_a_mesh_is_made_of(hardware: str, told: str) -> None:
     assert told in run(TINY, "--seq-len", "64", "--world-size", "4", "--topology", hardware, "--strategy", "hybrid").stdout
 
 
-CALLS = {
-    "one strategy": (Split(1, 8), "torch.compile(model, backend=\"autoseq\", options={\"strategy\": \"ring\", \"layout\": \"zigzag\"})"),
-    "copies of the data": (
-        Split(2, 4), 'init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (2, 4), mesh_dim_names=("data", "ranks"))["ranks"]'
-    ),
-    "two levels": (Split(1, 8, (2, 4)), '"cpu", (2, 4), mesh_dim_names=("nodes", "ranks")),'),
-    "both": (Split(2, 8, (2, 4)), '"cpu", (2, 2, 4), mesh_dim_names=("data", "nodes", "ranks"))["nodes", "ranks"]'),
+RING = 'torch.compile(model, backend="autoseq", options={"mesh": mesh["sequence"], "strategy": "ring", "layout": "zigzag"})'
+LINES = {
+    "one sequence": (Split(1, 8), "mesh = autoseq.sequence_mesh(8)", f"model = {RING}"),
+    "copies of the data": (Split(2, 4), "mesh = autoseq.sequence_mesh(4)", 'process_group=mesh["data"].get_group()'),
+    "two levels": (Split(1, 8, (2, 4)), '"cpu", (1, 2, 4), mesh_dim_names=("data", "nodes", "ranks"))', '"mesh": mesh["nodes", "ranks"]'),
+    "both": (Split(2, 8, (2, 4)), '"cpu", (2, 2, 4), mesh_dim_names=("data", "nodes", "ranks"))', "DistributedDataParallel("),
     "nothing to split": (Split(8, 1), "DistributedDataParallel or FSDP, without autoseq"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -234,16 +235,19 @@ def ring() -> Candidate:
     return next(each for each in found if each.split.sequence == 2)
 
 
-@pytest.mark.parametrize(("split", "expected"), CALLS.values(), ids=CALLS)
-def test_the_call_that_runs_a_plan(ring: Candidate, split: Split, expected: str) -> None:
-    assert expected in call_of(replace(ring, split=split), "4xA10")
+@pytest.mark.parametrize("case", LINES.values(), ids=LINES)
+def test_the_lines_that_run_a_plan(ring: Candidate, case: tuple[Any, ...]) -> None:
+    split, *expected = case
+    shown = "\n".join(lines_of(replace(ring, split=split), training(batch=8), "4xA10"))
+    assert all(each in shown for each in expected), shown
 
 
 def test_the_call_of_a_plan_with_several_strategies_names_each(ring: Candidate) -> None:
     first, *others = ring.plan.sites
     mixed = replace(ring, plan=replace(ring.plan, sites=(replace(first, strategy="ulysses"), *others)))
     assert call_of(mixed, "clusters/mine.json") == (
-        'torch.compile(model, backend="autoseq", options={"strategy": {"blocks.1": "ring", "*": "ulysses"}, "layout": "zigzag"})'
+        'torch.compile(model, backend="autoseq", '
+        'options={"mesh": mesh["sequence"], "strategy": {"blocks.1": "ring", "*": "ulysses"}, "layout": "zigzag"})'
     )
 
 

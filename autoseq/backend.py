@@ -7,6 +7,7 @@ AOTAutograd, and wraps the outputs that are shards.
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch._guards import TracingContext
 
 from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
+from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
@@ -24,6 +26,7 @@ from autoseq.passes.traceable_masks import let_masks_through
 from autoseq.peer_failures import name_failures
 from autoseq.planning.topology import Topology
 from autoseq.program import Program, build_program, fake_inputs, mark_trainable, topology_of
+from autoseq.progress import Progress, progress_of
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, TopologyError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -37,6 +40,7 @@ log = logging.getLogger("autoseq")
 
 let_masks_through()
 describe_views_of_outputs()
+show_by_default()
 
 
 def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -49,8 +53,12 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
         _refuse_buckets()
         chosen = told_options(options)
         group = group_from_mesh(chosen.mesh)
-        found = agree_on_topology(group, lambda: topology_of(chosen, group)) if chosen.topology is None else None
-        return _compile(gm, inputs, chosen, _on_nodes(group, chosen), found)
+        progress = progress_of(group, chosen)
+        with progress.compiling():
+            with progress.waiting():
+                found = agree_on_topology(group, lambda: topology_of(chosen, group)) if chosen.topology is None else None
+                group = _on_nodes(group, chosen)
+            return _compile(gm, inputs, chosen, group, found, progress)
     except AutoSeqError as error:
         return _raiser(error)
 
@@ -91,11 +99,12 @@ def _raiser(error: AutoSeqError) -> Callable[..., Any]:
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None
+    gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None, progress: Progress
 ) -> Callable[..., Any]:  # fmt: skip
-    program, failure = None, None
+    program, failure, is_part = None, None, is_fragment(gm, inputs)
     try:
-        program = build_program(gm, inputs, options=options, group=group, is_fragment=is_fragment(gm, inputs), found=found)
+        with progress.rewriting():
+            program = build_program(gm, inputs, options=options, group=group, is_fragment=is_part, found=found)
     except AutoSeqError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
@@ -103,19 +112,22 @@ def _compile(
         failure.__cause__ = error
     split = program if program is not None and program.plan.sites else None  # a fragment without attention runs whole, as it was traced
     lines = split.fingerprint() if split else ["(a fragment without attention)", *str(gm.graph).splitlines()]
-    digest = agree_on_program(group, [*lines, repr(_comparable(options))], failure)
+    with progress.waiting():
+        digest = agree_on_program(group, [*lines, repr(_comparable(options))], failure)
     if failure is not None:
         raise failure
+    assert program is not None
+    called = partial(progress.called, progress.add(program, is_part=is_part))
     names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
     if split is None:
         if options.grad_sync == "none":
             mark_trainable(gm, inputs)
             leave_gradients_unsummed(gm, group=group.name)
             gm.recompile()
-        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group), None, names, group, options, None)
+        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group, progress), None, names, group, options, None, called)
     trace_program(split)
-    compiled = _inner(split.gm, split.inputs, options, group)
-    return _Runner(compiled, split, names, group, options, CallShapes(group, digest, names, split.inputs))
+    compiled = _inner(split.gm, split.inputs, options, group, progress)
+    return _Runner(compiled, split, names, group, options, CallShapes(group, digest, names, split.inputs), called)
 
 
 def _comparable(options: Options) -> Mapping[str, object]:
@@ -127,18 +139,18 @@ def _comparable(options: Options) -> Mapping[str, object]:
 INDUCTOR = {"reorder_for_peak_memory": False}
 
 
-def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: SequenceGroup) -> Callable[..., Any]:
+def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: SequenceGroup, progress: Progress) -> Callable[..., Any]:
     if options.inner != "inductor":
         from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
-        compiler = name_failures(boxed_nop, group)
+        compiler = name_failures(progress.of_compiler(boxed_nop), group)
         if options.inner == "aot_eager":
             return aot_eager(gm, list(fake), fw_compiler=compiler, bw_compiler=compiler)
         run = compiler(gm, list(fake))
         return lambda *args: run(list(args))
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    named = name_failures(compile_fx_inner, group)
+    named = name_failures(progress.of_compiler(compile_fx_inner), group)
     return compile_fx(gm, list(fake), inner_compile=named, config_patches=INDUCTOR)  # type: ignore[return-value, arg-type]
 
 
@@ -187,7 +199,7 @@ class _Runner:
 
     def __init__(
         self, compiled: Callable[..., Any], program: Program | None, names: Sequence[str], group: SequenceGroup, options: Options,
-        shapes: CallShapes | None,
+        shapes: CallShapes | None, called: Callable[[Sequence[object]], None],
     ) -> None:  # fmt: skip
         self._compiled, self._names, self._group, self._options = compiled, names, group, options
         self._outputs = program.sharding.outputs if program else []
@@ -198,7 +210,7 @@ class _Runner:
         self._draws = program is not None and _draws(program)
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        self._agreed, self._shapes = False, shapes
+        self._agreed, self._shapes, self._called = False, shapes, called
 
     def __call__(self, *args: Any) -> Any:
         args = tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
@@ -211,6 +223,7 @@ class _Runner:
         self._check_floats(args)
         self._check_contents(args)
         results = list(self._compiled(*args))
+        self._called(results)
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:
             results[index] = value

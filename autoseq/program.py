@@ -36,7 +36,7 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.topology import Topology
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import FallbackError, NoAttentionError, NoSequenceError
-from autoseq.runtime.groups import SequenceGroup, process_group
+from autoseq.runtime.groups import SequenceGroup, process_group, speaks_for_all
 
 log = logging.getLogger("autoseq")
 
@@ -126,8 +126,9 @@ def build_program(
     """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. A fragment without attention has no sites, and is to run whole.
 
     `found` is the hardware that the ranks agreed on where no option names one; without it this rank finds its own. `level` is that of what
-    a run warns of.
+    a run warns of, on the rank that speaks for all.
     """
+    level = level if speaks_for_all(group, options.mesh) else logging.DEBUG
     open_regions(gm, inputs)
     keep_meaning(gm)
     floats = specialize_floats(gm, inputs)
@@ -152,7 +153,7 @@ def build_program(
         sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology, reserved_bytes=reserved
     )  # fmt: skip
     if plan.memory_bytes() + reserved > topology.memory_bytes:
-        log.warning("%s", _too_large(plan, topology, reserved))
+        log.log(min(level, logging.WARNING), "%s", _too_large(plan, topology, reserved))
     before = fx.Graph()
     before.graph_copy(normal.graph, {}, return_output_node=True)
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)

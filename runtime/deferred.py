@@ -202,24 +202,29 @@ class _Shard:
         """All ranks come for the same output, or each gets an error."""
         group = self.rows.group
         mine = f"{self.name!r} (number {self._serial} of this group's outputs, {_describe(self.shape, self.dtype)})"
+        seconds = timeout_s(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
         try:
-            theirs = exchange(group, "gather of a deferred output", mine.encode(), timeout_s=timeout_s(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
+            theirs = exchange(group, "reading an output's values", mine.encode(), timeout_s=seconds, advice=_TOGETHER)
         except RendezvousError as error:
-            raise RendezvousError(
-                f"The output {mine} could not be gathered. {error} "
-                f"{TIMEOUT_VARIABLE} sets how many seconds a gather waits."
-            ) from error
+            raise RendezvousError(f"The output {mine} could not be gathered. {error}") from None
         for rank, other in enumerate(theirs):
             if other.decode() != mine:
                 raise RankMismatchError(
                     f"Rank {group.rank} needs the values of the output {mine} while rank {rank} needs those of {other.decode()}. "
-                    "Every rank must use the model's outputs in the same order."
+                    "Every rank must use the model's outputs in the same order: compute with them on all ranks, and print or save on one."
                 )
 
     def __str__(self) -> str:
         state = "gathered" if self.is_gathered else "not gathered"
         local = tuple(self._rows.trim(self.padded).shape) if self._rows else self.shape
         return f"{self.name!r}, {_describe(self.shape, self.dtype)}, local shape {local}, {state}"
+
+
+_TOGETHER = (
+    "All ranks read an output's values together: compute on all ranks, print or save on one, as in `value = output[0, 0].item()` before "
+    "`if rank == 0: print(value)`. `output.local`, this rank's rows, needs no other rank. If a rank that is missing ended with an error, "
+    f"that error comes first. {TIMEOUT_VARIABLE} sets how many seconds are waited."
+)
 
 
 class _Defer(Function):

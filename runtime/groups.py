@@ -82,6 +82,13 @@ def group_from_mesh(mesh: DeviceMesh | None) -> SequenceGroup:
     return replace(_flat_group(mesh), axes=tuple(mesh.get_group(dim).group_name for dim in range(2)))
 
 
+def speaks_for_all(group: SequenceGroup, mesh: DeviceMesh | None) -> bool:
+    """Whether this rank says what holds for every rank: the first of all that the mesh's dims were taken from, or of the group."""
+    if mesh is None or not group.name:
+        return group.rank == 0
+    return int(mesh._get_root_mesh().mesh.flatten()[0]) == dist.get_rank()
+
+
 def _example_of_dims(mesh: DeviceMesh, count: int) -> str:
     if not mesh.mesh_dim_names:
         return f"{count} of its names, after naming them with mesh_dim_names" if count > 1 else "mesh[name]"

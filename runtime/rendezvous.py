@@ -12,6 +12,7 @@ rank cannot arrive just as another stops waiting for it and then go on alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from autoseq.runtime.errors import OptionError, RendezvousError
 from autoseq.runtime.groups import SequenceGroup, process_group
 
+log = logging.getLogger("autoseq")
+
+TOLD_AFTER_S = 20.0
 SHORTEST_NAP_S = 0.0005
 LONGEST_NAP_S = 0.05
 
@@ -30,16 +34,16 @@ _ALL_CAME = "all"
 _GIVEN_UP = "given up"
 
 
-def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: float) -> list[bytes]:
+def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: float, advice: str = "") -> list[bytes]:
     """Each rank's payload, in rank order, once all ranks of the group came to this topic.
 
-    Raises RendezvousError, within `timeout_s` and on every rank that comes, when some rank does not. Costs about seven
-    store requests per rank, and a poll now and then while waiting.
+    Raises RendezvousError, within `timeout_s` and on every rank that comes, when some rank does not; `advice` ends its message. Costs
+    about seven store requests per rank, and a poll now and then while waiting, which a warning names once where that takes long.
     """
     if group.size == 1:
         return [payload]
     try:
-        meeting = _Round.next(group, topic)
+        meeting = _Round.next(group, topic, advice or _ADVICE)
         return meeting.attend(payload, timeout_s)
     except dist.DistNetworkError as error:
         raise RendezvousError(
@@ -72,12 +76,13 @@ class _Round:
     prefix: str
     group: SequenceGroup
     topic: str
+    advice: str
 
     @classmethod
-    def next(cls, group: SequenceGroup, topic: str) -> _Round:
+    def next(cls, group: SequenceGroup, topic: str, advice: str) -> _Round:
         store, identity = _store(), _identity(group, topic)
         number = store.add(f"autoseq/{identity}/rounds/{group.rank}", 1)
-        return cls(store, f"autoseq/{identity}/{number}", group, topic)
+        return cls(store, f"autoseq/{identity}/{number}", group, topic, advice)
 
     def attend(self, payload: bytes, timeout_s: float) -> list[bytes]:
         self.store.set(self._payload_key(self.group.rank), payload)
@@ -94,13 +99,25 @@ class _Round:
 
     def _await_decision(self, timeout_s: float) -> str:
         # Store.wait would hold the store's connection, which other threads of the process need, for the whole time.
-        start = time.monotonic()
+        start, has_told = time.monotonic(), False
         while not self.store.check([f"{self.prefix}/decision"]):
             waited_s = time.monotonic() - start
             if waited_s > timeout_s:
                 return self._decide(f"{_GIVEN_UP} by rank {self.group.rank} after {timeout_s:g} s")
+            if waited_s > TOLD_AFTER_S and not has_told:
+                has_told = True
+                self._tell(timeout_s)
             time.sleep(min(LONGEST_NAP_S, SHORTEST_NAP_S + waited_s / 10))
         return self.store.get(f"{self.prefix}/decision").decode()
+
+    def _tell(self, timeout_s: float) -> None:
+        """Of the ranks that wait, the first says so."""
+        missing = self._missing()
+        if missing and self.group.rank == min(rank for rank in range(self.group.size) if rank not in missing):
+            log.warning(
+                "waiting for %s of group %r to come to %r, since %g s; rank %d gives up after %g s",
+                named_ranks(missing), self.group.name, self.topic, TOLD_AFTER_S, self.group.rank, timeout_s,
+            )  # fmt: skip
 
     def _decide(self, decision: str) -> str:
         """The round's decision: this one, unless another rank decided before."""
@@ -124,17 +141,22 @@ class _Round:
     def _explain(self, decision: str, missing: list[int], timeout_s: float) -> str:
         where = f"the group {self.group.name!r} of {self.group.size} ranks met for {self.topic!r}"
         if not missing:
-            return f"Rank {self.group.rank} came too late when {where}: the meeting was {decision}. {_ADVICE}"
+            return f"Rank {self.group.rank} came too late when {where}: the meeting was {decision}. {self.advice}"
         return (
             f"Ranks {missing} did not come within {timeout_s:g} s when {where}; the meeting was {decision}. "
-            f"This is rank {self.group.rank}. {_ADVICE}"
+            f"This is rank {self.group.rank}. {self.advice}"
         )
 
 
 _ADVICE = (
     "Every rank must run the same program: look for an earlier error on a rank that is missing, or for a step that only "
-    "some ranks take, such as `if rank == 0: print(output)`."
+    "some ranks take, such as a call of the model under `if rank == 0:`."
 )
+
+
+def named_ranks(ranks: list[int]) -> str:
+    """`rank 1`, `ranks [1, 2]`."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks}"
 
 
 _STORE_ADVICE = "The process that serves it (usually rank 0) has probably ended; look at its log first."

@@ -14,6 +14,7 @@ from ranks import close_pool
 # What these assert is explained as it is in the tests.
 pytest.register_assert_rewrite("attention_checks", "training_job", "tracing_job")
 
+os.environ["AUTOSEQ_LOG"] = "quiet"  # rank processes write to the terminal; test_progress.py has what they say
 os.environ.pop("COLUMNS", None)  # xdist sets 80 for its workers, and commands fold their tables to it
 
 

@@ -85,7 +85,7 @@ def test_a_rank_that_never_comes_is_named_in_time() -> None:
         assert "Ranks [1] did not come within 0.5 s" in message
         assert "for \"gather of 'logits'\"" in message
         assert "the group '0' of 3 ranks" in message
-        assert "if rank == 0: print(output)" in message
+        assert "under `if rank == 0:`" in message
         assert seconds < 10
 
 

@@ -11,6 +11,7 @@ import torch
 if torch.__version__ < (2, 11):
     raise ImportError(f"autoseq needs torch 2.11 or later; this is {torch.__version__}")
 
+from autoseq import hf
 from autoseq.api import parallelize, sequence_parallel
 from autoseq.mesh import sequence_mesh
 from autoseq.options import Options
@@ -35,6 +36,6 @@ from autoseq.runtime.errors import (
 __all__ = [
     "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "OptionError",
     "Options", "PlanError", "RankMismatchError", "RendezvousError", "StrategyError", "TargetError", "TopologyError", "UnsupportedError",
-    "parallelize", "sequence_mesh", "sequence_parallel",
+    "hf", "parallelize", "sequence_mesh", "sequence_parallel",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -1,0 +1,84 @@
+"""`attach`: the one line that splits the sequence of a trainer's model, or of the model of a loop with an `Accelerator`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autoseq.api import parallelize
+from autoseq.hf.data_parallel import reduce_over_copies
+from autoseq.hf.generation import generate_unsplit
+from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
+from autoseq.hf.replicas import Replicas, show_replicas
+from autoseq.hf.same_start import share_generators, share_weights
+from autoseq.runtime.errors import OptionError
+
+log = logging.getLogger("autoseq")
+
+
+def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify: int = 0, **options: Any) -> None:
+    """Split the sequence of a trainer's model over `sequence` ranks; what ranks remain are copies of the data.
+
+        autoseq.hf.attach(trainer, sequence=8)                 # a Trainer of transformers or TRL, before train() and evaluate()
+        autoseq.hf.attach(accelerator, model, sequence=8)      # an accelerate.Accelerator, before prepare()
+
+    Losses, gradient norms, metrics, predictions, learning rates, checkpoints and weights are those of as many processes as there are
+    copies: of one device, where all ranks share the sequence. The program is started with torchrun or `accelerate launch`, one process a
+    rank. `verify`: so many first training steps are run on each rank by itself too, and compared. `options` are those of
+    `autoseq.Options`, without `mesh`.
+
+    Raises OptionError for a wrong argument, MeshError where the ranks cannot be divided, and UnsupportedError for what would not be exact:
+    DeepSpeed, FSDP1, another parallelism, DataParallel, torch_compile.
+    """
+    check_ranks(sequence)
+    if "mesh" in options:
+        raise OptionError("attach makes the mesh from sequence=...; leave the option 'mesh' out")
+    if _is_a("accelerate", "Accelerator", target):
+        if not isinstance(model, nn.Module):
+            raise OptionError("attach(accelerator, model, sequence=...) needs the model, before accelerator.prepare(model, ...)")
+        if verify:
+            raise OptionError("verify=... compares the training steps of a Trainer; beside an Accelerator run `autoseq verify`")
+        check_accelerator(target, [model])
+        _split(target, [model], sequence, options)
+    elif _is_a("transformers", "Trainer", target):
+        if model is not None:
+            raise OptionError("a Trainer has its model already: attach(trainer, sequence=...)")
+        from autoseq.hf.trainers import adapt_trainer, models_of
+
+        check_trainer(target, models_of(target))
+        replicas = _split(target.accelerator, models_of(target), sequence, options)
+        adapt_trainer(target, replicas, options | {"mesh": replicas.mesh["sequence"]}, verify)
+    else:
+        raise OptionError(
+            f"attach takes a Trainer of transformers or TRL, or an accelerate.Accelerator and a model, not {type(target).__name__}; "
+            "for a loop of your own use autoseq.parallelize"
+        )
+
+
+def _is_a(package: str, name: str, target: Any) -> bool:
+    """Without importing the package: an instance of its class cannot exist before."""
+    kind = getattr(sys.modules.get(package), name, None)
+    return kind is not None and isinstance(target, kind)
+
+
+def _split(accelerator: Any, models: list[nn.Module], sequence: int, options: dict[str, Any]) -> Replicas:
+    mesh = _mesh(accelerator.device.type, sequence)
+    replicas = Replicas(mesh)
+    for model in models:
+        parallelize(model, **options, mesh=mesh["sequence"])
+        share_weights(model, mesh["sequence"])
+    share_generators(mesh["sequence"])
+    show_replicas(replicas)
+    if "transformers" in sys.modules:
+        generate_unsplit()
+    reduce_over_copies(accelerator, replicas)
+    return replicas
+
+
+def _mesh(device_type: str, sequence: int) -> DeviceMesh:
+    return init_device_mesh(device_type, (dist.get_world_size() // sequence, sequence), mesh_dim_names=("data", "sequence"))

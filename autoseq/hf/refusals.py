@@ -1,0 +1,146 @@
+"""What `attach` refuses by name, before the first step: settings with which the numbers would not be one device's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from autoseq.runtime.errors import MeshError, OptionError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A setting, how it shows, why it is refused and what to do instead."""
+
+    what: str
+    applies: Callable[[Any], bool]
+    why: str
+    instead: str
+
+    def message(self) -> str:
+        return f"autoseq.hf.attach does not serve {self.what}: {self.why}. {self.instead}"
+
+
+def check_ranks(sequence: Any) -> None:
+    """Raises OptionError for a number of ranks that is none, and MeshError for one by which the ranks cannot be divided."""
+    if type(sequence) is not int or sequence < 1:
+        raise OptionError(f"sequence is the number of ranks that share one sequence, 1 or more, not {sequence!r}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise MeshError(
+            f"sequence={sequence} ranks are to share a sequence, and torch.distributed is not initialized: this process was started alone. "
+            f"Start the program with torchrun --nproc-per-node {sequence}, or accelerate launch --num_processes {sequence}."
+        )
+    ranks = dist.get_world_size()
+    if ranks % sequence:
+        raise MeshError(
+            f"{ranks} ranks cannot be divided into groups of sequence={sequence}. Start a multiple of {sequence} ranks, or choose a divisor "
+            f"of {ranks}."
+        )
+
+
+def check_accelerator(accelerator: Any, models: Sequence[nn.Module]) -> None:
+    """Raises UnsupportedError for a setting of the accelerator, or a state of a model, that would not be exact."""
+    _refuse(_OF_ACCELERATOR, accelerator)
+    for model in models:
+        _refuse(_OF_MODEL, model)
+    prepared = [kind for kind in ("_models", "_optimizers", "_schedulers", "_dataloaders") if getattr(accelerator, kind, None)]
+    if any(not _is_reference(model, models) for model in accelerator._models) or set(prepared) - {"_models"}:
+        raise UnsupportedError(
+            "autoseq.hf.attach comes before accelerator.prepare(...) and before a trainer's train(), evaluate() and predict(): what was "
+            f"prepared ({', '.join(kind[1:] for kind in prepared)}) has divided the data by the number of ranks already."
+        )
+
+
+def check_trainer(trainer: Any, models: Sequence[nn.Module]) -> None:
+    """Raises UnsupportedError for a setting of the trainer, its arguments or its accelerator that would not be exact."""
+    _refuse(_OF_TRAINER, trainer)
+    check_accelerator(trainer.accelerator, models)
+
+
+def _is_reference(model: nn.Module, models: Sequence[nn.Module]) -> bool:
+    """TRL's trainers prepare the models that they do not train when they are made, which wraps nothing."""
+    return any(model is each for each in models[1:]) or not any(p.requires_grad for p in model.parameters())
+
+
+def _refuse(refusals: Sequence[Refusal], of: Any) -> None:
+    for refusal in refusals:
+        if refusal.applies(of):
+            raise UnsupportedError(refusal.message())
+
+
+def _type(accelerator: Any) -> str:
+    return str(accelerator.distributed_type.value)
+
+
+def _parallelisms(accelerator: Any) -> Iterator[str]:
+    config = accelerator.parallelism_config
+    if config is not None:
+        yield from (name for name in ("dp_replicate_size", "dp_shard_size", "tp_size", "cp_size", "sp_size") if getattr(config, name, 1) > 1)
+
+
+_BESIDE = "Leave it out: the ranks that do not share a sequence are copies of the data, over which DDP sums the gradients."
+
+_OF_ACCELERATOR = (
+    Refusal("DeepSpeed", lambda a: _type(a) == "DEEPSPEED", "its engine steps, clips and reduces over all ranks by itself", _BESIDE),
+    Refusal("Megatron-LM", lambda a: _type(a) == "MEGATRON_LM", "its engine splits and steps the model by itself", _BESIDE),
+    Refusal("XLA devices", lambda a: _type(a) == "XLA", "torch.compile's backends do not run there", "Use CPU or CUDA devices."),
+    Refusal(
+        "FSDP1", lambda a: _type(a) == "FSDP" and getattr(a.state.fsdp_plugin, "fsdp_version", 1) == 1,
+        "its flat parameters change under the compiled program", "Set fsdp_version to 2, or leave FSDP out.",
+    ),
+    Refusal(
+        "FSDP2 through accelerate", lambda a: _type(a) == "FSDP",
+        "accelerate compiles and shards block by block, so the program falls into parts that autoseq cannot see as a whole",
+        "Leave FSDP out; a loop of your own can call fully_shard on the whole model and autoseq.parallelize (docs/planner.md).",
+    ),
+    Refusal(
+        "another parallelism (parallelism_config)", lambda a: bool([*_parallelisms(a)]), "it divides the ranks in a way of its own", _BESIDE,
+    ),
+    Refusal(
+        "torch_compile (accelerate's dynamo_backend)", lambda a: a.state.dynamo_plugin.backend.value != "NO",
+        "its list of backends is closed and has no autoseq, and a model compiled twice would run unsplit",
+        "Leave torch_compile out; attach compiles the model, by inner=\"inductor\" where nothing else is chosen.",
+    ),
+)  # fmt: skip
+
+_OF_MODEL = (
+    Refusal(
+        "a model that is compiled already", lambda m: hasattr(m, "_orig_mod") or m._compiled_call_impl is not None,
+        "what was compiled would run unsplit", "Give the trainer the plain model; attach compiles it in place.",
+    ),
+    Refusal(
+        "a model in DataParallel or DistributedDataParallel",
+        lambda m: isinstance(m, nn.DataParallel | nn.parallel.DistributedDataParallel),
+        "its ranks have other batches", "Give the trainer the plain model.",
+    ),
+    Refusal(
+        "a model with tensor parallelism", lambda m: (getattr(m, "_tp_size", None) or 1) > 1 or bool(getattr(m, "_device_mesh", None)),
+        "its ranks have the same batch for another reason", "Load it without tp_plan and distributed_config.",
+    ),
+)  # fmt: skip
+
+_OF_TRAINER = (
+    Refusal(
+        "DataParallel", lambda t: t.args.n_gpu > 1, "one process drives several GPUs",
+        "Start one process a GPU with torchrun, or set CUDA_VISIBLE_DEVICES.",
+    ),
+    Refusal("a second attach of one trainer", lambda t: getattr(t, "_is_split_by_autoseq", False), "its model is split already", "Call it once."),
+    Refusal(
+        "auto_find_batch_size", lambda t: t.args.auto_find_batch_size,
+        "a rank that runs out of memory alone would leave the others waiting inside a message",
+        "Set per_device_train_batch_size by hand; `autoseq plan` says what fits.",
+    ),
+    Refusal(
+        "use_vllm", lambda t: getattr(t, "use_vllm", False), "its engine divides the ranks in a way of its own",
+        "Leave it out: completions are then generated by the model itself, unsplit, alike on all ranks of a sequence.",
+    ),
+    Refusal(
+        "full_determinism", lambda t: t.args.full_determinism and os.environ.get("CUDA_LAUNCH_BLOCKING") == "1" and t.args.device.type == "cuda",
+        "with CUDA_LAUNCH_BLOCKING=1 a message blocks the host that has to post the next", "Set seed instead.",
+    ),
+)  # fmt: skip

@@ -1,0 +1,128 @@
+"""accelerate's view of the world: one process for each copy of the data, whatever number of ranks share its sequence.
+
+    mesh (data 2 × sequence 4)      accelerate: num_processes 2, process_index 0 on ranks 0…3 and 1 on ranks 4…7
+
+Data loaders, `num_items_in_batch`, prepared schedulers, gathered metrics, samplers of generations and counts of tokens are all derived
+from these two numbers. With them each rank does, number by number, what a process of plain data parallelism does, and what one device
+does where there is one copy. accelerate's gathers and reductions go over the copies; whatever writes files or logs stays with one rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+_KEY = "autoseq_replicas"
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The mesh of copies × ranks of a sequence, as this rank sees it."""
+
+    mesh: DeviceMesh
+
+    @property
+    def sequence_ranks(self) -> int:
+        return self.mesh["sequence"].size()
+
+    @property
+    def num_copies(self) -> int:
+        return self.mesh["data"].size()
+
+    @property
+    def copy(self) -> int:
+        return self.mesh["data"].get_local_rank()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of its sequence: of the ranks that do the same, the one that writes."""
+        return self.mesh["sequence"].get_local_rank() == 0
+
+    def first_rank(self, copy: int) -> int:
+        """The global rank that stands for a copy of the data."""
+        return int(self.mesh.mesh[copy, 0])
+
+
+def show_replicas(replicas: Replicas) -> None:
+    """From now on accelerate counts the copies of the data, in this process and until its state is reset."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    _redirect()
+    is_alone = replicas.num_copies == 1 and PartialState().distributed_type != DistributedType.FSDP
+    seen = {"num_processes": replicas.num_copies, "process_index": replicas.copy, _KEY: replicas}
+    for state in (PartialState, AcceleratorState):
+        state._shared_state.update(seen | ({"distributed_type": DistributedType.NO} if is_alone else {}))
+
+
+def shown() -> Replicas | None:
+    """What accelerate was shown in this process."""
+    from accelerate.state import PartialState
+
+    return PartialState._shared_state.get(_KEY)
+
+
+@functools.cache
+def _redirect() -> None:
+    """Once a process: accelerate's state and operations look at the replicas where there are some, and do as before elsewhere."""
+    from accelerate.state import PartialState
+    from accelerate.utils import operations
+
+    operations.torch = _Torch()
+    for name in ("is_main_process", "is_last_process"):
+        setattr(PartialState, name, _of_first_rank(getattr(PartialState, name)))
+    PartialState.wait_for_everyone = _meet_all(PartialState.wait_for_everyone)
+
+
+def _of_first_rank(plain: property) -> property:
+    """Ranks of one sequence share an index, and one of them is the main process."""
+
+    def is_that_process(state: Any) -> bool:
+        replicas = shown()
+        return plain.fget(state) and (replicas is None or replicas.is_first)  # type: ignore[misc]
+
+    return property(is_that_process, doc=plain.__doc__)
+
+
+def _meet_all(plain: Callable[[Any], None]) -> Callable[[Any], None]:
+    """One copy is one process for accelerate, which then waits for nobody; the ranks of the sequence still have to."""
+
+    @functools.wraps(plain)
+    def wait_for_everyone(state: Any) -> None:
+        if shown() is None:
+            plain(state)
+        else:
+            dist.barrier(device_ids=[state.local_process_index] if state.device.type == "cuda" else None)
+
+    return wait_for_everyone
+
+
+class _Torch:
+    """`torch` for accelerate.utils.operations: its collectives are those of the copies."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _COLLECTIVES if name == "distributed" and shown() is not None else getattr(torch, name)
+
+
+class _Collectives:
+    """`torch.distributed`, over this rank's copies; a broadcast comes from the rank that stands for the copy it names."""
+
+    _OVER_COPIES = "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce"
+    _FROM_A_COPY = "broadcast", "broadcast_object_list"
+
+    def __getattr__(self, name: str) -> Any:
+        function, replicas = getattr(dist, name), shown()
+        assert replicas is not None
+        if name in self._OVER_COPIES:
+            return functools.partial(function, group=replicas.mesh["data"].get_group())
+        if name in self._FROM_A_COPY:
+            return lambda sent, src=0: function(sent, src=replicas.first_rank(src))
+        return function
+
+
+_COLLECTIVES = _Collectives()

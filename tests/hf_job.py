@@ -1,0 +1,120 @@
+"""Tiny models and data for trainers, and one rank's part in comparing a trainer on one device with one whose sequence is split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+VOCABULARY = 128
+SGD_TOLERANCE, ADAMW_TOLERANCE = 1e-6, 1e-5
+"""Relative L2 errors of float32 weights after a few steps. AdamW divides by the root of tiny second moments, which magnifies rounding."""
+
+
+def llama(seed: int = 0, **changes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def rows(count: int, length: int = 32, seed: int = 1, labels: bool = True) -> list[dict[str, Any]]:
+    """Token ids; the labels of some are masked, so that batches have different numbers of targets."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        targets = ids.clone()
+        targets[: index % 7] = -100
+        made.append({"input_ids": ids, **({"labels": targets} if labels else {})})
+    return made
+
+
+@contextmanager
+def processes(rank: int | None, world_size: int) -> Iterator[None]:
+    """accelerate's state as in a process that torchrun started as one of several; with no rank, in one that was started alone."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    kept = {name: os.environ.pop(name, None) for name in names}
+    if rank is not None:
+        os.environ |= dict(zip(names, map(str, (rank, rank, world_size, world_size)), strict=True))
+    try:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        yield
+    finally:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+_TIMES = "runtime", "per_second", "_time", "autoseq/"
+
+
+def logged(trainer: Any) -> list[dict[str, float]]:
+    """Every logged number but times."""
+    return [{key: value for key, value in entry.items() if not any(t in key for t in _TIMES)} for entry in trainer.state.log_history]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def error(ours: Any, theirs: Any) -> float:
+    """Relative L2 error, in float64."""
+    a, b = (torch.as_tensor(np.asarray(x)).double() for x in (ours, theirs))
+    assert a.shape == b.shape, (a.shape, b.shape)
+    norm = torch.linalg.vector_norm(b)
+    distance = torch.linalg.vector_norm(a - b)
+    return float(distance / norm if norm > 0 else distance)
+
+
+def check_alike(ours: Any, theirs: Any, tolerance: float, path: str = "") -> None:
+    """The same structure, the same integers and texts, and floats within the tolerance."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), (path, sorted(ours.keys() ^ theirs.keys()))
+        for key in theirs:
+            check_alike(ours[key], theirs[key], tolerance, f"{path}/{key}")
+    elif isinstance(theirs, list | tuple) and not all(isinstance(x, int | float) for x in theirs):
+        assert len(ours) == len(theirs), (path, len(ours), len(theirs))
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            check_alike(a, b, tolerance, f"{path}/{index}")
+    elif isinstance(theirs, str | int | type(None)):
+        assert ours == theirs, (path, ours, theirs)
+    else:
+        assert error(ours, theirs) <= tolerance, (path, error(ours, theirs), ours, theirs)
+
+
+Scenario = Callable[[Path, Callable[[Any], None]], Any]
+"""Makes trainers that write to a folder, gives each to the function, runs them, and returns what is compared."""
+
+
+def compare(rank: int, world_size: int, scenario: Scenario, folder: str, tolerance: float, **options: Any) -> None:
+    """One device on rank 0, then all ranks on one sequence: all have what the one had."""
+    import autoseq
+
+    path = Path(folder)
+    if rank == 0:
+        with processes(None, 1):
+            torch.save(scenario(path / "alone", lambda trainer: None), path / "alone.pt")
+    dist.barrier()
+    expected = torch.load(path / "alone.pt", weights_only=False)
+    torch._dynamo.reset()
+    with processes(rank, world_size):
+        found = scenario(path / "split", lambda trainer: autoseq.hf.attach(trainer, sequence=world_size, **{"inner": "eager"} | options))
+    check_alike(found, expected, tolerance)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 VOCABULARY = 128
 SGD_TOLERANCE, ADAMW_TOLERANCE = 1e-6, 1e-5
-"""Relative L2 errors of float32 weights after a few steps. AdamW divides by the root of tiny second moments, which magnifies rounding."""
+BFLOAT16_TOLERANCE = 2e-2
+"""Relative L2 errors of float32 weights after a few steps. AdamW divides by the root of tiny second moments, which magnifies rounding.
+bfloat16 has 8 bits: a rounding is 4e-3, and matrix products of half the rows round elsewhere."""
 
 
 def llama(seed: int = 0, **changes: Any) -> nn.Module:
@@ -41,22 +45,31 @@ def rows(count: int, length: int = 32, seed: int = 1, labels: bool = True) -> li
     return made
 
 
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps its state for a process's life."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
 @contextmanager
 def processes(rank: int | None, world_size: int) -> Iterator[None]:
     """accelerate's state as in a process that torchrun started as one of several; with no rank, in one that was started alone."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
     kept = {name: os.environ.pop(name, None) for name in names}
     if rank is not None:
         os.environ |= dict(zip(names, map(str, (rank, rank, world_size, world_size)), strict=True))
     try:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
+        forget_accelerator()
         yield
     finally:
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
+        forget_accelerator()
         for name, value in kept.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -100,7 +113,7 @@ def check_alike(ours: Any, theirs: Any, tolerance: float, path: str = "") -> Non
         assert error(ours, theirs) <= tolerance, (path, error(ours, theirs), ours, theirs)
 
 
-Scenario = Callable[[Path, Callable[[Any], None]], Any]
+Scenario = Callable[[Path, Callable[..., None]], Any]
 """Makes trainers that write to a folder, gives each to the function, runs them, and returns what is compared."""
 
 
@@ -111,10 +124,10 @@ def compare(rank: int, world_size: int, scenario: Scenario, folder: str, toleran
     path = Path(folder)
     if rank == 0:
         with processes(None, 1):
-            torch.save(scenario(path / "alone", lambda trainer: None), path / "alone.pt")
+            torch.save(scenario(path / "alone", lambda *target: None), path / "alone.pt")
     dist.barrier()
     expected = torch.load(path / "alone.pt", weights_only=False)
     torch._dynamo.reset()
     with processes(rank, world_size):
-        found = scenario(path / "split", lambda trainer: autoseq.hf.attach(trainer, sequence=world_size, **{"inner": "eager"} | options))
+        found = scenario(path / "split", lambda *target: autoseq.hf.attach(*target, sequence=world_size, **{"inner": "eager"} | options))
     check_alike(found, expected, tolerance)

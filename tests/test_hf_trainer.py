@@ -53,3 +53,75 @@ def job(rank: int, world_size: int, folder: str) -> None:
 
 def test_training_evaluation_and_prediction_are_those_of_one_device(tmp_path: Path) -> None:
     run_ranks(job, 2, str(tmp_path), timeout_s=240)
+
+
+def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of several lengths, with the mask of its padding."""
+    longest = max(len(row["input_ids"]) for row in examples)
+    batch = {"input_ids": torch.zeros(len(examples), longest, dtype=torch.int64), "labels": torch.full((len(examples), longest), -100)}
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    for index, row in enumerate(examples):
+        length = len(row["input_ids"])
+        batch["input_ids"][index, :length], batch["labels"][index, :length] = row["input_ids"], row["labels"]
+        batch["attention_mask"][index, :length] = 1
+    return batch
+
+
+def checkpoint_best_and_resume(folder: Path, attach: Callable[[Any], None]) -> Any:
+    """Stop after two of four steps, go on in another trainer; then take the best of its checkpoints."""
+    from transformers import Trainer
+
+    found: dict[str, Any] = {}
+    data = [*hf_job.rows(4, length=32), *hf_job.rows(4, length=27, seed=5)]
+    for steps in (2, 4):
+        args = arguments(
+            folder, optim="adamw_torch", learning_rate=1e-3, lr_scheduler_type="cosine", max_steps=steps, save_strategy="steps",
+            save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss",
+            train_sampling_strategy="group_by_length", save_total_limit=3, include_num_input_tokens_seen="non_padding",
+        )  # fmt: skip
+        trainer = Trainer(model=hf_job.llama(), args=args, train_dataset=data, eval_dataset=hf_job.rows(3, seed=2), data_collator=padded)
+        attach(trainer)
+        trainer.train(resume_from_checkpoint=steps > 2)
+        found |= {f"log {steps}": hf_job.logged(trainer), f"weights {steps}": hf_job.weights(trainer.model)}
+    found["files"] = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    return found
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self) -> Any:
+        yield from hf_job.rows(12)
+
+
+def stream_with_smoothed_labels(folder: Path, attach: Callable[[Any], None]) -> Any:
+    """A loss outside the model, of an iterable dataset, in a model that is made by train(), under activation checkpointing."""
+    from transformers import Trainer
+
+    found: dict[str, Any] = {}
+    for reentrant in (False, True):
+        args = arguments(
+            folder, label_smoothing_factor=0.1, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant},
+            average_tokens_across_devices=False, accelerator_config={"split_batches": reentrant, "dispatch_batches": reentrant},
+        )  # fmt: skip
+        trainer = Trainer(model_init=lambda: hf_job.llama(), args=args, train_dataset=Stream(), eval_dataset=Stream())
+        attach(trainer)
+        trainer.train()
+        found |= {f"log {reentrant}": hf_job.logged(trainer), f"weights {reentrant}": hf_job.weights(trainer.model)}
+    return found
+
+
+SCENARIOS = {
+    "checkpoints": (checkpoint_best_and_resume, hf_job.ADAMW_TOLERANCE, {}),
+    "stream": (stream_with_smoothed_labels, hf_job.SGD_TOLERANCE, {"inner": "aot_eager"}),
+}
+
+
+def scenario_job(rank: int, world_size: int, name: str, folder: str) -> None:
+    scenario, tolerance, options = SCENARIOS[name]
+    hf_job.compare(rank, world_size, scenario, folder, tolerance, **options)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str, tmp_path: Path) -> None:
+    run_ranks(scenario_job, 2, name, str(tmp_path), timeout_s=240)

@@ -20,6 +20,16 @@ def reduce_over_copies(accelerator: Any, replicas: Replicas) -> None:
 
     torch._dynamo.config.optimize_ddp = False
     handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
-    plain = handler.to_kwargs
-    handler.to_kwargs = lambda: plain() | {"process_group": replicas.mesh["data"].get_group()}
+    kind, group = type(handler), replicas.mesh["data"].get_group()
+    handler.__class__ = type(kind.__name__, (kind,), {"to_kwargs": lambda self: kind.to_kwargs(self) | {"process_group": group}})
     accelerator.ddp_handler = handler
+
+
+def expect_all_gradients(trainer: Any) -> None:
+    """Where the user has not asked DDP to look for parameters without gradient, a Trainer does.
+
+    DDP then copies every output of the model, for which the logits would be gathered at each step. Without looking, DDP raises an error
+    at the next step where a parameter had no gradient, and names this argument.
+    """
+    if trainer.args.ddp_find_unused_parameters is None:
+        trainer.accelerator.ddp_handler.find_unused_parameters = False

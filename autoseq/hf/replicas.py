@@ -73,7 +73,7 @@ def _redirect() -> None:
     from accelerate.state import PartialState
     from accelerate.utils import operations
 
-    operations.torch = _Torch()
+    operations.torch = _Torch()  # type: ignore[assignment]
     for name in ("is_main_process", "is_last_process"):
         setattr(PartialState, name, _of_first_rank(getattr(PartialState, name)))
     PartialState.wait_for_everyone = _meet_all(PartialState.wait_for_everyone)
@@ -102,25 +102,32 @@ def _meet_all(plain: Callable[[Any], None]) -> Callable[[Any], None]:
     return wait_for_everyone
 
 
+@functools.cache
+def count_copies_in_trainers() -> None:
+    """Once a process: what transformers' trainers gather by torch.distributed itself, logged losses and FLOPs, is of the copies too."""
+    from transformers import trainer_pt_utils
+
+    trainer_pt_utils.dist = _COLLECTIVES  # type: ignore[attr-defined]
+
+
 class _Torch:
     """`torch` for accelerate.utils.operations: its collectives are those of the copies."""
 
     def __getattr__(self, name: str) -> Any:
-        return _COLLECTIVES if name == "distributed" and shown() is not None else getattr(torch, name)
+        return _COLLECTIVES if name == "distributed" else getattr(torch, name)
 
 
 class _Collectives:
     """`torch.distributed`, over this rank's copies; a broadcast comes from the rank that stands for the copy it names."""
 
-    _OVER_COPIES = "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce"
+    _OVER_COPIES = "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "get_world_size", "get_rank"
     _FROM_A_COPY = "broadcast", "broadcast_object_list"
 
     def __getattr__(self, name: str) -> Any:
         function, replicas = getattr(dist, name), shown()
-        assert replicas is not None
-        if name in self._OVER_COPIES:
+        if replicas is not None and name in self._OVER_COPIES:
             return functools.partial(function, group=replicas.mesh["data"].get_group())
-        if name in self._FROM_A_COPY:
+        if replicas is not None and name in self._FROM_A_COPY:
             return lambda sent, src=0: function(sent, src=replicas.first_rank(src))
         return function
 

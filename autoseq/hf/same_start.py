@@ -10,7 +10,6 @@ import random
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.utils import _sync_module_states
@@ -44,5 +43,5 @@ def share_weights(model: nn.Module, sequence: DeviceMesh) -> None:
     Weights that are not there yet are compared by the first call of the model.
     """
     elsewhere = {name for name, x in (*model.named_parameters(), *model.named_buffers()) if x.device.type != sequence.device_type}
-    group = sequence.get_group()
-    _sync_module_states(model, group, _BUCKET_BYTES, dist.get_global_rank(group, 0), elsewhere)
+    first_rank_of_group = 0
+    _sync_module_states(model, sequence.get_group(), _BUCKET_BYTES, first_rank_of_group, elsewhere)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from autoseq.api import parallelize
-from autoseq.hf.replicas import Replicas
+from autoseq.hf.data_parallel import expect_all_gradients
+from autoseq.hf.replicas import Replicas, count_copies_in_trainers
 from autoseq.hf.same_start import share_weights
 
 
@@ -25,7 +26,9 @@ def models_of(trainer: Any) -> list[nn.Module]:
 def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any], verify: int) -> None:
     """Change the decisions of one trainer, on the object itself."""
     trainer._is_split_by_autoseq = True
+    count_copies_in_trainers()
     _write_on_first_ranks(trainer, replicas)
+    expect_all_gradients(trainer)
     _split_new_models(trainer, replicas, options)
 
 

@@ -6,9 +6,7 @@ import logging
 import sys
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autoseq.api import parallelize
 from autoseq.hf.data_parallel import reduce_over_copies
@@ -16,6 +14,7 @@ from autoseq.hf.generation import generate_unsplit
 from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
 from autoseq.hf.same_start import share_generators, share_weights
+from autoseq.mesh import sequence_mesh
 from autoseq.runtime.errors import OptionError
 
 log = logging.getLogger("autoseq")
@@ -67,7 +66,7 @@ def _is_a(package: str, name: str, target: Any) -> bool:
 
 
 def _split(accelerator: Any, models: list[nn.Module], sequence: int, options: dict[str, Any]) -> Replicas:
-    mesh = _mesh(accelerator.device.type, sequence)
+    mesh = sequence_mesh(sequence, device_type=accelerator.device.type)
     replicas = Replicas(mesh)
     for model in models:
         parallelize(model, **options, mesh=mesh["sequence"])
@@ -78,7 +77,3 @@ def _split(accelerator: Any, models: list[nn.Module], sequence: int, options: di
         generate_unsplit()
     reduce_over_copies(accelerator, replicas)
     return replicas
-
-
-def _mesh(device_type: str, sequence: int) -> DeviceMesh:
-    return init_device_mesh(device_type, (dist.get_world_size() // sequence, sequence), mesh_dim_names=("data", "sequence"))

@@ -12,7 +12,7 @@ if torch.__version__ < (2, 11):
     raise ImportError(f"autoseq needs torch 2.11 or later; this is {torch.__version__}")
 
 from autoseq import hf
-from autoseq.api import parallelize, sequence_parallel
+from autoseq.api import parallelize, report, sequence_parallel
 from autoseq.mesh import sequence_mesh
 from autoseq.options import Options
 from autoseq.runtime.deferred import DeferredTensor
@@ -27,6 +27,7 @@ from autoseq.runtime.errors import (
     PlanError,
     RankMismatchError,
     RendezvousError,
+    ReportError,
     StrategyError,
     TargetError,
     TopologyError,
@@ -35,7 +36,7 @@ from autoseq.runtime.errors import (
 
 __all__ = [
     "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "OptionError",
-    "Options", "PlanError", "RankMismatchError", "RendezvousError", "StrategyError", "TargetError", "TopologyError", "UnsupportedError",
-    "hf", "parallelize", "sequence_mesh", "sequence_parallel",
+    "Options", "PlanError", "RankMismatchError", "RendezvousError", "ReportError", "StrategyError", "TargetError", "TopologyError",
+    "UnsupportedError", "hf", "parallelize", "report", "sequence_mesh", "sequence_parallel",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -1,12 +1,15 @@
 """autoseq as a function and as a decorator."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from autoseq.backend import autoseq, told_options
 from autoseq.runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from autoseq.model_report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,6 +25,17 @@ def parallelize(model: Model, **options: Any) -> Model:
     told_options(options)
     model.compile(backend=autoseq, options=options)
     return model
+
+
+def report(model: Any) -> "Report":
+    """What splitting a model's sequence brought, beside one device: a record that prints as a table, `as_dict()` for scripts.
+
+    `model` is what was compiled with this backend, by any of the three ways, or wraps it; it has run a step. Raises ReportError before
+    that. Sends nothing: one rank may ask.
+    """
+    from autoseq.model_report import report as report_on
+
+    return report_on(model)
 
 
 def sequence_parallel(*misplaced: object, **options: Any) -> Callable[[type[Model]], type[Model]]:

@@ -117,7 +117,7 @@ def _compile(
     if failure is not None:
         raise failure
     assert program is not None
-    called = partial(progress.called, progress.add(program, is_part=is_part))
+    called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=is_part))
     names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
     if split is None:
         if options.grad_sync == "none":

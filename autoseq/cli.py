@@ -54,7 +54,7 @@ def verify(
     """Run a model on local ranks and on one device, and compare every output and every parameter's gradient."""
     with exit_codes(verbose):
         from autoseq.asked_strategies import parse_asked
-        from autoseq.report import print_verification, results
+        from autoseq.printing import print_verification, results
         from autoseq.target import load_target
         from autoseq.verify import Case, verify_target
 
@@ -80,7 +80,7 @@ def demo(
     with exit_codes(verbose):
         from autoseq.asked_strategies import parse_asked
         from autoseq.demo import run_demo
-        from autoseq.report import results
+        from autoseq.printing import results
 
         options = {"strategy": parse_asked(strategy), "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
         ok = run_demo(results(), world_size=world_size, steps=steps, options=options)
@@ -94,7 +94,7 @@ def strategies(
 ) -> None:
     """Show what each strategy sends, which attention it serves, and why it does not serve the rest."""
     with exit_codes(verbose):
-        from autoseq.report import results
+        from autoseq.printing import results
         from autoseq.strategy_table import markdown, print_strategies
 
         if as_markdown:
@@ -111,7 +111,7 @@ def doctor(
     """Show versions, devices, links and attention kernels, or why they are not there and what to install."""
     with exit_codes(verbose):
         from autoseq.doctor import checkup, checkup_json, print_checkup
-        from autoseq.report import results
+        from autoseq.printing import results
 
         found = checkup()
         if as_json:

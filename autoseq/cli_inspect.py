@@ -38,7 +38,7 @@ def inspect(
         from autoseq.asked_strategies import parse_asked
         from autoseq.inspection import inspect_programs
         from autoseq.options import Options
-        from autoseq.report import inspection_json, print_inspection, results
+        from autoseq.printing import inspection_json, print_inspection, results
         from autoseq.target import load_target
 
         files = {"--html": html, "--trace": trace}

@@ -38,7 +38,7 @@ def plan(
         from autoseq.plan_model import looks_at, plan_training
         from autoseq.plan_report import check_plot, plan_json, plot_sweep, print_plan
         from autoseq.planning.presets import load_topology
-        from autoseq.report import results
+        from autoseq.printing import results
         from autoseq.runtime.errors import OptionError
         from autoseq.target import load_target
 

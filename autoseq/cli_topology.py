@@ -23,7 +23,7 @@ def list_topologies(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Show the topologies that come with autoseq."""
     with exit_codes(verbose):
         from autoseq.planning.presets import load_topology, names
-        from autoseq.report import results
+        from autoseq.printing import results
         from autoseq.topology_report import print_topologies
 
         if as_json:
@@ -42,7 +42,7 @@ def show(
     with exit_codes(verbose):
         from autoseq.planning.presets import load_topology
         from autoseq.planning.topology_file import dump
-        from autoseq.report import results
+        from autoseq.printing import results
         from autoseq.topology_report import print_topology
 
         topology = load_topology(name)
@@ -82,7 +82,7 @@ def measure(
 
 def _deliver(found: "Topology", out: Path | None) -> None:
     from autoseq.planning.topology_file import dump
-    from autoseq.report import results
+    from autoseq.printing import results
     from autoseq.runtime.errors import OptionError
     from autoseq.topology_report import print_topology
 

@@ -9,31 +9,73 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
+from autoseq.planning.topology import Topology
 from autoseq.program import Program
 
+_STEPS_KEPT = 16
 
-@dataclass(slots=True)
+Counters = dict[str, tuple[int, int]]
+"""Op -> messages and bytes, as `runtime.counting` has them."""
+
+
+@dataclass(slots=True, eq=False)
 class Compiled:
-    """One program, whether it is a part of a model that Dynamo traced in several, and how often it was called."""
+    """One program, and how often it was called. `local` is its local graph as it was before a compiler got it, which may change it."""
 
     program: Program
+    local: fx.Graph
+    ranks: int
+    topology: Callable[[], Topology]
     is_part: bool
     calls: int = 0
 
 
+@dataclass(slots=True)
+class Steps:
+    """The programs that one step calls, those of the latest; when each step began, and what had been sent then, where that is counted."""
+
+    programs: list[Compiled] = field(default_factory=list)
+    began_s: deque[float] = field(default_factory=lambda: deque(maxlen=_STEPS_KEPT))
+    sent: deque[Counters] = field(default_factory=lambda: deque(maxlen=_STEPS_KEPT))
+
+    def begin(self) -> None:
+        """The next step's first call."""
+        self.programs = []
+        self.began_s.append(time.perf_counter())
+        counting = sys.modules.get("autoseq.runtime.counting")  # nobody counts who has not imported it
+        if counting is not None:
+            self.sent.append(counting.counters())
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class CompiledModel:
-    """The programs of one model or function, in the order in which they were compiled."""
+    """The programs of one model or function, in the order in which they were compiled, and its steps: those that train, and others."""
 
     name: str
     programs: list[Compiled] = field(default_factory=list)
+    training: Steps = field(default_factory=Steps)
+    others: Steps = field(default_factory=Steps)
+
+    def called(self, compiled: Compiled, *, trains: bool) -> None:
+        """A call of a program; of a model in parts the one that was compiled first begins a step."""
+        compiled.calls += 1
+        steps = self.training if trains else self.others
+        if not compiled.is_part or compiled is self.programs[0]:
+            steps.begin()
+        steps.programs.append(compiled)
+
+    @property
+    def steps(self) -> Steps:
+        """Those that train, where there are any."""
+        return self.training if self.training.programs else self.others
 
 
 _models: weakref.WeakKeyDictionary[Any, CompiledModel] = weakref.WeakKeyDictionary()
@@ -46,17 +88,23 @@ def model_being_compiled() -> CompiledModel:
     for frame in _frames():
         if frame.f_code.co_name in ("compile_wrapper", "_fn") and _file(frame).endswith("torch/_dynamo/eval_frame.py"):
             target = frame.f_locals.get("fn", target)  # the outermost is the last
-    return _nameless if target is None else model_of(target)
-
-
-def model_of(compiled: Any) -> CompiledModel:
-    """The record of a module or a function, made where there is none yet."""
-    target = unwrapped(compiled)
-    name = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", type(target).__name__)
+    if target is None:
+        return _nameless
+    target = unwrapped(target)
     try:
-        return _models.setdefault(target, CompiledModel(name))
+        return _models.setdefault(target, CompiledModel(name_of(target)))
     except TypeError:  # an object of the user's that cannot be referred to weakly
         return _nameless
+
+
+def known_models() -> list[tuple[Any, CompiledModel]]:
+    """What has been compiled and is still there."""
+    return list(_models.items())
+
+
+def name_of(target: Any) -> str:
+    """`GPT`, `train_step`."""
+    return type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", type(target).__name__)
 
 
 def unwrapped(compiled: Any) -> Any:
@@ -69,11 +117,6 @@ def unwrapped(compiled: Any) -> Any:
         if inner is None:
             return compiled
         compiled = inner
-
-
-def known_models() -> list[tuple[Any, CompiledModel]]:
-    """All that have been compiled and are still there."""
-    return list(_models.items())
 
 
 def compilation_began_s() -> float:

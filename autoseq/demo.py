@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from autoseq.inspection import Inspection, inspect_model
 from autoseq.launch import Rank, device_kind, run_ranks
+from autoseq.printing import plan_table, table
 from autoseq.readable import readable_bytes
-from autoseq.report import plan_table, table
 from autoseq.runtime.errors import TargetError
 from autoseq.saved_memory import saved_bytes
 

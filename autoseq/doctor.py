@@ -16,8 +16,8 @@ import torch.distributed
 from rich.console import Console
 
 from autoseq.planning.links import Card, network_cards, nvlinks
+from autoseq.printing import table
 from autoseq.readable import readable_bytes
-from autoseq.report import table
 from autoseq.runtime import fused
 from autoseq.runtime.kernel_call import BlockCall, Kernel
 from autoseq.runtime.kernels import KERNELS

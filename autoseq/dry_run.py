@@ -60,7 +60,7 @@ class _Meta:
 
 
 class _Fake:
-    """Where any other program runs."""
+    """Where any other program runs; symbolic sizes are those of its trace."""
 
     def __init__(self, inputs: Sequence[object]) -> None:
         mode = detect_fake_mode(inputs)
@@ -68,8 +68,16 @@ class _Fake:
         self.mode = mode
 
     def convert(self, x: Any) -> Any:
-        plain = isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
-        return self.mode.from_tensor(x, static_shapes=True) if plain else x
+        if isinstance(x, torch.SymInt):
+            return hint(x)
+        if not isinstance(x, torch.Tensor):
+            return x
+        if not isinstance(x, FakeTensor):
+            return self.mode.from_tensor(x, static_shapes=True)
+        if all(isinstance(size, int) for size in x.shape):
+            return x
+        with self.mode:
+            return torch.empty([hint(size) for size in x.shape], dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)
 
 
 Place = _Meta | _Fake

@@ -18,9 +18,9 @@ from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import UNITS, Point, mix, overtakings
 from autoseq.planning.training import Training
+from autoseq.printing import grouped, names_of, table
 from autoseq.program import Warned
 from autoseq.readable import readable_bytes, readable_seconds
-from autoseq.report import grouped, names_of, table
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
 

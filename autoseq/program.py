@@ -205,6 +205,9 @@ def _too_large(plan: Plan, topology: Topology, reserved: int) -> str:
     )
 
 
+READS_SHARDS, RUNS_WHOLE = "the part that reads what is made", "a part of the program"
+"""Operations of the fallbacks between the parts of a program; what they cost is the gather of what other parts made."""
+
 _NAMES_BREAKS = "; TORCH_LOGS=graph_breaks names what breaks it"
 
 
@@ -215,14 +218,14 @@ def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fal
     shards = {id(x._shard): x._shard for x in inputs if isinstance(x, DeferredTensor) and not x._shard.is_taken_in}
     reason = "the program was traced in several parts" + _NAMES_BREAKS
     others = group.size - 1
-    return [Fallback("the part that reads what is made", shard.name, reason, others * num_bytes(shard.padded)) for shard in shards.values()]
+    return [Fallback(READS_SHARDS, shard.name, reason, others * num_bytes(shard.padded)) for shard in shards.values()]
 
 
 def _whole_part(gm: fx.GraphModule, fake: list[object], inputs: Sequence[object], group: SequenceGroup) -> Program:
     """A fragment without attention: every rank runs all of it on gathered values."""
     sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
     reason = "the program was traced in several parts, and a part without attention runs whole on every rank" + _NAMES_BREAKS
-    fallbacks = [Fallback("a part of the program", first_source(gm.graph), reason, sent)] if group.size > 1 else []
+    fallbacks = [Fallback(RUNS_WHOLE, first_source(gm.graph), reason, sent)] if group.size > 1 else []
     return Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), ())
 
 

@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import Variable
 
 from autoseq import notices
 from autoseq.compiled_model import Compiled, CompiledModel, compilation_began_s, model_being_compiled
 from autoseq.options import Options
+from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.readable import readable_bytes
 from autoseq.runtime.groups import SequenceGroup, speaks_for_all
@@ -107,18 +108,21 @@ class Progress:
         self._next_sign_s = 2 * spent_s
         return spent_s
 
-    def add(self, program: Program, *, is_part: bool) -> Compiled:
+    def add(self, program: Program, *, topology: Callable[[], Topology], is_part: bool) -> Compiled:
         """Note a program of the model, before it is compiled."""
-        compiled = Compiled(program, is_part)
+        local = fx.Graph()
+        local.output(local.graph_copy(program.gm.graph, {}))
+        compiled = Compiled(program, local, self._ranks, topology, is_part)
         self._programs().append(compiled)
         return compiled
 
     def called(self, compiled: Compiled, results: Sequence[object]) -> None:
         """After a call of a program: see whether the first step ends now, or when the backward does."""
-        compiled.calls += 1
+        nodes = [x.grad_fn for x in results if isinstance(x, Tensor) and x.grad_fn is not None]
+        if (model := self._model()) is not None:
+            model.called(compiled, trains=bool(nodes))
         if self._is_settled:
             return
-        nodes = [x.grad_fn for x in results if isinstance(x, Tensor) and x.grad_fn is not None]
         for node in nodes if compiled.calls == 1 else ():
             node.register_prehook(self._in_backward)
         is_again = compiled.calls > 1 and compiled is self._programs()[0]

@@ -49,6 +49,10 @@ class MessageError(AutoSeqError):
     """A message between ranks was not delivered: a peer died, stalled, or left its process group."""
 
 
+class ReportError(AutoSeqError):
+    """There is nothing to report on: a model was not compiled with autoseq, or has not run yet."""
+
+
 class TargetError(AutoSeqError):
     """The model, function or script named on the command line cannot be used."""
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import models
 from autoseq.cli import app
 from autoseq.inspection import inspect_model
-from autoseq.report import inspection_json
+from autoseq.printing import inspection_json
 from autoseq.runtime.counting import counters, reset_counters
 from autoseq.runtime.errors import NoAttentionError
 from autoseq.runtime.strategies import STRATEGIES

@@ -107,7 +107,11 @@ def candidate(training: Training, split: Split, topology: Topology, *, strategy:
         )  # fmt: skip
     except StrategyError as error:
         raise StrategyError(_in_a_plan(str(error))) from None
-    plan = replace(plan, sites=tuple(map(_told_in_a_plan, plan.sites)))
+    return planned_candidate(training, split, replace(plan, sites=tuple(map(_told_in_a_plan, plan.sites))), topology)
+
+
+def planned_candidate(training: Training, split: Split, plan: Plan, topology: Topology) -> Candidate:
+    """What a step takes with a plan that is there already."""
     memory = replace(memory_besides_attention(training, split, plan.layout), attention=plan.memory_bytes())
     time = step_time(training, split, plan, topology)
     peak = topology.kernel_rates(training.dtype).peak_flops_per_s

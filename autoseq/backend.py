@@ -16,6 +16,7 @@ from torch._guards import TracingContext
 
 from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
+from autoseq.drift import Drift
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
@@ -211,6 +212,7 @@ class _Runner:
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
         self._agreed, self._shapes, self._called = False, shapes, called
+        self._drift = Drift(group, strict=options.strict)
 
     def __call__(self, *args: Any) -> Any:
         args = tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
@@ -220,6 +222,7 @@ class _Runner:
             agree_on_inputs(self._group, self._names, args, draws=self._draws)
             connect(self._group, args)
             self._agreed = True
+        self._drift.look(args)
         self._check_floats(args)
         self._check_contents(args)
         results = list(self._compiled(*args))

@@ -52,7 +52,7 @@ def without_inductor() -> Iterator[None]:
     """The printed options leave the inner compiler to its default, which takes minutes of a C++ compiler."""
     plain = backend._inner
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_inner", lambda gm, fake, options, group: plain(gm, fake, replace(options, inner="aot_eager"), group))
+        patch.setattr(backend, "_inner", lambda gm, fake, options, *others: plain(gm, fake, replace(options, inner="aot_eager"), *others))
         yield
 
 

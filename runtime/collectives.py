@@ -70,7 +70,7 @@ def vary(x: Tensor, *, group: str) -> Tensor:
 
 
 def vary_many(xs: list[Tensor], *, group: str) -> list[Tensor]:
-    """`vary` for a bucket: one all_reduce per dtype in the backward, with zeros for values that got no gradient."""
+    """`vary` for a bucket: one all_reduce per dtype in the backward. A value that got no gradient has none afterwards."""
     # A frozen value must stay out: one function's outputs all require grad, and its gradient would be computed for nothing.
     wanted = [i for i, x in enumerate(xs) if x.requires_grad]
     if group_of(group).size == 1 or not wanted:
@@ -224,18 +224,25 @@ class _Vary(Function):
     @staticmethod
     def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
+        ctx.set_materialize_grads(False)
+        # Saving the values would forbid to write into a parameter before its gradient is computed.
+        ctx.like = [(x.shape, x.dtype, x.device) for x in xs]
         return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for i in wanted:
-            buckets.setdefault((grads[i].dtype, grads[i].device), []).append(i)
+        for i in (i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed):
+            buckets.setdefault(ctx.like[i][1:], []).append(i)
         sums: list[Tensor | None] = [None] * len(grads)
-        for indices in buckets.values():
-            for i, total in zip(indices, _sum_bucket([grads[i] for i in indices], ctx.group), strict=True):
-                sums[i] = total
+        for (dtype, device), indices in buckets.items():
+            if all(grads[i] is None for i in indices):
+                continue
+            # Zeros travel for a value without a gradient, so that ranks' messages are of one size whatever they found. An optimizer
+            # leaves a parameter without a gradient alone, and decays one whose gradient is zero: the value itself gets none.
+            given = [torch.zeros(ctx.like[i][0], dtype=dtype, device=device) if (g := grads[i]) is None else g for i in indices]
+            for i, total in zip(indices, _sum_bucket(given, ctx.group), strict=True):
+                sums[i] = None if grads[i] is None else total
         return None, *sums
 
 

@@ -150,7 +150,7 @@ def check_vary_many(rank: int, P: int) -> None:
     total = float(sum(10**r for r in range(P)))
     assert torch.equal(grads[0], torch.full((2, 3), total))
     assert torch.equal(grads[1], torch.full((4,), float(sum(range(P))), dtype=torch.float64))
-    assert P == 1 or torch.equal(grads[2], torch.zeros(5))
+    assert grads[2] is None
     assert not frozen.requires_grad
     assert not ints.requires_grad
     # One message per dtype: six and five float32 together, four float64.
@@ -188,7 +188,7 @@ def check_all_to_all(rank: int, P: int) -> None:
     "check",
     [
         pytest.param(check_vary, id="vary sums the ranks' gradients"),
-        pytest.param(check_vary_many, id="vary_many: one message per dtype, zeros for unused, nothing for frozen"),
+        pytest.param(check_vary_many, id="vary_many: one message per dtype, no gradient for unused, nothing for frozen"),
         pytest.param(check_share_gradient, id="share_gradient: the ranks' shares add up to the gradient"),
         pytest.param(check_all_reduce, id="all_reduce sums; its gradient is the identity"),
         pytest.param(check_all_to_all, id="all_to_all_single: uneven and empty pieces, gradient goes home"),

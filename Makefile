@@ -9,6 +9,11 @@ PYTEST_ARGS ?=
 # Test files run side by side in so many processes; 0 runs them one after the other.
 WORKERS ?= 2
 DEMO_ARGS ?=
+# Of make test-long: programs whose ranks are threads, programs whose ranks are processes, the first seed, and --fresh or --explain SEED.
+COUNT ?= 10000
+REAL ?= 500
+SEED ?= 0
+LONG_ARGS ?=
 
 # Only when nobody chose a PYTHON, versions with their own names are tried after it.
 PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.11 python3.12 python3.13 python3.14)
@@ -34,7 +39,7 @@ done; \
 echo "pyright:"; PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright --pythonpath $(BIN)/python || status=$$?
 endef
 
-.PHONY: demo test browser lint fix gpu-test clean help
+.PHONY: demo test test-long browser lint fix gpu-test clean help
 .DEFAULT_GOAL := help
 
 demo: $(DEMO_STAMP)  ## Train a small Llama on 2 ranks beside the same training on one device
@@ -69,6 +74,9 @@ fix: $(TEST_STAMP)  ## Apply the repairs that ruff is sure of
 
 gpu-test: $(TEST_STAMP)  ## Run the tests that need a GPU, and only those
 	HF_HUB_OFFLINE=1 $(RUN) pytest -q -m gpu $(PYTEST_ARGS)
+
+test-long: $(TEST_STAMP)  ## Run thousands of random programs (COUNT, SEED, REAL; resumable), on ranks that are threads and on real ones
+	$(TEST_ENV) $(BIN)/python tests/long_run.py --count $(COUNT) --real $(REAL) --seed $(SEED) $(LONG_ARGS)
 
 clean:  ## Remove everything that make and the tests have made, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

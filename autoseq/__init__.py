@@ -23,6 +23,7 @@ from autoseq.runtime.errors import (
     MessageError,
     NoAttentionError,
     NoSequenceError,
+    NotSplitError,
     OptionError,
     PlanError,
     RankMismatchError,
@@ -35,8 +36,8 @@ from autoseq.runtime.errors import (
 )
 
 __all__ = [
-    "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "OptionError",
-    "Options", "PlanError", "RankMismatchError", "RendezvousError", "ReportError", "StrategyError", "TargetError", "TopologyError",
-    "UnsupportedError", "hf", "parallelize", "report", "sequence_mesh", "sequence_parallel",
+    "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "NotSplitError",
+    "OptionError", "Options", "PlanError", "RankMismatchError", "RendezvousError", "ReportError", "StrategyError", "TargetError",
+    "TopologyError", "UnsupportedError", "hf", "parallelize", "report", "sequence_mesh", "sequence_parallel",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
 
 from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
+from autoseq.compiled_calls import program_runs, watch_calls
 from autoseq.drift import Drift
+from autoseq.dynamo_frames import keep_frames
+from autoseq.foreign_programs import stay_apart
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
@@ -36,12 +38,16 @@ from autoseq.runtime.messages import connect
 from autoseq.runtime.nodes import on_nodes
 from autoseq.structured_trace import trace_program
 from autoseq.views_of_outputs import describe_views_of_outputs
+from autoseq.watching_modes import refuse_fake_tensors
 
 log = logging.getLogger("autoseq")
 
 let_masks_through()
 describe_views_of_outputs()
 show_by_default()
+watch_calls()
+keep_frames()
+stay_apart()
 
 
 def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -51,7 +57,6 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
     exception of a backend, and answer some by running the model unsplit.
     """
     try:
-        _refuse_buckets()
         chosen = told_options(options)
         group = group_from_mesh(chosen.mesh)
         progress = progress_of(group, chosen)
@@ -62,16 +67,6 @@ def autoseq(gm: fx.GraphModule, inputs: Sequence[object], *, options: Mapping[st
             return _compile(gm, inputs, chosen, group, found, progress)
     except AutoSeqError as error:
         return _raiser(error)
-
-
-def _refuse_buckets() -> None:
-    """Under DDP Dynamo may split a program where a bucket of gradients is full, in the middle of what has to be seen as a whole."""
-    context = TracingContext.try_get()
-    if getattr(context, "ddp_optimizer_ctx", None) is not None:
-        raise UnsupportedError(
-            "DDP has several buckets of gradients, and Dynamo's DDPOptimizer splits the program where one is full, but autoseq has to see "
-            "all of it. Set torch._dynamo.config.optimize_ddp = False before the first call; DDP then reduces the gradients as before."
-        )
 
 
 def told_options(given: Mapping[str, Any] | None) -> Options:
@@ -167,7 +162,7 @@ def is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
 
 _PASSED_OVER = (
     "torch/_dynamo/", "torch/_inductor/", "torch/_functorch/", "torch/_compile.py", "torch/_utils_internal.py", "torch/utils/_",
-    "torch/_logging", "torch/_subclasses", "torch/__init__.py", "contextlib.py", "autoseq/backend.py",
+    "torch/_logging", "torch/_subclasses", "torch/__init__.py", "contextlib.py", "autoseq/backend.py", "autoseq/dynamo_frames.py",
 )  # fmt: skip
 
 
@@ -215,6 +210,9 @@ class _Runner:
         self._drift = Drift(group, strict=options.strict)
 
     def __call__(self, *args: Any) -> Any:
+        program_runs()
+        if self._group.size > 1:
+            refuse_fake_tensors(args)
         args = tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
         if self._shapes is not None:
             self._shapes.agree(args)

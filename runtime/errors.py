@@ -65,6 +65,10 @@ class PlanError(AutoSeqError):
     """No plan serves what was asked for, or none fits."""
 
 
+class NotSplitError(AutoSeqError):
+    """A call of a compiled model ran whole, or would have, because Dynamo did not compile it."""
+
+
 class UnsupportedError(AutoSeqError):
     """The program uses a feature that autoseq cannot yet keep exact."""
 

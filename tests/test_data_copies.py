@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,7 +19,6 @@ from autoseq.plan_model import look_at
 from autoseq.planning.degrees import Split, candidates
 from autoseq.planning.presets import load_topology
 from autoseq.runtime.counting import counters, reset_counters
-from autoseq.runtime.errors import UnsupportedError
 from ranks import run_ranks
 from training_job import GRADIENT_TOLERANCE, LOSS_TOLERANCE, relative
 
@@ -121,26 +121,30 @@ def test_zero_1_and_ddp_with_copies_of_the_data_train_as_one_device() -> None:
     check(run_ranks(train_with_zero, 4))
 
 
-def train_with_small_buckets(rank: int, world_size: int) -> tuple[str, tuple[float, float, float]]:
-    """What the first call says, and the errors of training once Dynamo is told not to split programs."""
+def train_with_buckets(rank: int, world_size: int, megabytes: float) -> tuple[int, tuple[float, float, float]]:
+    """The number of buckets that DDP sends in the last step, and the errors of training."""
     mesh, model = copies_and_sequence(), models.make("plain")
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "mesh": mesh["sequence"]})
+    sent: list[int] = []
 
-    def replicated() -> nn.Module:
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="autoseq", options={"inner": "aot_eager", "mesh": mesh["sequence"]})
-        return DistributedDataParallel(compiled, process_group=mesh.get_group("data"), bucket_cap_mb=0.001)
+    def note(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.index())
+        return allreduce_hook(group, bucket)
 
-    ids = batches()[0, mesh.get_local_rank("data")]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UnsupportedError) as raised:
+    note.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # DDP compares them, and here they are text
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # it may be no larger than the others
-        replicated()(ids, ids)
-    with torch._dynamo.config.patch(optimize_ddp=False):
-        return str(raised.value), errors_of_training(replicated(), model, adam(model.parameters()), mesh)
+        replicated = DistributedDataParallel(compiled, process_group=mesh.get_group("data"), bucket_cap_mb=megabytes)
+        replicated.register_comm_hook(mesh.get_group("data"), note)
+        errors = errors_of_training(replicated, model, adam(model.parameters()), mesh)
+    return max(sent) + 1, errors
 
 
-def test_ddp_with_several_buckets_trains_where_dynamo_does_not_split_at_them() -> None:
-    said, errors = zip(*run_ranks(train_with_small_buckets, 4), strict=True)
-    assert all("Set torch._dynamo.config.optimize_ddp = False before the first call" in each for each in said)
+@pytest.mark.parametrize(("count", "megabytes"), [(2, 0.12), (4, 0.02)])
+def test_ddp_with_several_buckets_trains_as_one_device(count: int, megabytes: float) -> None:
+    """Dynamo would split the program where a bucket is full; no setting of Dynamo's is needed, and none is changed for other models."""
+    counts, errors = zip(*run_ranks(train_with_buckets, 4, megabytes), strict=True)
+    assert min(counts) == max(counts) >= count and torch._dynamo.config.optimize_ddp is True
     check(list(errors))
 
 

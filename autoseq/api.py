@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from autoseq.backend import autoseq, told_options
+from autoseq.capture_hooks import install_capture_hooks
 from autoseq.runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def parallelize(model: Model, **options: Any) -> Model:
     if not isinstance(model, nn.Module):
         raise OptionError(f"parallelize takes an nn.Module, not {type(model).__name__}; for a function use torch.compile")
     told_options(options)
+    install_capture_hooks(model)
     model.compile(backend=autoseq, options=options)
     return model
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from autoseq.backend import autoseq, told_options
+from autoseq.backend import told_options
 from autoseq.capture_hooks import install_capture_hooks
+from autoseq.copies import compile_with_copies
 from autoseq.runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def parallelize(model: Model, **options: Any) -> Model:
         raise OptionError(f"parallelize takes an nn.Module, not {type(model).__name__}; for a function use torch.compile")
     told_options(options)
     install_capture_hooks(model)
-    model.compile(backend=autoseq, options=options)
+    compile_with_copies(model, options)
     return model
 
 

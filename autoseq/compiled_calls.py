@@ -151,4 +151,3 @@ def _watch() -> Callable[[], None]:
         raise NotSplitError(f"a call of a model that autoseq splits ran whole, because Dynamo compiled nothing of it:{reasons}")
 
     return end
-

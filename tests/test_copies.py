@@ -155,4 +155,3 @@ class WithState(nn.Linear):
 
     def __setstate__(self, state: tuple[dict[str, Any], str]) -> None:
         super().__setstate__(state[0])
-

@@ -15,19 +15,21 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from autoseq.given_differently import EQUAL_BATCHES, parameter_tolerance
+from autoseq.given_inputs import EVERY_VARIABLE, check_every
 from autoseq.meetings import meet
 from autoseq.planning.topology import Topology
 from autoseq.planning.topology_file import dump, parse_topology
 from autoseq.runtime.errors import AutoSeqError, RankMismatchError, RendezvousError
+from autoseq.runtime.fingerprint import compressed, exact, far_apart
 from autoseq.runtime.groups import SequenceGroup, process_group
 from autoseq.runtime.rendezvous import timeout_s
+from autoseq.step_check import apart, whole_sketch
 
 log = logging.getLogger("autoseq")
 
 COMPILE_TIMEOUT_VARIABLE = "AUTOSEQ_COMPILE_TIMEOUT_S"
 COMPILE_TIMEOUT_S = 600.0
-_SAMPLED_ELEMENTS = 4096
-_HASHED_WHOLE_BYTES = 1 << 22
 
 # What rank 0 of a group found. It stays when ranks disagree later: hardware does not change.
 _topologies: weakref.WeakKeyDictionary[dist.ProcessGroup, Topology] = weakref.WeakKeyDictionary()
@@ -101,34 +103,37 @@ def _first_difference(group: SequenceGroup, texts: Sequence[str]) -> str:
 
 
 def agree_on_inputs(group: SequenceGroup, names: Sequence[str], values: Sequence[object], *, draws: bool) -> None:
-    """Compare cheap hashes of the inputs (parameters too); raise RankMismatchError naming the first that differs.
+    """Compare the fingerprints of all inputs, parameters too; raise RankMismatchError naming the first that differs.
 
-    Integer inputs are hashed whole up to 4 MiB, the rest by 4096 evenly spaced elements. For a program that `draws`
-    random numbers the generator's state counts too: a value drawn on every rank must be the same.
+    For a program that `draws` random numbers the generator's state counts too: a value drawn on every rank must be the same.
     """
     if group.size == 1:
         return
-    hashes = {name: _hash(value) for name, value in zip(names, values, strict=True)}
-    if draws:
-        hashes["torch's random state (call torch.manual_seed alike on every rank)"] = _hash(torch.get_rng_state())
-    replies = _meet_after_compiling(group, "calls a program for the first time", json.dumps(hashes).encode())
+    with apart():
+        mine = {name: _fingerprint(value) for name, value in zip(names, values, strict=True)}
+        if draws:
+            mine["torch's random state (call torch.manual_seed alike on every rank)"] = _fingerprint(torch.get_rng_state())
+    mine[f"the environment variable {EVERY_VARIABLE}"] = str(check_every()), []
+    replies = _meet_after_compiling(group, "calls a program for the first time", json.dumps(mine).encode())
     theirs = [json.loads(reply) for reply in replies]
-    for name in hashes:
+    dtypes = {name: value.dtype for name, value in zip(names, values, strict=True) if isinstance(value, torch.Tensor)}
+    for name in mine:
+        tolerance = parameter_tolerance(dtypes.get(name, torch.float32))
         for rank, other in enumerate(theirs):
-            if other[name] != theirs[0][name]:
+            (kind, sketch), (first_kind, first_sketch) = other[name], theirs[0][name]
+            if kind != first_kind or (sketch and far_apart([first_sketch, sketch], tolerance)):
                 raise RankMismatchError(
-                    f"ranks 0 and {rank} of group {group.name!r} called the model with different values of {name}. "
-                    "Every rank of a sequence group gets the same, full-length inputs and the same parameters; "
-                    "autoseq takes each rank's part itself."
+                    f"ranks 0 and {rank} of group {group.name!r} called the model with different values of {name}. {EQUAL_BATCHES}"
                 )
 
 
-def _hash(value: object) -> str:
+def _fingerprint(value: object) -> tuple[str, list[float]]:
+    """What must be the same on all ranks, and what may differ by rounding. The values of sharded tensors are not known here."""
     if not isinstance(value, torch.Tensor):
-        return repr(value)
-    flat = value.detach().reshape(-1)
-    if flat.numel() * flat.element_size() > _HASHED_WHOLE_BYTES or value.is_floating_point():
-        flat = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)]
-    # Of a copy: `numpy` fixes the size of a storage for good, and FSDP empties those of parameters between uses.
-    data = flat.clone(memory_format=torch.contiguous_format).cpu().view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return f"{value.dtype} {tuple(value.shape)} {hashlib.blake2b(data, digest_size=12).hexdigest()}"
+        return repr(value), []
+    kind = f"{value.dtype} {tuple(value.shape)}"
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return kind, []
+    if value.is_floating_point() or value.is_complex():
+        return kind, whole_sketch(compressed(value.detach())).tolist()
+    return f"{kind} {exact([value]).item()}", []

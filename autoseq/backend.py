@@ -19,11 +19,12 @@ from autoseq.compiled_calls import program_runs, watch_calls
 from autoseq.drift import Drift
 from autoseq.dynamo_frames import keep_frames
 from autoseq.foreign_programs import stay_apart
+from autoseq.given_inputs import GivenInputs, Part
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
-from autoseq.passes.source import input_name
+from autoseq.passes.source import input_name, is_buffer
 from autoseq.passes.tidy import leave_gradients_unsummed
 from autoseq.passes.traceable_masks import let_masks_through
 from autoseq.peer_failures import name_failures
@@ -114,16 +115,18 @@ def _compile(
         raise failure
     assert program is not None
     called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=is_part))
-    names = [input_name(node) for node in gm.graph.find_nodes(op="placeholder")]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    names, owned = [input_name(node) for node in placeholders], frozenset(i for i, node in enumerate(placeholders) if is_buffer(node))
+    check = GivenInputs(group, names, digest, owned, draws=_draws(program), part=_part(is_part))
     if split is None:
         if options.grad_sync == "none":
             mark_trainable(gm, inputs)
             leave_gradients_unsummed(gm, group=group.name)
             gm.recompile()
-        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group, progress), None, names, group, options, None, called)
+        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group, progress), None, names, group, options, None, called, check)
     trace_program(split)
     compiled = _inner(split.gm, split.inputs, options, group, progress)
-    return _Runner(compiled, split, names, group, options, CallShapes(group, digest, names, split.inputs), called)
+    return _Runner(compiled, split, names, group, options, CallShapes(group, digest, names, split.inputs), called, check)
 
 
 def _comparable(options: Options) -> Mapping[str, object]:
@@ -158,6 +161,12 @@ def is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
     if any(isinstance(x, DeferredTensor) for x in inputs):
         return True
     return not _called_from_outside()
+
+
+def _part(is_part: bool) -> Part:
+    if not is_part:
+        return "whole"
+    return "first" if _called_from_outside() else "later"
 
 
 _PASSED_OVER = (
@@ -195,7 +204,7 @@ class _Runner:
 
     def __init__(
         self, compiled: Callable[..., Any], program: Program | None, names: Sequence[str], group: SequenceGroup, options: Options,
-        shapes: CallShapes | None, called: Callable[[Sequence[object]], None],
+        shapes: CallShapes | None, called: Callable[[Sequence[object]], None], check: GivenInputs,
     ) -> None:  # fmt: skip
         self._compiled, self._names, self._group, self._options = compiled, names, group, options
         self._outputs = program.sharding.outputs if program else []
@@ -203,31 +212,34 @@ class _Runner:
         self._floats = program.floats if program else {}
         self._contents = program.contents if program else {}
         self._versions: dict[int, tuple[int, int]] = {}
-        self._draws = program is not None and _draws(program)
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        self._agreed, self._shapes, self._called = False, shapes, called
+        self._agreed, self._shapes, self._called, self._check = False, shapes, called, check
         self._drift = Drift(group, strict=options.strict)
 
     def __call__(self, *args: Any) -> Any:
         program_runs()
         if self._group.size > 1:
             refuse_fake_tensors(args)
-        args = tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
+        given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
         if self._shapes is not None:
             self._shapes.agree(args)
         if not self._agreed:
-            agree_on_inputs(self._group, self._names, args, draws=self._draws)
+            agree_on_inputs(self._group, self._names, args, draws=self._check.draws)
+            self._check.agreed(args)
             connect(self._group, args)
             self._agreed = True
         self._drift.look(args)
         self._check_floats(args)
         self._check_contents(args)
+        self._check.take(given, args)
         results = list(self._compiled(*args))
         self._called(results)
+        shards = {out.index: results[out.index] for out in self._outputs}
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:
             results[index] = value
+        self._check.watch(shards, results)
         return [r for i, r in enumerate(results) if i not in self._size_outputs]
 
     def _check_floats(self, args: Sequence[Any]) -> None:
@@ -254,8 +266,10 @@ class _Runner:
         def size(of: RunTimeSize) -> int:
             return int(results[of.index]) if isinstance(of, SizeOutput) else of
 
+        name = f"{out.name} ({out.source})"
         deferred = defer(
-            results[out.index], name=f"{out.name} ({out.source})", shape=tuple(map(size, out.shape)), dim=out.dim, outer=size(out.outer),
+            results[out.index], name=name, shape=tuple(map(size, out.shape)), dim=out.dim, outer=size(out.outer),
             length=size(out.length), local_length=size(out.local), layout=self._layout, group=self._group.name,
+            watch=self._check.output(name),
         )  # fmt: skip
         return deferred.local if self._options.outputs == "local" else deferred

@@ -37,6 +37,7 @@ class _PretendedShard:
     made: Gathered
     is_gathered: bool = False
     is_taken_in: bool = False
+    watch: None = None
 
     @property
     def shape(self) -> torch.Size:

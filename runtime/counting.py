@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autoseq.runtime.step_message import is_posting
 from autoseq.runtime.traffic import (
     SILENT,
     Traffic,
@@ -31,6 +32,7 @@ from autoseq.runtime.traffic import (
 BACKEND = "autoseq_counted"
 
 _counts: dict[str, Traffic] = {}
+_of_checks = SILENT
 # Backward passes run on autograd's threads.
 _lock = Lock()
 
@@ -41,10 +43,24 @@ def counters() -> dict[str, tuple[int, int]]:
         return {op: (count.messages, count.bytes) for op, count in _counts.items()}
 
 
+def check_counters() -> tuple[int, int]:
+    """(messages, bytes sent) by which ranks compared what they were given; `counters` does not have them."""
+    with _lock:
+        return _of_checks.messages, _of_checks.bytes
+
+
 def reset_counters() -> None:
     """Forget every count."""
+    global _of_checks
     with _lock:
         _counts.clear()
+        _of_checks = SILENT
+
+
+def _count_check(sent: Traffic) -> None:
+    global _of_checks
+    with _lock:
+        _of_checks += sent
 
 
 def _bytes(tensors: Tensor | list[Any]) -> int:
@@ -122,7 +138,11 @@ class CountedGroup(dist.ProcessGroup):
 
 def _counted(method: str, op: str, count: _Count) -> Callable[..., Any]:
     def call(self: CountedGroup, *args: Any, **kwargs: Any) -> Any:
-        self.count(op, count(self, *args, *kwargs.values()))
+        sent = count(self, *args, *kwargs.values())
+        if is_posting():
+            _count_check(sent)
+        else:
+            self.count(op, sent)
         return getattr(self._plain, method)(*args, **kwargs)
 
     call.__name__ = method

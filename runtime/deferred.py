@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -51,14 +51,27 @@ def defer(
     local_length: int,
     layout: Layout,
     group: str,
+    watch: Watch | None = None,
 ) -> DeferredTensor:
     """The output called `name`, of global `shape`, of which `local` is this rank's padded shard.
 
     The other keywords describe the sharded dim as in `runtime.collectives`. Sends nothing.
     """
     rows = sharded_rows(local, dim, outer, length, local_length, layout, group)
-    shard = _Shard(name, tuple(shape), local, rows)
+    shard = _Shard(name, tuple(shape), local, rows, watch)
     return _Defer.apply(local, shard)
+
+
+class Watch(Protocol):
+    """Hears what becomes of an output."""
+
+    is_read: bool  # by something besides a later part of the program
+
+    def before_gather(self) -> None:
+        """The values are about to be gathered."""
+
+    def gradient(self, grad: Tensor) -> None:
+        """The gradient of the whole value has come back."""
 
 
 class DeferredTensor(Tensor):
@@ -92,7 +105,12 @@ class DeferredTensor(Tensor):
     def taken_in(self) -> Tensor:
         """`full`, for a compiled part of the program that has this output among its inputs."""
         self._shard.is_taken_in = True
-        return self.full()
+        watch = self._shard.watch
+        was_read = watch is not None and watch.is_read
+        full = self.full()
+        if watch is not None:
+            watch.is_read = was_read
+        return full
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
@@ -128,13 +146,19 @@ class DeferredTensor(Tensor):
         if torch.Tag.inplace_view in func.tags:
             raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
         kwargs = kwargs or {}
-        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda each: each._full, given) for given in (args, kwargs))
+        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, _read, given) for given in (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return result
         # An in-place operation returns the tensor it was given, and autograd insists on the very same object.
         written = _written(func, args, kwargs)
         return tree_map_only(Tensor, lambda out: written.get(id(out), out), result)
+
+
+def _read(output: DeferredTensor) -> Tensor:
+    if output._shard.watch is not None:
+        output._shard.watch.is_read = True
+    return output._full
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, DeferredTensor]:
@@ -159,9 +183,9 @@ for _name in _READ_MEMORY:
 class _Shard:
     """What a deferred tensor and its aliases share: this rank's rows and, once it is needed, the whole value."""
 
-    def __init__(self, name: str, shape: tuple[int, ...], local: Tensor, rows: ShardedRows | None) -> None:
+    def __init__(self, name: str, shape: tuple[int, ...], local: Tensor, rows: ShardedRows | None, watch: Watch | None = None) -> None:
         self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
-        self.padded, self._rows = local, rows
+        self.padded, self._rows, self.watch = local, rows, watch
         self.is_taken_in = False  # by a part of the program, which warned of the gather
         self._value: Tensor | None = None
         self._serial = _next_serial(rows.group.name) if rows else 0
@@ -193,6 +217,8 @@ class _Shard:
     def _gather(self) -> Tensor:
         # Whoever watches operations (a FLOP counter, a fake mode) is not meant to see how the value gets here.
         with torch.no_grad(), _disable_current_modes():
+            if self.watch is not None:
+                self.watch.before_gather()
             self._meet()
             whole = self.rows.gather(self.padded.detach())
             # The value may be written to; the shard may be saved for the backward pass of whatever computed it.
@@ -230,11 +256,13 @@ _TOGETHER = (
 class _Defer(Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, shard: _Shard) -> DeferredTensor:
-        ctx.rows = shard.rows
+        ctx.rows, ctx.watch = shard.rows, shard.watch
         return DeferredTensor.wrap(shard)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.watch is not None:
+            ctx.watch.gradient(grad)
         return own_rows(grad, ctx.rows), None
 
 

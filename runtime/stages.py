@@ -134,7 +134,8 @@ class _InStages(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        kept, looked_up = ctx.saved_tensors[: ctx.num_kept], ctx.saved_tensors[ctx.num_kept :]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint, around the program, unpacks no tensor twice
+        kept, looked_up = saved[: ctx.num_kept], saved[ctx.num_kept :]
         needed = ctx.needs_input_grad
         captures = needed[5 : 5 + len(looked_up) - 2]
         wanted = Wanted(_numbers(captures), needed[-2], _numbers(needed[2:5]))

@@ -1,0 +1,317 @@
+"""Every step, ranks of a group compare what they were given: inputs, gradients that come back, weights, calls, steps of the optimizer.
+
+A rank takes fingerprints (`runtime.fingerprint`) of a program's inputs when it is called, and of the gradients that return into its
+outputs. They go in one message (`runtime.step_message`): posted when the backward of the first of the calls begins, under which it
+travels, and read when the backward ends, before the optimizer steps. A call without gradients posts its own, which is read before the next
+is posted, before an output is gathered, or when the group is destroyed. All ranks read the same table, so all of them raise, or none.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Variable
+from torch.utils._python_dispatch import _disable_current_modes
+
+from autoseq import optimizer_steps
+from autoseq.given_differently import Compared, Expected, difference_of_parameters, first_difference
+from autoseq.runtime.errors import RankMismatchError
+from autoseq.runtime.fingerprint import RELATIVE_TOLERANCE, SKETCH, combined, exact, odd_integers, sketch
+from autoseq.runtime.groups import SequenceGroup, process_group
+from autoseq.runtime.posted import Posted, post_all_gather
+from autoseq.runtime.step_message import StepMessage, counted_apart
+
+NAMED_WORDS = 14
+"""4-byte words of the message behind its first 8 bytes: 2 an integer tensor, 3 a float one."""
+
+CALLS_KEPT = 64
+"""Calls with gradients that may wait for a backward; then their fingerprints are posted without one."""
+
+FIRST_BACKOFF = 2
+
+MOST_HABITS = 16
+"""Ways to write to weights between two calls that are each a reason to compare them; a program that has more is compared on schedule."""
+
+_checks: weakref.WeakKeyDictionary[dist.ProcessGroup, StepCheck] = weakref.WeakKeyDictionary()
+
+
+def step_check(group: SequenceGroup) -> StepCheck:
+    """The comparison of a group, which starts anew where the group is made again."""
+    process = process_group(group.name)
+    known = _checks.get(process)
+    if known is None:
+        known = _checks[process] = StepCheck(group, weakref.ref(process))
+    return known
+
+
+def all_checks() -> list[StepCheck]:
+    """Those of all groups that there are."""
+    return list(_checks.values())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Weights:
+    """The whole parameters and buffers of one call of a program, and how often torch has counted a write to the parameters."""
+
+    key: tuple[int, int]  # of the program and its first weight: layers may share a program
+    names: Sequence[str]
+    values: Sequence[Tensor]
+    writes: int
+
+    def sketches(self) -> Tensor:
+        """[n, 3]."""
+        return torch.stack([whole_sketch(x) for x in self.values])
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Of weights: the writes to them when ranks were last seen to agree, and the number of the message that compared them.
+
+    `habits` are the writes of an optimizer's step, or without one, that lay between two calls: what is none, such as the loading of a
+    checkpoint, is a reason to compare.
+    """
+
+    writes: int
+    compared_at: int
+    before: tuple[int, int]  # writes and optimizer steps at the call before
+    habits: set[tuple[int, int]] = field(default_factory=lambda: {(0, 0)})
+
+    def is_new_habit(self, writes: int, steps: int) -> bool:
+        """Whether what was written since the call before is none of the habits. It is one from now on."""
+        more_writes, more_steps = writes - self.before[0], steps - self.before[1]
+        habit = divmod(more_writes, more_steps) if more_steps else (0, more_writes)
+        self.before = writes, steps
+        is_new = habit not in self.habits
+        if is_new and len(self.habits) < MOST_HABITS:
+            self.habits.add(habit)
+        return is_new and len(self.habits) < MOST_HABITS
+
+
+def whole_sketch(x: Tensor) -> Tensor:
+    """[3], also of one element; zeros for values that FSDP has freed."""
+    if x.untyped_storage().size() == 0:
+        return torch.zeros(SKETCH, device=x.device)
+    return sketch(x.detach()).float().expand(SKETCH)
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """What this rank was given since the last message."""
+
+    calls: list[str] = field(default_factory=list)
+    hashed: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
+    sketched: list[tuple[str, float, Tensor]] = field(default_factory=list)
+    weights: list[Weights] = field(default_factory=list)
+    due: list[tuple[Weights, Tensor]] = field(default_factory=list)
+    is_new_habit: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.calls or self.sketched)
+
+
+class StepCheck:
+    """What one group's ranks compare; `number` counts the messages."""
+
+    def __init__(self, group: SequenceGroup, process: weakref.ref[dist.ProcessGroup]) -> None:
+        self._group, self._process, self.number = group, process, 0
+        self._log, self._steps_before = 0, optimizer_steps.count()
+        self._pending, self._waiting = _Pending(), set[int]()
+        self._message: StepMessage | None = None
+        self._posted: tuple[_Pending, Expected, Posted | None] | None = None
+        self._task = -1
+        self._seen: dict[tuple[int, int], _Seen] = {}
+        self._backoff, self._trusted_until = FIRST_BACKOFF, 0
+
+    # What was given
+
+    def note(self, call: str, *facts: object) -> None:
+        """A program is called; `facts` are numbers that ranks share."""
+        self._pending.calls.append(call)
+        self._log = hash((self._log, *facts)) & 0xFFFFFFFF
+
+    def hash_integers(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
+        """Integers and booleans, which are to be equal."""
+        for device in {x.device: None for x in values}:
+            here = [i for i, x in enumerate(values) if x.device == device]
+            self._pending.hashed.append(([names[i] for i in here], exact([values[i] for i in here])))
+
+    def sketch_floats(self, name: str, value: Tensor) -> None:
+        """Floats, which are to be equal up to rounding."""
+        tolerance = RELATIVE_TOLERANCE.get(value.dtype, RELATIVE_TOLERANCE[torch.float32])
+        self._pending.sketched.append((name, tolerance, sketch(value)))
+
+    def have_weights(self, weights: Weights, *, every: int, agreed: bool = False) -> None:
+        """Weights of a call. They are compared at the first, every so many messages, and when ranks wrote to them differently."""
+        if not weights.values:
+            return
+        seen = self._seen.get(weights.key)
+        if seen is None:
+            before = weights.writes, optimizer_steps.count()
+            self._seen[weights.key] = seen = _Seen(weights.writes, self.number if agreed else -1, before)
+        if agreed:
+            return
+        self._pending.weights.append(weights)
+        self._pending.is_new_habit |= seen.is_new_habit(weights.writes, optimizer_steps.count())
+        if seen.compared_at < 0 or (every and self.number - seen.compared_at >= every):
+            seen.compared_at = self.number
+            self._pending.due.append((weights, weights.sketches()))
+
+    def expect_backward(self, call: int) -> None:
+        """The outputs of a call have a backward, which begins with `backward_of`."""
+        self._waiting.add(call)
+        if len(self._waiting) > CALLS_KEPT:
+            self._waiting.clear()
+            self.post()
+
+    # When it is compared
+
+    def backward_of(self, call: int) -> None:
+        """The backward of a call begins: with that of the last that waits, everything has come."""
+        self._waiting.discard(call)
+        self.read_after_backward()
+        if not self._waiting:
+            self.post()
+
+    def read_after_backward(self) -> None:
+        """What is posted, or comes late, is read when the running backward ends."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            Variable._execution_engine.queue_callback(self._end_backward)
+            self._task = task
+
+    def _end_backward(self) -> None:
+        self._waiting.clear()
+        self.post()
+        self.read()
+
+    def post(self) -> None:
+        """Send what is pending to all ranks, after reading what was sent before."""
+        self.read()
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, _Pending()
+        with apart():
+            expected = self._fill(pending)
+            self._message.post()  # type: ignore[union-attr] (`_fill` needs it)
+            due = None
+            if pending.due:
+                due = _gathered(self._group, torch.cat([sketches for _, sketches in pending.due]))
+        self.number += 1
+        self._posted = pending, expected, due
+
+    def read(self) -> None:
+        """Compare what was posted. Raises RankMismatchError on every rank of the group, and starts anew then."""
+        if self._posted is None or self._message is None:
+            return
+        (pending, expected, due), self._posted = self._posted, None
+        rows = self._message.rows()
+        if due is None and not pending.is_new_habit and all(row == rows[0] for row in rows):
+            return
+        compared = Compared(self._group, rows, expected)
+        difference = first_difference(compared)
+        if difference is None:
+            difference = self._compare_weights(compared, pending, due)
+        if difference is not None:
+            self._forget()
+            raise RankMismatchError(difference)
+
+    def drop(self) -> None:
+        """The group ends."""
+        self._posted = None
+        self._forget()
+
+    def _forget(self) -> None:
+        process = self._process()
+        if process is not None:
+            _checks.pop(process, None)
+
+    def is_posted(self) -> bool:
+        """Whether a message was sent and not read."""
+        return self._posted is not None
+
+    def has_arrived(self) -> bool:
+        """Whether `read` would not wait."""
+        return self._message is None or self._message.has_arrived()
+
+    def _compare_weights(self, compared: Compared, pending: _Pending, due: Posted | None) -> str | None:
+        """Those that are due, or all of them where ranks wrote to them differently."""
+        asked = [weights for weights, _ in pending.due]
+        if due is None:
+            is_asked = compared.a_habit_is_new or (compared.writes_differ and self.number > self._trusted_until)
+            if not is_asked or not pending.weights:
+                return None
+            asked = pending.weights
+            with apart():
+                due = _gathered(self._group, torch.cat([weights.sketches() for weights in asked]))
+        sketches = due.arrived().view(self._group.size, -1, SKETCH).tolist()
+        named = [pair for weights in asked for pair in zip(weights.names, weights.values, strict=True)]
+        difference = difference_of_parameters(compared, named, sketches)
+        for weights in asked:
+            self._seen[weights.key].compared_at = compared.expected.number
+        if difference is None and compared.writes_differ and len(asked) == len(pending.weights):
+            # Equal although written differently (a broadcast writes on its receivers alone): compare less and less often for that.
+            if self.number > self._trusted_until:
+                self._trusted_until, self._backoff = self.number + self._backoff, self._backoff * 2
+            for weights in asked:
+                self._seen[weights.key].writes = weights.writes
+        return difference
+
+    # The message
+
+    def _fill(self, pending: _Pending) -> Expected:
+        message = self._message = self._message_for([*(x for _, x in pending.hashed), *(x for _, _, x in pending.sketched)])
+        names = [name for group, _ in pending.hashed for name in group]
+        hashes = [values.to(message.device, non_blocking=True) for _, values in pending.hashed]
+        floats = [(name, tolerance) for name, tolerance, _ in pending.sketched]
+        log = hash((self._log, len(names), len(floats))) & 0xFFFFFFFF
+        steps = optimizer_steps.count() - self._steps_before
+        writes = sum(weights.writes - self._seen[weights.key].writes for weights in pending.weights)
+        head = pending.is_new_habit << 63 | (writes & 0x7FFF) << 48 | (steps & 0xFFFF) << 32 | log
+        message.words[0].fill_(_signed(head))
+        fits = 2 * len(names) + SKETCH * len(floats) <= NAMED_WORDS
+        end = 1
+        if hashes:
+            all_hashes = hashes[0] if len(hashes) == 1 else torch.cat(hashes)
+            all_hashes = all_hashes if fits else (all_hashes * odd_integers(len(names), message.device)).sum(0, keepdim=True)
+            end += len(all_hashes)
+            message.words[1:end].copy_(all_hashes)
+        sketches = [each.to(message.device, non_blocking=True) for _, _, each in pending.sketched]
+        if not fits and len(sketches) > 1:
+            sketches = [combined(torch.stack([each.float().expand(SKETCH) for each in sketches]))]
+        for number, each in enumerate(sketches):
+            start = 2 * end + SKETCH * number
+            message.floats[start : start + SKETCH].copy_(each)
+        return Expected(self.number, steps, pending.calls, names, floats, fits)
+
+    def _message_for(self, fingerprints: Sequence[Tensor]) -> StepMessage:
+        """On the GPU if any of them is there."""
+        device = next((x.device for x in fingerprints if x.is_cuda), torch.device("cpu"))
+        if self._message is None or device.type != self._message.device.type == "cpu":
+            return StepMessage(self._group, device)
+        return self._message
+
+
+def _gathered(group: SequenceGroup, sketches: Tensor) -> Posted:
+    with counted_apart():
+        return post_all_gather(group, sketches.contiguous().view(-1))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """For work that is no part of the user's program: no gradients, no autocast, and no mode that watches operations."""
+    with ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch.no_grad())
+        yield

@@ -136,4 +136,4 @@ def _fingerprint(value: object) -> tuple[str, list[float]]:
         return kind, []
     if value.is_floating_point() or value.is_complex():
         return kind, whole_sketch(compressed(value.detach())).tolist()
-    return f"{kind} {exact([value]).item()}", []
+    return f"{kind} {int(exact([value])[0])}", []

@@ -49,6 +49,7 @@ class _Kinds:
     numbers: Sequence[int]
     weights: Sequence[int]
     parameters: Sequence[int]  # of the weights
+    differentiable: Sequence[int]
 
     @staticmethod
     def of(values: Sequence[object], owned: frozenset[int]) -> _Kinds:
@@ -59,7 +60,7 @@ class _Kinds:
         floats = [i for i in given if values[i].is_floating_point() or values[i].is_complex()]  # type: ignore[attr-defined]
         numbers = [i for i, x in enumerate(values) if isinstance(x, int | float)]
         parameters = [i for i in whole if isinstance(values[i], nn.Parameter) and not values[i].is_inference()]  # type: ignore[attr-defined]
-        return _Kinds([i for i in given if i not in floats], floats, numbers, whole, parameters)
+        return _Kinds([i for i in given if i not in floats], floats, numbers, whole, parameters, [*weights, *floats])
 
 
 class OutputWatch:
@@ -90,6 +91,8 @@ class GivenInputs:
         self._group, self._names, self._owned, self.draws, self._part = group, names, owned, draws, part
         self._program, self._label = zlib.crc32(digest.encode()), f"program {digest[:12]}"
         self._kinds: _Kinds | None = None
+        self._weight_names: Sequence[str] = ()
+        self._integer_names: Sequence[str] = ()
         self._every, self._call = DEFAULT_EVERY, 0
 
     def agreed(self, values: Sequence[Any]) -> None:
@@ -107,7 +110,7 @@ class GivenInputs:
             check.read_after_backward()
             return
         kinds = self._kinds or self._sort(values)
-        with_gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values)
+        with_gradients = torch.is_grad_enabled() and any(values[i].requires_grad for i in kinds.differentiable)
         with apart():
             self._note(check, kinds, given, values, with_gradients)
         self._call = next(_calls)
@@ -137,6 +140,7 @@ class GivenInputs:
 
     def _sort(self, values: Sequence[Any]) -> _Kinds:
         kinds = self._kinds = _Kinds.of(values, self._owned)
+        self._weight_names, self._integer_names = ([self._names[i] for i in places] for places in (kinds.weights, kinds.integers))
         self._every = check_every()
         count_steps_of([values[i] for i in kinds.parameters])
         read_at_exit()
@@ -146,7 +150,7 @@ class GivenInputs:
         drawn = _random_state(values) if self.draws else ()
         check.note(self._label, self._program, with_gradients, *(values[i] for i in kinds.numbers), *drawn)
         if kinds.integers:
-            check.hash_integers([self._names[i] for i in kinds.integers], [values[i] for i in kinds.integers])
+            check.hash_integers(self._integer_names, [values[i] for i in kinds.integers])
         for i in kinds.floats:
             if not isinstance(given[i], DeferredTensor) and not _is_made(values[i]):
                 check.sketch_floats(self._names[i], compressed(values[i].detach()))
@@ -155,7 +159,7 @@ class GivenInputs:
     def _weights(self, kinds: _Kinds, values: Sequence[Any]) -> Weights:
         weights = [values[i] for i in kinds.weights]
         key = self._program, id(weights[0]) if weights else 0
-        return Weights(key, [self._names[i] for i in kinds.weights], weights, sum(values[i]._version for i in kinds.parameters))
+        return Weights(key, self._weight_names, weights, sum([values[i]._version for i in kinds.parameters]))
 
     def _mark(self, output: Tensor) -> list[bool]:
         """Whether a later part of the model takes this output in; then its gradient is no user's."""

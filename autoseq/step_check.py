@@ -8,9 +8,10 @@ is posted, before an output is gathered, or when the group is destroyed. All ran
 
 from __future__ import annotations
 
+import operator
+import struct
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,9 @@ from autoseq.runtime.step_message import StepMessage, counted_apart
 
 NAMED_WORDS = 14
 """4-byte words of the message behind its first 8 bytes: 2 an integer tensor, 3 a float one."""
+
+Values = Tensor | list[int] | list[float]
+"""Fingerprints: on a device, or numbers of the host."""
 
 CALLS_KEPT = 64
 """Calls with gradients that may wait for a backward; then their fingerprints are posted without one."""
@@ -105,8 +109,8 @@ class _Pending:
     """What this rank was given since the last message."""
 
     calls: list[str] = field(default_factory=list)
-    hashed: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
-    sketched: list[tuple[str, float, Tensor]] = field(default_factory=list)
+    hashed: list[tuple[Sequence[str], Tensor | list[int]]] = field(default_factory=list)
+    sketched: list[tuple[str, float, Tensor | list[float]]] = field(default_factory=list)
     weights: list[Weights] = field(default_factory=list)
     due: list[tuple[Weights, Tensor]] = field(default_factory=list)
     is_new_habit: bool = False
@@ -137,14 +141,18 @@ class StepCheck:
 
     def hash_integers(self, names: Sequence[str], values: Sequence[Tensor]) -> None:
         """Integers and booleans, which are to be equal."""
-        for device in {x.device: None for x in values}:
-            here = [i for i, x in enumerate(values) if x.device == device]
-            self._pending.hashed.append(([names[i] for i in here], exact([values[i] for i in here])))
+        devices = {x.device for x in values}
+        if len(devices) == 1:
+            self._pending.hashed.append((names, exact(values)))
+            return
+        for name, value in zip(names, values, strict=True):
+            self._pending.hashed.append(([name], exact([value])))
 
     def sketch_floats(self, name: str, value: Tensor) -> None:
         """Floats, which are to be equal up to rounding."""
         tolerance = RELATIVE_TOLERANCE.get(value.dtype, RELATIVE_TOLERANCE[torch.float32])
-        self._pending.sketched.append((name, tolerance, sketch(value)))
+        sketched = sketch(value)
+        self._pending.sketched.append((name, tolerance, sketched if sketched.is_cuda else sketched.tolist()))
 
     def have_weights(self, weights: Weights, *, every: int, agreed: bool = False) -> None:
         """Weights of a call. They are compared at the first, every so many messages, and when ranks wrote to them differently."""
@@ -265,36 +273,39 @@ class StepCheck:
     # The message
 
     def _fill(self, pending: _Pending) -> Expected:
-        message = self._message = self._message_for([*(x for _, x in pending.hashed), *(x for _, _, x in pending.sketched)])
         names = [name for group, _ in pending.hashed for name in group]
-        hashes = [values.to(message.device, non_blocking=True) for _, values in pending.hashed]
         floats = [(name, tolerance) for name, tolerance, _ in pending.sketched]
-        log = hash((self._log, len(names), len(floats))) & 0xFFFFFFFF
         steps = optimizer_steps.count() - self._steps_before
         writes = sum(weights.writes - self._seen[weights.key].writes for weights in pending.weights)
+        log = hash((self._log, len(names), len(floats))) & 0xFFFFFFFF
         head = pending.is_new_habit << 63 | (writes & 0x7FFF) << 48 | (steps & 0xFFFF) << 32 | log
-        message.words[0].fill_(_signed(head))
         fits = 2 * len(names) + SKETCH * len(floats) <= NAMED_WORDS
-        end = 1
-        if hashes:
-            all_hashes = hashes[0] if len(hashes) == 1 else torch.cat(hashes)
-            all_hashes = all_hashes if fits else (all_hashes * odd_integers(len(names), message.device)).sum(0, keepdim=True)
-            end += len(all_hashes)
-            message.words[1:end].copy_(all_hashes)
-        sketches = [each.to(message.device, non_blocking=True) for _, _, each in pending.sketched]
+        hashes, sketches = [values for _, values in pending.hashed], [values for _, _, values in pending.sketched]
+        if any(isinstance(x, Tensor) for x in (*hashes, *sketches)):
+            self._fill_on_device(head, hashes, sketches, fits)
+        else:
+            self._message = self._message or StepMessage(self._group, torch.device("cpu"))
+            fill_on_host(self._message, head, [each for values in hashes for each in values], sketches, fits)  # type: ignore[arg-type]
+        return Expected(self.number, steps, pending.calls, names, floats, fits)
+
+    def _fill_on_device(self, head: int, hashed: Sequence[Values], sketched: Sequence[Values], fits: bool) -> None:
+        """Nothing waits for the device: numbers of the host travel with the kernels."""
+        device = next(x.device for x in (*hashed, *sketched) if isinstance(x, Tensor))
+        if self._message is None or self._message.device != device:
+            self._message = StepMessage(self._group, device)
+        message, end = self._message, 1
+        message.words[0].fill_(_signed(head))
+        if hashed:
+            hashes = torch.cat([on(device, x, torch.int64) for x in hashed])
+            hashes = hashes if fits else (hashes * odd_integers(len(hashes), device)).sum(0, keepdim=True)
+            end += len(hashes)
+            message.words[1:end].copy_(hashes)
+        sketches = [on(device, x, torch.float32) for x in sketched]
         if not fits and len(sketches) > 1:
-            sketches = [combined(torch.stack([each.float().expand(SKETCH) for each in sketches]))]
+            sketches = [combined(torch.stack([each.expand(SKETCH) for each in sketches]))]
         for number, each in enumerate(sketches):
             start = 2 * end + SKETCH * number
             message.floats[start : start + SKETCH].copy_(each)
-        return Expected(self.number, steps, pending.calls, names, floats, fits)
-
-    def _message_for(self, fingerprints: Sequence[Tensor]) -> StepMessage:
-        """On the GPU if any of them is there."""
-        device = next((x.device for x in fingerprints if x.is_cuda), torch.device("cpu"))
-        if self._message is None or device.type != self._message.device.type == "cpu":
-            return StepMessage(self._group, device)
-        return self._message
 
 
 def _gathered(group: SequenceGroup, sketches: Tensor) -> Posted:
@@ -306,12 +317,43 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-@contextmanager
-def apart() -> Iterator[None]:
-    """For work that is no part of the user's program: no gradients, no autocast, and no mode that watches operations."""
-    with ExitStack() as stack:
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch._C._DisableAutocast())
-        stack.enter_context(torch.no_grad())
-        yield
+def fill_on_host(message: StepMessage, head: int, hashes: Sequence[int], sketches: Sequence[Sequence[float]], fits: bool) -> None:
+    """As `_fill_on_device`, where everything is a number."""
+    if not fits and hashes:
+        weights = odd_integers(len(hashes), message.device).tolist()
+        hashes = [_signed(sum(map(operator.mul, hashes, weights)) & (1 << 64) - 1)]
+    if not fits and len(sketches) > 1:
+        sketches = [combined(torch.tensor([each * (SKETCH // len(each)) for each in sketches])).tolist()]  # type: ignore[operator]
+    numbers = [number for each in sketches for number in (each if len(each) == SKETCH else each * SKETCH)]  # type: ignore[operator]
+    struct.pack_into(f"<Q{len(hashes)}q{len(numbers)}f", message.memory, 0, head, *hashes, *numbers)
+
+
+def on(device: torch.device, values: Values, dtype: torch.dtype) -> Tensor:
+    """Fingerprints as a tensor."""
+    if isinstance(values, Tensor):
+        return values.to(device, dtype, non_blocking=True)
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+class apart:
+    """For work that is no part of the user's program: no gradients, no autocast, and no mode that watches operations.
+
+    A context that is entered twice a step: contextlib's would take as long as what it is for.
+    """
+
+    __slots__ = ("_autocast", "_grad", "_modes")
+
+    def __enter__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        self._autocast = torch._C._DisableAutocast()
+        self._autocast.__enter__()
+        self._modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else None
+        if self._modes is not None:
+            self._modes.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        if self._modes is not None:
+            self._modes.__exit__(*raised)  # type: ignore[arg-type]
+        self._autocast.__exit__(*raised)
+        torch._C._set_grad_enabled(self._grad)

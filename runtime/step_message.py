@@ -48,6 +48,7 @@ class StepMessage:
             self.floats = self.words.view(torch.float32)
             self._all = torch.zeros(group.size * MESSAGE_BYTES // 8, dtype=torch.int64, device=device)
             self._host = torch.zeros_like(self._all, device="cpu", pin_memory=True) if device.type == "cuda" else self._all
+        self.memory = self.words.numpy().view("uint8") if device.type == "cpu" else None  # of `words`, to be written without operators
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._work: dist.Work | None = None

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoseq.runtime.fingerprint import RELATIVE_TOLERANCE, combined, compressed, exact, far_apart, far_apart_combined, sketch
+from autoseq.runtime.fingerprint import (
+    RELATIVE_TOLERANCE,
+    combined,
+    compressed,
+    exact,
+    exact_on_device,
+    far_apart,
+    far_apart_combined,
+    sketch,
+)
 
 IDS = torch.arange(4096).view(4, 1024) % 97
 
@@ -29,20 +38,22 @@ INTEGERS = {
 
 @pytest.mark.parametrize(("one", "other"), INTEGERS.values(), ids=INTEGERS)
 def test_integers_differ(one: Tensor, other: Tensor) -> None:
-    assert exact([one]).tolist() == exact([one.clone()]).tolist() != exact([other]).tolist()
+    assert exact([one]) == exact([one.clone()]) != exact([other])
+    on_device = [exact_on_device([x]).item() for x in (one, one.clone(), other)]
+    assert on_device[0] == on_device[1] != on_device[2]
 
 
 def test_each_tensor_has_its_hash_whatever_stands_beside_it() -> None:
     mask, few = IDS > 3, torch.tensor([3, 4])
-    alone = [exact([x]).item() for x in (IDS, mask, few)]
-    assert exact([IDS, mask]).tolist() == alone[:2] and exact([IDS, mask, few]).tolist() == alone
-    assert exact([torch.zeros(0, dtype=torch.long), few]).tolist() == [0, alone[2]]
+    alone = [exact_on_device([x])[0].item() for x in (IDS, mask, few)]
+    assert exact_on_device([IDS, mask]).tolist() == alone[:2] and exact_on_device([IDS, mask, few]).tolist() == alone
+    assert exact_on_device([torch.zeros(0, dtype=torch.long), few]).tolist() == [0, alone[2]]
 
 
 def test_a_table_that_grows_keeps_its_numbers() -> None:
-    before = exact([IDS[:1]])
-    exact([torch.zeros(100_000, dtype=torch.long)])
-    assert torch.equal(exact([IDS[:1]]), before)
+    before = exact_on_device([IDS[:1]])
+    exact_on_device([torch.zeros(100_000, dtype=torch.long)])
+    assert torch.equal(exact_on_device([IDS[:1]]), before)
 
 
 X = torch.randn(32, 33, generator=torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -20,7 +21,9 @@ from autoseq.given_differently import TOLERANCE_VARIABLE, tolerance_factor
 from autoseq.given_inputs import EVERY_VARIABLE, check_every
 from autoseq.runtime.counting import check_counters, reset_counters
 from autoseq.runtime.errors import OptionError
-from autoseq.runtime.step_message import MESSAGE_BYTES
+from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.step_message import MESSAGE_BYTES, StepMessage
+from autoseq.step_check import NAMED_WORDS, StepCheck, fill_on_host
 from ranks import RankError, run_ranks
 from step_job import RIGHT, Tiny, Trainer, batch, compiled, loss_of, told
 
@@ -327,3 +330,21 @@ def end_with_a_mistake(rank: int, P: int) -> None:
 def test_the_last_step_is_compared_when_the_group_is_destroyed() -> None:
     with pytest.raises(RankError, match="At step 2 ranks 0 and 1 of group '0' were given different values of ids"):
         run_ranks(end_with_a_mistake, 2, timeout_s=60)
+
+
+# On a device -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_integers", "num_floats"), [(0, 1), (3, 1), (3, 2), (1, 4), (6, 4), (12, 0)])
+def test_a_device_fills_the_message_as_the_host_does(num_integers: int, num_floats: int) -> None:
+    """What a GPU has as tensors, on the CPU here, comes to the same bytes, also where tensors have to share a place."""
+    hashes = [i * 0x123456789ABCDEF - (1 << 62) for i in range(num_integers)]
+    sketches = [[1.5 * i, -0.25, 3.0 + i] for i in range(num_floats)]
+    fits = 2 * num_integers + 3 * num_floats <= NAMED_WORDS
+    check = StepCheck(SequenceGroup("g", 2, 0), weakref.ref(Tiny()))
+    head = 1 << 63 | 5 << 48 | 7 << 32 | 11
+    check._fill_on_device(head, [torch.tensor(hashes)] if hashes else [], [torch.tensor(each) for each in sketches], fits)
+    message = StepMessage(SequenceGroup("g", 2, 0), torch.device("cpu"))
+    fill_on_host(message, head, hashes, sketches, fits)
+    assert check._message is not None
+    assert torch.equal(message.words.view(torch.uint8), check._message.words.view(torch.uint8)), (message.floats, check._message.floats)

@@ -21,10 +21,10 @@ from autoseq.runtime.errors import AutoSeqError
 from step_job import Trainer, batch
 
 VICTIM = 1
-TIMEOUT_S = 2.0
+TIMEOUT_S = 6.0
 """Of the groups, and of meetings: ranks that wait for one that is gone give up after it."""
 
-STALLED_S = 30.0
+STALLED_S = 60.0
 
 When = Literal["first", "tenth", "resumed"]
 BEFORE: dict[When, int] = {"first": 0, "tenth": 9, "resumed": 3}
@@ -135,31 +135,31 @@ def mismatch_each(rank: int, P: int, when: When) -> dict[str, Outcome]:
 def leave_each(rank: int, P: int, when: When) -> dict[str, Outcome]:
     """VICTIM raises and takes its group down, and stalls until the others gave up."""
     outcomes = {}
-    with mock.patch.dict(os.environ, {COMPILE_TIMEOUT_VARIABLE: str(TIMEOUT_S)}):
-        for name in ("exception", "stall"):
-            trainer = trained_until(when)
-            dist.barrier()
+    for name in ("exception", "stall"):
+        trainer = trained_until(when)
+        dist.barrier()
 
-            def leave(name: str = name) -> None:
-                if name == "stall":
-                    keys = [f"{when} {name} is over on {other}" for other in range(P) if other != VICTIM]
-                    dist.distributed_c10d._get_default_store().wait(keys, datetime.timedelta(seconds=STALLED_S))
-                else:
-                    dist.destroy_process_group(trainer.mesh.get_group())  # noqa: B023 (called here)
-                raise InterruptedError(name)
+        def leave(name: str = name) -> None:
+            if name == "stall":
+                keys = [f"{when} {name} is over on {other}" for other in range(P) if other != VICTIM]
+                dist.distributed_c10d._get_default_store().wait(keys, datetime.timedelta(seconds=STALLED_S))
+            else:
+                dist.destroy_process_group(trainer.mesh.get_group())  # noqa: B023 (called here)
+            raise InterruptedError(name)
 
+        with mock.patch.dict(os.environ, {COMPILE_TIMEOUT_VARIABLE: str(TIMEOUT_S)}):
             outcomes[name] = outcome_of(trainer, leave if rank == VICTIM else lambda: trainer.step(BEFORE[when]))  # noqa: B023 (called here)
-            dist.distributed_c10d._get_default_store().set(f"{when} {name} is over on {rank}", "")
-            dist.barrier()
+        dist.distributed_c10d._get_default_store().set(f"{when} {name} is over on {rank}", "")
+        dist.barrier()
     return outcomes
 
 
 def die(rank: int, P: int, when: When, number: int) -> Outcome:
     """VICTIM is ended by a signal in the middle of the training."""
+    trainer = trained_until(when)
+    dist.barrier()
+    if rank == VICTIM:
+        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        os.kill(os.getpid(), number)
     with mock.patch.dict(os.environ, {COMPILE_TIMEOUT_VARIABLE: str(TIMEOUT_S)}):
-        trainer = trained_until(when)
-        dist.barrier()
-        if rank == VICTIM:
-            signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
-            os.kill(os.getpid(), number)
         return outcome_of(trainer, lambda: trainer.step(BEFORE[when]))

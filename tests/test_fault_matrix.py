@@ -13,7 +13,7 @@ from ranks import RankError, run_ranks
 
 WHEN: tuple[When, ...] = get_args(When)
 
-SLACK_S = 15.0  # of a loaded machine that compiles, on top of the timeout; what would hang waits for the job's
+SLACK_S = 30.0  # of a loaded machine that compiles, on top of the timeout; what would hang waits for the job's
 
 SAID = {
     "other batch": "ids",

@@ -33,11 +33,12 @@ from autoseq.runtime.errors import (
     TargetError,
     TopologyError,
     UnsupportedError,
+    VerificationError,
 )
 
 __all__ = [
     "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "NotSplitError",
     "OptionError", "Options", "PlanError", "RankMismatchError", "RendezvousError", "ReportError", "StrategyError", "TargetError",
-    "TopologyError", "UnsupportedError", "hf", "parallelize", "report", "sequence_mesh", "sequence_parallel",
+    "TopologyError", "UnsupportedError", "VerificationError", "hf", "parallelize", "report", "sequence_mesh", "sequence_parallel",
 ]  # fmt: skip
 __version__ = "0.1.0"

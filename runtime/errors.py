@@ -73,6 +73,10 @@ class UnsupportedError(AutoSeqError):
     """The program uses a feature that autoseq cannot yet keep exact."""
 
 
+class VerificationError(AutoSeqError):
+    """A step whose sequence is split differs from the same step on one device."""
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """For the end of a message: the known name that comes closest to the one given, if any does."""
     by_lower = {name.lower(): name for name in known}

@@ -118,6 +118,23 @@ def test_nothing_heavy_is_imported() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_generation_batches_are_those_of_the_copies(caplog: pytest.LogCaptureFixture) -> None:
+    from autoseq.hf.generation import draw_by_copy
+
+    def counted_by_ranks(**changes: Any) -> Any:
+        numbers = {"generation_batch_size": 8, "per_device_train_batch_size": 2, "steps_per_generation": 2, "num_generations": 2}
+        return SimpleNamespace(args=SimpleNamespace(**numbers | {"gradient_accumulation_steps": 2} | changes))
+
+    one_copy: Any = SimpleNamespace(num_copies=1, copy=0)
+    made = counted_by_ranks()
+    draw_by_copy(made, one_copy)
+    assert made.args.generation_batch_size == 4 and not caplog.records
+    draw_by_copy(counted_by_ranks(gradient_accumulation_steps=1), one_copy)
+    assert "generation_batch_size is 4" in caplog.text and "no longer 8" in caplog.text
+    with pytest.raises(OptionError, match="4 completions, which cannot be divided by num_generations=8"):
+        draw_by_copy(counted_by_ranks(num_generations=8), one_copy)
+
+
 def test_the_class_of_the_arguments_of_a_silent_rank(tmp_path: Path) -> None:
     from autoseq.hf.trainers import _silent
 

@@ -111,7 +111,30 @@ def stream_with_smoothed_labels(folder: Path, attach: Callable[[Any], None]) -> 
     return found
 
 
+def sequence_to_sequence(folder: Path, attach: Callable[[Any], None]) -> Any:
+    """An encoder and a decoder that are trained, and evaluated by what they generate."""
+    from transformers import GenerationConfig, Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = T5Config(vocab_size=hf_job.VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    plain = arguments(folder, max_steps=2, gradient_accumulation_steps=2).to_dict()
+    told = {name: plain[name] for name in ("use_cpu", "max_steps", "gradient_accumulation_steps", "optim", "logging_steps")}
+    args = Seq2SeqTrainingArguments(
+        str(folder), report_to="none", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2, per_device_eval_batch_size=2,
+        dataloader_pin_memory=False, predict_with_generate=True, generation_config=GenerationConfig(max_new_tokens=6, do_sample=True),
+        learning_rate=0.1, **told,
+    )  # fmt: skip
+    data = [{**row, "labels": row["labels"][:24].clamp(min=3)} for row in hf_job.rows(8)]
+    trainer = Seq2SeqTrainer(model=T5ForConditionalGeneration(config), args=args, train_dataset=data)
+    attach(trainer)
+    trainer.train()
+    predicted = trainer.predict(data[:3])
+    return {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model), "predictions": predicted.predictions.tolist()}
+
+
 SCENARIOS = {
+    "sequence to sequence": (sequence_to_sequence, hf_job.SGD_TOLERANCE, {}),
     "checkpoints": (checkpoint_best_and_resume, hf_job.ADAMW_TOLERANCE, {}),
     "stream": (stream_with_smoothed_labels, hf_job.SGD_TOLERANCE, {"inner": "aot_eager"}),
 }
@@ -125,3 +148,63 @@ def scenario_job(rank: int, world_size: int, name: str, folder: str) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str, tmp_path: Path) -> None:
     run_ranks(scenario_job, 2, name, str(tmp_path), timeout_s=240)
+
+
+def reported(rank: int, world_size: int, folder: str) -> None:
+    """What is sent is logged, and compared first steps leave every number as it is."""
+    from transformers import Trainer, TrainerCallback
+
+    import autoseq
+
+    seen: list[dict[str, float]] = []
+
+    class Reports(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            seen.append(dict(logs))
+
+    def run(attach: Callable[[Any], None], **args: Any) -> Any:
+        torch._dynamo.reset()  # programs of the mesh before, which is equal, would be used again
+        with hf_job.processes(rank, world_size):
+            made = arguments(Path(folder), gradient_accumulation_steps=2, **args)
+            trainer = Trainer(model=hf_job.llama(), args=made, train_dataset=hf_job.rows(12), callbacks=[Reports()])
+            trainer.args.report_to = ["a tracker of the test"] if args else []
+            attach(trainer)
+            with pytest.raises(autoseq.UnsupportedError, match=r"hyperparameter_search with autoseq\.hf\.attach"):
+                trainer.hyperparameter_search()
+            trainer.train()
+        return {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model)}
+
+    options: dict[str, Any] = {"sequence": 2, "inner": "eager", "strategy": "ring"}
+    plain = run(lambda trainer: autoseq.hf.attach(trainer, **options))
+    assert not any("autoseq/bytes_sent" in logs for logs in seen)
+    hf_job.check_alike(run(lambda trainer: autoseq.hf.attach(trainer, verify=2, **options), max_steps=3), plain, 1e-7)
+    sent = [(logs["autoseq/bytes_sent"], logs["autoseq/gathers"]) for logs in seen if "autoseq/bytes_sent" in logs]
+    gradients = sum(p.numel() for p in hf_job.llama().parameters()) * 4  # all-reduced over two ranks: a rank sends each once
+    assert len(sent) == 3 and sent[1] == sent[2] and sent[1][0] > 2 * gradients, (sent, gradients)
+
+    def broken(trainer: Any) -> None:
+        autoseq.hf.attach(trainer, verify=1, **options)
+        plain_loss = trainer.compute_loss
+        trainer.compute_loss = lambda *a, **k: plain_loss(*a, **k) * (1 if torch.compiler.is_compiling() or _is_eager() else 1.01)
+
+    with pytest.raises(autoseq.VerificationError, match=r"training step 1 differs .*on rank 0 .*the loss by 1.0e-02"):
+        run(broken)
+
+
+def _is_eager() -> bool:
+    return torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
+def test_reports_and_comparison(tmp_path: Path) -> None:
+    run_ranks(reported, 2, str(tmp_path), timeout_s=240)
+
+
+def test_verify_refuses_dropout(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from autoseq import UnsupportedError
+    from autoseq.hf.comparison import compare_first_steps
+
+    trainer: Any = SimpleNamespace(model=hf_job.llama(attention_dropout=0.1))
+    with pytest.raises(UnsupportedError, match=r"drops out at random \(model.layers.0.self_attn.attention_dropout = 0.1\)"):
+        compare_first_steps(trainer, None, 2)  # type: ignore[arg-type]

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from autoseq.api import parallelize
+from autoseq.hf.comparison import compare_first_steps
 from autoseq.hf.data_parallel import reduce_over_copies
 from autoseq.hf.generation import generate_unsplit
 from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
+from autoseq.hf.reporting import counted_mesh, report_traffic
 from autoseq.hf.same_start import share_generators, share_weights
 from autoseq.mesh import sequence_mesh
 from autoseq.runtime.errors import OptionError
@@ -28,7 +30,8 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
 
     Losses, gradient norms, metrics, predictions, learning rates, checkpoints and weights are those of as many processes as there are
     copies: of one device, where all ranks share the sequence. The program is started with torchrun or `accelerate launch`, one process a
-    rank. `verify`: so many first training steps are run on each rank by itself too, and compared. `options` are those of
+    rank. `verify`: so many first training steps are run on each rank by itself too, and compared; a difference raises VerificationError.
+    A trainer that reports (`report_to`) logs `autoseq/bytes_sent` and `autoseq/gathers` beside each training loss. `options` are those of
     `autoseq.Options`, without `mesh`.
 
     Raises OptionError for a wrong argument, MeshError where the ranks cannot be divided, and UnsupportedError for what would not be exact:
@@ -43,15 +46,19 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
         if verify:
             raise OptionError("verify=... compares the training steps of a Trainer; beside an Accelerator run `autoseq verify`")
         check_accelerator(target, [model])
-        _split(target, [model], sequence, options)
+        _split(target, [model], sequence, options, is_counted=False)
     elif _is_a("transformers", "Trainer", target):
         if model is not None:
             raise OptionError("a Trainer has its model already: attach(trainer, sequence=...)")
         from autoseq.hf.trainers import adapt_trainer, models_of
 
         check_trainer(target, models_of(target))
-        replicas = _split(target.accelerator, models_of(target), sequence, options)
-        adapt_trainer(target, replicas, options | {"mesh": replicas.mesh["sequence"]}, verify)
+        replicas = _split(target.accelerator, models_of(target), sequence, options, is_counted=bool(target.args.report_to))
+        adapt_trainer(target, replicas, options | {"mesh": replicas.mesh["sequence"]})
+        if target.args.report_to:
+            report_traffic(target)
+        if verify:
+            compare_first_steps(target, replicas, verify)
     else:
         raise OptionError(
             f"attach takes a Trainer of transformers or TRL, or an accelerate.Accelerator and a model, not {type(target).__name__}; "
@@ -65,8 +72,9 @@ def _is_a(package: str, name: str, target: Any) -> bool:
     return kind is not None and isinstance(target, kind)
 
 
-def _split(accelerator: Any, models: list[nn.Module], sequence: int, options: dict[str, Any]) -> Replicas:
-    mesh = sequence_mesh(sequence, device_type=accelerator.device.type)
+def _split(accelerator: Any, models: list[nn.Module], sequence: int, options: dict[str, Any], *, is_counted: bool) -> Replicas:
+    make_mesh = counted_mesh if is_counted else sequence_mesh
+    mesh = make_mesh(sequence, device_type=accelerator.device.type)
     replicas = Replicas(mesh)
     for model in models:
         parallelize(model, **options, mesh=mesh["sequence"])

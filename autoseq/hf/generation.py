@@ -1,13 +1,17 @@
-"""`generate` runs whole on each rank: its steps have one token each, and the ranks of a sequence draw alike from equal generators."""
+"""Generation runs whole on each rank: its steps have one token each, and the ranks of a sequence draw alike from equal generators."""
 
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
 
-from autoseq.hf.replicas import shown
+from autoseq.hf.replicas import Replicas, shown
+from autoseq.runtime.errors import OptionError
+
+log = logging.getLogger("autoseq")
 
 
 @functools.cache
@@ -28,3 +32,33 @@ def generate_unsplit() -> None:
             return plain(self, *args, **kwargs)
 
     GenerationMixin.generate = generate
+
+
+def draw_by_copy(trainer: Any, replicas: Replicas) -> None:
+    """TRL's trainers that generate as they train counted every rank when they and their arguments were made; the copies count.
+
+    A generation batch is that of all copies, and each copy draws completions of its own.
+    """
+    args = trainer.args
+    if getattr(args, "generation_batch_size", None) is None:
+        return
+    counted, args.generation_batch_size = (
+        args.generation_batch_size,
+        args.per_device_train_batch_size * replicas.num_copies * args.steps_per_generation,
+    )
+    if args.steps_per_generation != args.gradient_accumulation_steps:
+        log.warning(
+            "generation_batch_size is %d (per_device_train_batch_size × copies of the data × steps_per_generation=%d), no longer %d; where "
+            "generation_batch_size was set, set steps_per_generation instead",
+            args.generation_batch_size, args.steps_per_generation, counted,
+        )  # fmt: skip
+    if args.generation_batch_size % args.num_generations:
+        raise OptionError(
+            f"the generation batch of {replicas.num_copies} copies of the data has {args.generation_batch_size} completions, which cannot "
+            f"be divided by num_generations={args.num_generations}: ranks of one sequence count once. Raise per_device_train_batch_size, "
+            "gradient_accumulation_steps or steps_per_generation."
+        )
+    if replicas.copy > 0:
+        from accelerate.utils import set_seed
+
+        set_seed(args.seed, device_specific=True)

@@ -13,8 +13,10 @@ from torch import nn
 
 from autoseq.api import parallelize
 from autoseq.hf.data_parallel import expect_all_gradients
+from autoseq.hf.generation import draw_by_copy
 from autoseq.hf.replicas import Replicas, count_copies_in_trainers
 from autoseq.hf.same_start import share_weights
+from autoseq.runtime.errors import UnsupportedError
 
 
 def models_of(trainer: Any) -> list[nn.Module]:
@@ -23,13 +25,22 @@ def models_of(trainer: Any) -> list[nn.Module]:
     return [trainer.model, *(model for model in others if isinstance(model, nn.Module) and model is not trainer.model)]
 
 
-def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any], verify: int) -> None:
+def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any]) -> None:
     """Change the decisions of one trainer, on the object itself."""
     trainer._is_split_by_autoseq = True
     count_copies_in_trainers()
     _write_on_first_ranks(trainer, replicas)
-    expect_all_gradients(trainer)
+    if replicas.num_copies > 1:
+        expect_all_gradients(trainer)
+    draw_by_copy(trainer, replicas)
+    trainer.hyperparameter_search = _no_search
     _split_new_models(trainer, replicas, options)
+
+
+def _no_search(*_: Any, **__: Any) -> Any:
+    raise UnsupportedError(
+        "hyperparameter_search with autoseq.hf.attach: every rank of a sequence would search by itself. Run one attached trainer a trial."
+    )
 
 
 def _write_on_first_ranks(trainer: Any, replicas: Replicas) -> None:

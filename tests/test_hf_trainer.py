@@ -39,7 +39,7 @@ def train_evaluate_predict(folder: Path, attach: Callable[[Any], None]) -> Any:
     )
     attach(trainer)
     trainer.train()
-    predicted = trainer.predict(hf_job.rows(5, seed=3))
+    predicted: Any = trainer.predict(hf_job.rows(5, seed=3))
     unlabelled = trainer.predict(hf_job.rows(3, seed=4, labels=False))
     return {
         "log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model), "predictions": predicted.predictions,

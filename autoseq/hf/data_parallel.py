@@ -19,7 +19,7 @@ def reduce_over_copies(accelerator: Any, replicas: Replicas) -> None:
     from accelerate.utils import DistributedDataParallelKwargs
 
     torch._dynamo.config.optimize_ddp = False
-    handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
     kind, group = type(handler), replicas.mesh["data"].get_group()
     handler.__class__ = type(kind.__name__, (kind,), {"to_kwargs": lambda self: kind.to_kwargs(self) | {"process_group": group}})
     accelerator.ddp_handler = handler

@@ -20,9 +20,10 @@ def generate_unsplit() -> None:
 
     The class has it and not one model, so that a copy of a model and an adapter around one do alike.
     """
-    from transformers import GenerationMixin
+    import transformers
 
-    plain = GenerationMixin.generate
+    mixin: Any = transformers.GenerationMixin
+    plain = mixin.generate
 
     @functools.wraps(plain)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,7 +32,7 @@ def generate_unsplit() -> None:
         with torch.compiler.set_stance("force_eager"):
             return plain(self, *args, **kwargs)
 
-    GenerationMixin.generate = generate
+    mixin.generate = generate
 
 
 def draw_by_copy(trainer: Any, replicas: Replicas) -> None:

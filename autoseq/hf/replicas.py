@@ -70,13 +70,14 @@ def shown() -> Replicas | None:
 @functools.cache
 def _redirect() -> None:
     """Once a process: accelerate's state and operations look at the replicas where there are some, and do as before elsewhere."""
-    from accelerate.state import PartialState
+    from accelerate import state
     from accelerate.utils import operations
 
     operations.torch = _Torch()  # type: ignore[assignment]
+    kind: Any = state.PartialState
     for name in ("is_main_process", "is_last_process"):
-        setattr(PartialState, name, _of_first_rank(getattr(PartialState, name)))
-    PartialState.wait_for_everyone = _meet_all(PartialState.wait_for_everyone)
+        setattr(kind, name, _of_first_rank(getattr(kind, name)))
+    kind.wait_for_everyone = _meet_all(kind.wait_for_everyone)
 
 
 def _of_first_rank(plain: property) -> property:

@@ -120,10 +120,10 @@ def sequence_to_sequence(folder: Path, attach: Callable[[Any], None]) -> Any:
     config = T5Config(vocab_size=hf_job.VOCABULARY, **sizes, dropout_rate=0.0, decoder_start_token_id=0)
     plain = arguments(folder, max_steps=2, gradient_accumulation_steps=2).to_dict()
     told = {name: plain[name] for name in ("use_cpu", "max_steps", "gradient_accumulation_steps", "optim", "logging_steps")}
+    drawn = GenerationConfig(max_new_tokens=6, do_sample=True, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     args = Seq2SeqTrainingArguments(
         str(folder), report_to="none", disable_tqdm=True, save_strategy="no", per_device_train_batch_size=2, per_device_eval_batch_size=2,
-        dataloader_pin_memory=False, predict_with_generate=True, generation_config=GenerationConfig(max_new_tokens=6, do_sample=True),
-        learning_rate=0.1, **told,
+        dataloader_pin_memory=False, predict_with_generate=True, generation_config=drawn, learning_rate=0.1, **told,
     )  # fmt: skip
     data = [{**row, "labels": row["labels"][:24].clamp(min=3)} for row in hf_job.rows(8)]
     trainer = Seq2SeqTrainer(model=T5ForConditionalGeneration(config), args=args, train_dataset=data)

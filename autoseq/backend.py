@@ -7,6 +7,7 @@ AOTAutograd, and wraps the outputs that are shards.
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from autoseq.passes.tidy import leave_gradients_unsummed
 from autoseq.passes.traceable_masks import let_masks_through
 from autoseq.peer_failures import name_failures
 from autoseq.planning.topology import Topology
-from autoseq.program import Program, build_program, fake_inputs, mark_trainable, topology_of
+from autoseq.program import Program, build_program, mark_trainable, topology_of
 from autoseq.progress import Progress, progress_of
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, TopologyError, UnsupportedError
@@ -107,8 +108,7 @@ def _compile(
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
         failure = AutoSeqError(f"internal error while rewriting the program: {type(error).__name__}: {error}")
         failure.__cause__ = error
-    split = program if program is not None and program.plan.sites else None  # a fragment without attention runs whole, as it was traced
-    lines = split.fingerprint() if split else ["(a fragment without attention)", *str(gm.graph).splitlines()]
+    lines = program.fingerprint() if program is not None else []
     with progress.waiting():
         digest = agree_on_program(group, [*lines, repr(_comparable(options))], failure)
     if failure is not None:
@@ -118,15 +118,23 @@ def _compile(
     placeholders = gm.graph.find_nodes(op="placeholder")
     names, owned = [input_name(node) for node in placeholders], frozenset(i for i, node in enumerate(placeholders) if is_buffer(node))
     check = GivenInputs(group, names, digest, owned, draws=_draws(program), part=_part(is_part))
-    if split is None:
-        if options.grad_sync == "none":
-            mark_trainable(gm, inputs)
-            leave_gradients_unsummed(gm, group=group.name)
-            gm.recompile()
-        return _Runner(_inner(gm, fake_inputs(gm, inputs), options, group, progress), None, names, group, options, None, called, check)
-    trace_program(split)
-    compiled = _inner(split.gm, split.inputs, options, group, progress)
-    return _Runner(compiled, split, names, group, options, CallShapes(group, digest, names, split.inputs), called, check)
+    trace_program(program)
+    shapes = CallShapes(group, digest, names, program.inputs)
+    return _Runner(_compiled(gm, inputs, program, options, group, progress), program, names, group, options, shapes, called, check)
+
+
+def _compiled(
+    gm: fx.GraphModule, inputs: Sequence[object], program: Program, options: Options, group: SequenceGroup, progress: Progress
+) -> Callable[..., Any]:  # fmt: skip
+    """The rewritten graph, or the one that Dynamo made where the program runs whole."""
+    if not program.whole:
+        return _inner(program.gm, program.inputs, options, group, progress)
+    if options.grad_sync == "none":
+        mark_trainable(gm, inputs)
+        leave_gradients_unsummed(gm, group=group.name)
+        gm.recompile()
+    # What autoseq could not trace, AOTAutograd could not either.
+    return _inner(gm, program.inputs, replace(options, inner="eager") if program.is_untraced else options, group, progress)
 
 
 def _comparable(options: Options) -> Mapping[str, object]:
@@ -192,6 +200,8 @@ def _called_from_outside() -> bool:
 
 
 def _draws(program: Program) -> bool:
+    if program.is_untraced:
+        return True  # what its operators do is not known
     tagged = torch.Tag.nondeterministic_seeded
     overloads = [n.target for n in program.before.nodes if isinstance(n.target, torch._ops.OpOverload)]
     if torch.ops.aten.dropout.default in overloads or any(tagged in op.tags for op in overloads):
@@ -203,14 +213,13 @@ class _Runner:
     """The compiled program as Dynamo calls it: checks the first inputs, gathers deferred ones, wraps sharded outputs."""
 
     def __init__(
-        self, compiled: Callable[..., Any], program: Program | None, names: Sequence[str], group: SequenceGroup, options: Options,
-        shapes: CallShapes | None, called: Callable[[Sequence[object]], None], check: GivenInputs,
+        self, compiled: Callable[..., Any], program: Program, names: Sequence[str], group: SequenceGroup, options: Options,
+        shapes: CallShapes, called: Callable[[Sequence[object]], None], check: GivenInputs,
     ) -> None:  # fmt: skip
         self._compiled, self._names, self._group, self._options = compiled, names, group, options
-        self._outputs = program.sharding.outputs if program else []
-        self._layout: Layout = program.plan.layout if program else "contiguous"
-        self._floats = program.floats if program else {}
-        self._contents = program.contents if program else {}
+        self._outputs = program.sharding.outputs
+        self._layout: Layout = program.plan.layout
+        self._floats, self._contents = program.floats, program.contents
         self._versions: dict[int, tuple[int, int]] = {}
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
@@ -222,8 +231,7 @@ class _Runner:
         if self._group.size > 1:
             refuse_fake_tensors(args)
         given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
-        if self._shapes is not None:
-            self._shapes.agree(args)
+        self._shapes.agree(args)
         if not self._agreed:
             agree_on_inputs(self._group, self._names, args, draws=self._check.draws)
             self._check.agreed(args)

@@ -32,13 +32,15 @@ def step_traffic(program: Program, world_size: int) -> Counts:
     """What rank 0 sends in one forward and backward of a program, and for those outputs that a later part of the model gathers."""
     if world_size == 1:
         return {}
+    gathers = reduce(add_counts, (gather_counts(each, world_size) for each in program.gathered), Counts())
+    if program.whole:
+        return gathers
     counted = CountCollectives(world_size)
     place = place_of(program)
     inputs = [place.convert(x) for x in program.inputs]
     with place.mode, torch.enable_grad(), counted:
         run_backward(Step(program.gm, place).run(*inputs), inputs)
-    counts = add_counts(counted.counts, _opaque(program.plan, world_size))
-    return reduce(add_counts, (gather_counts(each, world_size) for each in program.gathered), counts)
+    return add_counts(add_counts(counted.counts, _opaque(program.plan, world_size)), gathers)
 
 
 def gather_counts(gathered: Gathered, world_size: int) -> Counts:

@@ -31,7 +31,7 @@ from autoseq.html_drawings import (
 from autoseq.html_folding import fold
 from autoseq.html_timeline import Busy, busy, timeline_drawing
 from autoseq.html_tree import picture
-from autoseq.inspection import Inspection, Made, inspected, with_programs
+from autoseq.inspection import Inspection, Made, inspected, why_whole, with_programs
 from autoseq.node_traffic import NodeTraffic, node_traffic
 from autoseq.options import Options
 from autoseq.passes.sizes import num_bytes
@@ -41,6 +41,7 @@ from autoseq.planning.model_cost import model_cost
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.readable import readable_bytes, readable_seconds
+from autoseq.runtime.errors import NoAttentionError
 from autoseq.runtime.layout import local_length
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.step_timeline import Timeline, step_timeline
@@ -62,6 +63,8 @@ def inspect_pictures(make: Callable[[], Made], *, seq_len: int, world_size: int,
     """`inspect_model`, with pictures. Raises the same."""
 
     def look(programs: Sequence[Program]) -> Pictured:
+        if not any(program.plan.sites for program in programs):
+            raise NoAttentionError(f"there is nothing to draw: every rank runs the whole model, because {why_whole(programs)}")
         traffic = [node_traffic(program, world_size) for program in programs]
         topology = options.topology if isinstance(options.topology, Topology) else found_topology(world_size)
         timeline = step_timeline(programs, traffic, model_cost(programs, world_size=world_size), topology, world_size)

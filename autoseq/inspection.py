@@ -71,6 +71,11 @@ class Inspection:
         return [each for program in self.programs for each in program.left_as_written] if self.world_size > 1 else []
 
     @property
+    def whole(self) -> str:
+        """Why every rank runs all of the model; "" where any attention is split."""
+        return "" if self.sites else why_whole(self.programs)
+
+    @property
     def layout(self) -> str:
         """Of the attentions: `zigzag`, or `contiguous, zigzag` where parts of a model have their own."""
         return ", ".join(dict.fromkeys(site.layout for site in self.sites))
@@ -114,6 +119,11 @@ def inspected(programs: Sequence[Program], seq_len: int, world_size: int) -> Ins
     for program in programs:
         collectives = add_counts(collectives, step_traffic(program, world_size))
     return Inspection(world_size, seq_len, tuple(programs), collectives)
+
+
+def why_whole(programs: Sequence[Program]) -> str:
+    """Why programs are not split, each reason once."""
+    return "; ".join(dict.fromkeys(program.whole for program in programs if program.whole))
 
 
 def with_programs(
@@ -174,10 +184,11 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
         raise backend.failure
     programs = backend.programs
     if not programs:
-        raise NoAttentionError(f"no attention was found in the {backend.num_graphs} graphs torch.compile made of {type(model).__name__}")
+        raise NoAttentionError(f"torch.compile made no graph of {type(model).__name__}, so there is nothing to look at")
     if backend.is_in_parts:
         names = dict.fromkeys(planned.site.run_name for program in programs for planned in program.plan.sites)
-        check_patterns(options.strategy, list(names), of_part=not is_whole)
+        if names:
+            check_patterns(options.strategy, list(names), of_part=not is_whole)
         _tell_untraced(model, programs)
     return programs
 
@@ -232,9 +243,8 @@ class _CapturingBackend:
 
     @property
     def programs(self) -> list[Program]:
-        """One for each call, in their order, with what is gathered between them; none if nothing was to be split."""
-        programs = [call.program for call in self._calls]
-        return programs if any(program.plan.sites for program in programs) else []
+        """One for each call, in their order, with what is gathered between them."""
+        return [call.program for call in self._calls]
 
 
 def _stop(*_: object) -> Any:

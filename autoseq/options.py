@@ -38,7 +38,9 @@ class Options:
     layout: which rows a rank holds; "auto" is the one with which the whole graph's attention is predicted to be faster.
     topology: the hardware to plan for: a name (`autoseq topology list`), a JSON file (`autoseq topology measure -o`), or a Topology, which
         is what the first two become; None is what torch tells of this machine. Every rank gives the same.
-    outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local".
+    outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local", as this rank's rows.
+        What is not sharded is whole on every rank under all three: a loss, a pooled row, and every output of a program without attention.
+        A program that runs whole because its sequence has fewer tokens than there are ranks has no rows for each: an error under "local".
     grad_sync: parameter gradients are reduced over the sequence group in the graph ("sequence") or left to the caller.
     inner: what compiles the rewritten graph: Inductor, AOTAutograd alone, or nothing: it runs node by node, as the passes left it,
         and what is checkpointed is kept.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from autoseq.inspection import Made, with_programs
+from autoseq.inspection import Made, why_whole, with_programs
 from autoseq.logs import without_repeats, without_warnings
 from autoseq.options import Options
 from autoseq.planner import NamedSite, joined_sites
@@ -27,7 +27,7 @@ from autoseq.planning.topology import Topology
 from autoseq.planning.training import Training
 from autoseq.program import Program, Warned
 from autoseq.readable import readable_bytes, readable_seconds
-from autoseq.runtime.errors import AutoSeqError, PlanError
+from autoseq.runtime.errors import AutoSeqError, NoAttentionError, PlanError
 from autoseq.runtime.layout import Layout, local_length
 
 log = logging.getLogger("autoseq")
@@ -74,6 +74,8 @@ def look_at(
     def look(ranks: int, layout: str = "auto") -> _Look:
         def use(programs: Sequence[Program]) -> _Look:
             planned = joined_sites(program.plan for program in programs)
+            if not planned:
+                raise NoAttentionError(f"there is nothing to plan: every rank runs the whole model, because {why_whole(programs)}")
             layouts = list(dict.fromkeys(site.layout for site in planned))
             # The length that was asked for, whatever the program calls its sequence: patches of an image, or tokens and one more.
             tokens = batch * local_length(seq_len, ranks, layouts[0])

@@ -46,6 +46,7 @@ def inspection_json(found: Inspection) -> str:
     return json.dumps({
         "world_size": found.world_size,
         "sequence_length": found.sequence_length,
+        **({"whole": found.whole} if found.whole else {}),
         "attention": [_site_json(site) for site in found.sites],
         "collectives": [{"op": op, "count": c.messages, "bytes_per_rank": c.bytes} for op, c in found.collectives.items()],
         "fallbacks": [{"op": f.op, "source": f.source, "reason": f.reason, "bytes_per_rank": f.bytes_per_rank} for f in found.fallbacks],
@@ -74,6 +75,10 @@ def site_messages(planned: SitePlan) -> int:
 
 def print_inspection(console: Console, found: Inspection, graphs: Graphs | None) -> None:
     """Everything that `inspect` found, then the graphs if any are asked for."""
+    if found.whole:
+        console.print(f"{found.sequence_length:,} tokens on {found.world_size} ranks: nothing is split, every rank runs the whole model.")
+        console.print(f"Why: {found.whole}")
+        return
     head = f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {found.layout}."
     console.print(f"{head} Bytes and messages are those that rank 0 sends in a training step.")
     console.print(plan_table(found.sites))

@@ -27,16 +27,28 @@ from autoseq.passes.open_regions import open_regions
 from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
+from autoseq.passes.short_attention import ShortAttention, leave_short_whole
 from autoseq.passes.sizes import num_bytes
 from autoseq.passes.source import first_source
 from autoseq.passes.specialize_floats import specialize_floats
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed, refresh_values
-from autoseq.planner import NamedSite, Plan, find_sites, make_plan
+from autoseq.planner import Plan, find_sites, make_plan
 from autoseq.planning.found import found_topology
 from autoseq.planning.topology import Topology
 from autoseq.runtime.deferred import DeferredTensor
-from autoseq.runtime.errors import FallbackError, NoAttentionError, NoSequenceError
+from autoseq.runtime.errors import FallbackError, NoSequenceError
 from autoseq.runtime.groups import SequenceGroup, process_group, speaks_for_all
+from autoseq.whole_program import (
+    NAMES_BREAKS,
+    NEEDS_VALUES,
+    Whole,
+    copied,
+    is_said_before,
+    no_attention,
+    no_rows_of_its_own,
+    too_short,
+    untraceable,
+)
 
 log = logging.getLogger("autoseq")
 
@@ -68,8 +80,9 @@ class Warned:
 class Program:
     """A rewritten program: the local graph, what it was before, the plan, and every choice that costs something.
 
-    Where all parts of a model are looked at, there is one for each call of a part, also of a part without attention, which runs whole;
-    `gathered` is known there, and `owned`: the model's own parameters and buffers, so that those which calls share are the same tensors.
+    A program that runs `whole` has no plan, and its graphs are for reports: what runs is Dynamo's own. Where all parts of a model are
+    looked at, there is one for each call of a part; `gathered` is known there, and `owned`: the model's own parameters and buffers, so
+    that those which calls share are the same tensors.
     """
 
     gm: fx.GraphModule
@@ -81,8 +94,14 @@ class Program:
     sharding: Sharding
     dense_masks: tuple[DenseMask, ...]
     left_whole: tuple[LeftWhole, ...]
+    whole: str = ""  # why every rank runs what Dynamo traced, on full inputs; "" where the program is split
     gathered: tuple[Gathered, ...] = ()
     owned: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def is_untraced(self) -> bool:
+        """Whether it was not traced further than Dynamo did."""
+        return bool(self.whole) and not any("val" in node.meta for node in self.before.nodes)
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -96,7 +115,8 @@ class Program:
 
     def warned(self) -> list[Warned]:
         """What a run on several ranks warns of; what is gathered is what a rank sends."""
-        whole = [Warned(f"{f.op} at {f.source} runs on gathered values ({f.reason})", f.bytes_per_rank) for f in self.fallbacks]
+        how = "runs whole on every rank" if self.whole else "runs on gathered values"
+        whole = [Warned(f"{f.op} at {f.source} {how} ({f.reason})", f.bytes_per_rank) for f in self.fallbacks]
         left = [Warned(f"the attention at {each.source} is left as it is written: {each.reason}") for each in self.left_as_written]
         masks = self.dense_masks
         held = [Warned(f"the mask of the attention at {m.source} is held whole: {m.reason}", held_bytes=m.num_bytes) for m in masks]
@@ -109,7 +129,7 @@ class Program:
 
     def fingerprint(self) -> list[str]:
         """The global graph and the plan, as lines of text without anything that differs between ranks."""
-        return [*str(self.before).splitlines(), *self.plan.lines(seconds=False)]
+        return [*str(self.before).splitlines(), *(["(runs whole)"] if self.whole else self.plan.lines(seconds=False))]
 
 
 def build_program(
@@ -123,31 +143,35 @@ def build_program(
     found: Topology | None = None,
     level: int = logging.WARNING,
 ) -> Program:
-    """Rewrite one Dynamo graph; `inputs` are its real or fake inputs. A fragment without attention has no sites, and is to run whole.
+    """Rewrite one Dynamo graph, which is left as it is; `inputs` are its real or fake inputs. What cannot be split is to run whole.
 
     `found` is the hardware that the ranks agreed on where no option names one; without it this rank finds its own. `level` is that of what
     a run warns of, on the rank that speaks for all.
     """
     level = level if speaks_for_all(group, options.mesh) else logging.DEBUG
+    traced, gm = gm, copied(gm)
     open_regions(gm, inputs)
     keep_meaning(gm)
     floats = specialize_floats(gm, inputs)
     fake = fake_inputs(gm, inputs)
-    normal = normalize(gm, fake)
+    try:
+        normal = normalize(gm, fake)
+    except NEEDS_VALUES as error:
+        return _whole(untraceable(traced, error, is_part=is_fragment), traced, fake, inputs, options, group, level)
     mark_trainable(normal, inputs)
-    records = run_passes(normal, _READ, observe=observe)
+    records = run_passes(normal, (*_READ, Pass("leave_short_whole", partial(leave_short_whole, group_size=group.size))), observe=observe)
+    short: list[ShortAttention] = records["leave_short_whole"].result
     sites = find_sites(normal, group.mesh)
     placeholders = normal.graph.find_nodes(op="placeholder")
     contents = {i: node.meta[CONTENT].clone() for i, node in enumerate(placeholders) if READ in node.meta}
     num_found, left_whole = records["find_attention"].result
     if not sites:
-        if is_fragment:
-            whole = _whole_part(normal, fake, inputs, group)
-            _tell(whole, options, group, level)
-            return whole
-        raise NoAttentionError(_no_attention(gm, left_whole))
-    _check_lengths(sites, group)
-    check_patterns(options.strategy, [named.run_name for named in sites], of_part=is_fragment, level=level)
+        if short and group.size > 1 and options.outputs == "local":
+            raise NoSequenceError(no_rows_of_its_own(short[0]))
+        why = too_short(short[0]) if short else no_attention(traced, left_whole, is_part=is_fragment)
+        return _whole(why, normal, fake, inputs, options, group, level)
+    names = [*(named.run_name for named in sites), *(each.name for each in short)]
+    check_patterns(options.strategy, names, of_part=is_fragment, level=level)
     topology, reserved = found or topology_of(options, group), _parameter_bytes(normal, fake)
     plan = make_plan(
         sites, group_size=group.size, strategy=options.strategy, layout=options.layout, topology=topology, reserved_bytes=reserved
@@ -157,10 +181,11 @@ def build_program(
     before = fx.Graph()
     before.graph_copy(normal.graph, {}, return_output_node=True)
     records |= run_passes(normal, _rewrite_passes(options, group, plan), observe=observe)
-    assert records["lower"].result == num_found, f"{num_found} attention sites were found, {records['lower'].result} rewritten"
+    lowered = records["lower"].result + len(short)
+    assert lowered == num_found, f"{num_found} attention sites were found, {lowered} rewritten"
     sharding: Sharding = records["shard"].result
     sharding.fallbacks.extend(_gathered_inputs(inputs, group))
-    dense_masks = tuple(records["read_masks"].result[1])
+    dense_masks = tuple(mask for mask in records["read_masks"].result[1] if mask.source not in {each.source for each in short})
     program = Program(normal, before, fake, floats, contents, plan, sharding, dense_masks, tuple(left_whole))
     _tell(program, options, group, level)
     return program
@@ -205,10 +230,8 @@ def _too_large(plan: Plan, topology: Topology, reserved: int) -> str:
     )
 
 
-READS_SHARDS, RUNS_WHOLE = "the part that reads what is made", "a part of the program"
-"""Operations of the fallbacks between the parts of a program; what they cost is the gather of what other parts made."""
-
-_NAMES_BREAKS = "; TORCH_LOGS=graph_breaks names what breaks it"
+READS_SHARDS = "the part that reads what is made"
+"""The operation of a fallback between the parts of a program; what it costs is the gather of what another part made."""
 
 
 def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fallback]:
@@ -216,17 +239,20 @@ def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fal
     if group.size == 1:
         return []
     shards = {id(x._shard): x._shard for x in inputs if isinstance(x, DeferredTensor) and not x._shard.is_taken_in}
-    reason = "the program was traced in several parts" + _NAMES_BREAKS
+    reason = "the program was traced in several parts" + NAMES_BREAKS
     others = group.size - 1
     return [Fallback(READS_SHARDS, shard.name, reason, others * num_bytes(shard.padded)) for shard in shards.values()]
 
 
-def _whole_part(gm: fx.GraphModule, fake: list[object], inputs: Sequence[object], group: SequenceGroup) -> Program:
-    """A fragment without attention: every rank runs all of it on gathered values."""
+def _whole(
+    why: Whole, gm: fx.GraphModule, fake: list[object], inputs: Sequence[object], options: Options, group: SequenceGroup, level: int
+) -> Program:  # fmt: skip
+    """A program that every rank runs whole; `gm` is for reports."""
     sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
-    reason = "the program was traced in several parts, and a part without attention runs whole on every rank" + _NAMES_BREAKS
-    fallbacks = [Fallback(RUNS_WHOLE, first_source(gm.graph), reason, sent)] if group.size > 1 else []
-    return Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), ())
+    fallbacks = [Fallback(why.what, first_source(gm.graph), why.reason, sent)] if group.size > 1 else []
+    program = Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), (), whole=why.reason)
+    _tell(program, options, group, logging.DEBUG if is_said_before(why, group) else level)
+    return program
 
 
 def _parameter_bytes(gm: fx.GraphModule, inputs: Sequence[object]) -> int:
@@ -270,29 +296,6 @@ def fake_inputs(gm: fx.GraphModule, inputs: Sequence[object]) -> list[object]:
         return mode.from_tensor(value, static_shapes=symbolic is None, symbolic_context=symbolic, source=source)
 
     return [fake(node, value) for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
-
-
-def _no_attention(gm: fx.GraphModule, left_whole: Sequence[LeftWhole]) -> str:
-    if left_whole:
-        calls = "; ".join(f"{call.source}: {call.reason}" for call in left_whole)
-        return f"no attention can be split: {calls}"
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
-    where = f"{frame.filename}:{frame.lineno} in {frame.name}" if frame else "the compiled function"
-    return (
-        f"no attention was found in the program that ends at {where}. autoseq reads scaled_dot_product_attention, a softmax between two "
-        "matrix products, nn.MultiheadAttention, flex_attention and flash-attn's functions (docs/attention.md)"
-    )
-
-
-def _check_lengths(sites: Sequence[NamedSite], group: SequenceGroup) -> None:
-    for named in sites:
-        if min(named.site.q_len, named.site.k_len) < group.size:
-            raise NoSequenceError(
-                f"the sequence at {named.source} has {min(named.site.q_len, named.site.k_len)} positions, fewer than the "
-                f"{group.size} ranks that should share it; use a smaller mesh or longer inputs. "
-                "To generate token by token, call the model that was not compiled"
-            )
 
 
 def _tell(program: Program, options: Options, group: SequenceGroup, level: int) -> None:

@@ -196,7 +196,7 @@ def summary(programs: Sequence[Program], ranks: int) -> str:
         parts.append(counted_names([each.strategy for each in sites]))
         parts.append(" and ".join(dict.fromkeys(each.layout for each in sites)) if ranks > 1 else "")
     else:
-        parts.append("no attention, so nothing is split")
+        parts.append("nothing is split")
     if len(programs) > 1:
         parts.append(f"{len(programs)} programs")
     fallbacks = [each for program in programs for each in program.fallbacks]

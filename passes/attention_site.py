@@ -21,8 +21,13 @@ class LeftWhole:
     reason: str
 
 
+LEFT_WHOLE = "left_whole"
+"""On an attention that runs on gathered tensors: why."""
+
+
 def is_attention(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is local.attention
+    """Whether a node is an attention that is to be split."""
+    return node.op == "call_function" and node.target is local.attention and LEFT_WHOLE not in node.meta
 
 
 def add_site(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import SymInt, fx
+from torch import SymBool, SymFloat, SymInt, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autoseq.passes.sizes import hint, same_size
@@ -274,6 +274,9 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[list[int], l
     return groups
 
 
+_NUMBERS = (SymInt, SymFloat, SymBool)
+
+
 def tensor_operands(node: fx.Node) -> list[tuple[object, ...]]:
     """Paths of a node's tensor arguments in schema order: (position or name, index in a list or None)."""
     schema = node.target._schema  # type: ignore[union-attr]
@@ -291,8 +294,9 @@ def tensor_operands(node: fx.Node) -> list[tuple[object, ...]]:
 
 
 def operand_at(node: fx.Node, path: tuple[object, ...]) -> fx.Node | None:
+    """The tensor at a path; None for a number, symbolic ones included, which an operator takes for a tensor (`arange(n) + start`)."""
     key, item = path
     value = node.args[key] if isinstance(key, int) else node.kwargs.get(key)  # type: ignore[arg-type]
     if item is not None:
         value = value[item]  # type: ignore[index]
-    return value if isinstance(value, fx.Node) else None
+    return value if isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), _NUMBERS) else None

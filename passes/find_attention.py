@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.passes.attention_site import LeftWhole, add_site, is_attention, like
+from autoseq.passes.attention_site import LEFT_WHOLE, LeftWhole, add_site, is_attention, like
 from autoseq.passes.check_rewrites import check_rewrite
 from autoseq.passes.heads import unrepeated
 from autoseq.passes.products import open_baddbmm
@@ -37,7 +37,7 @@ def find_attention(gm: fx.GraphModule) -> tuple[int, list[LeftWhole]]:
         call = _Call.of(node)
         reason = call.unserved()
         if reason:
-            node.meta["left_whole"] = reason
+            node.meta[LEFT_WHOLE] = reason
             left.append(LeftWhole(source_line(node), reason))
             continue
         _rewrite(node, call)

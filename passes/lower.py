@@ -17,6 +17,8 @@ from autoseq.passes.attention_site import is_attention
 from autoseq.runtime import collectives, rows
 from autoseq.runtime.strategies import STRATEGIES
 
+_ATTENTIONS = {strategy.attention for strategy in STRATEGIES.values()}
+
 
 def lower(gm: fx.GraphModule, *, strategies: Mapping[str, str], axes: tuple[str, ...] = ()) -> int:
     """Give each site (by its unique name) the strategy planned for it; returns the number of sites."""
@@ -26,7 +28,8 @@ def lower(gm: fx.GraphModule, *, strategies: Mapping[str, str], axes: tuple[str,
         node.target = STRATEGIES[strategies[node.meta["attention"]["name"]]].attention
         if axes:
             node.kwargs = {**node.kwargs, "axes": axes}
-        if "recompute" in node.meta:
+    for node in gm.graph.nodes:
+        if node.target in _ATTENTIONS and "recompute" in node.meta:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     _save_what_is_sent(gm)
     return len(sites)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.passes.attention_site import is_attention
+from autoseq.passes.attention_site import LEFT_WHOLE, is_attention
 from autoseq.passes.dispatch import find_dispatches
 from autoseq.passes.factors import MARK, Factors, Mark, Place, Size, fits, locate, operand_at, place_in, tensor_operands
 from autoseq.passes.find_sequence import factors_of
@@ -187,9 +187,9 @@ class _Sharder(Placements):
         rule = rule_for(node)
         read = node.all_input_nodes if rule is None else read_operands(node, rule)
         gathered = {n: self.values[n].mark for n in read if self.values[n].mark is not None and not self.can_be_made_again(n)}
-        if gathered or "left_whole" in node.meta:
+        if gathered or LEFT_WHOLE in node.meta:
             sent = sum(self.gather_bytes(n, mark) for n, mark in gathered.items())  # type: ignore[arg-type]
-            self.fallbacks.append(Fallback(_op_name(node), source_line(node), node.meta.get("left_whole", reason), sent))
+            self.fallbacks.append(Fallback(_op_name(node), source_line(node), node.meta.get(LEFT_WHOLE, reason), sent))
         made = self.graph.node_copy(node, self.whole_operands(node).__getitem__)
         made.meta = dict(node.meta)
         self._set(node, made, None)

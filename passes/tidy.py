@@ -29,17 +29,26 @@ def drop_idle_varies(gm: fx.GraphModule) -> int:
 
 def _reached_by_gradients(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes from which a differentiable path leads to an output."""
-    enabled, differentiable = True, set()
-    for node in gm.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = bool(node.args[0])
-        elif (enabled and node.target is not torch.ops.aten.detach.default) or node.op != "call_function":
-            differentiable.add(node)
+    differentiable = _differentiable(gm)
     reached: set[fx.Node] = set()
     for node in reversed(gm.graph.nodes):
         if node.op == "output" or (node in reached and node in differentiable):
             reached.update(node.all_input_nodes)
     return reached
+
+
+_NO_GRADIENT = (torch.ops.aten.detach.default, "detach", torch._C._autograd._get_data_attr)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _differentiable(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that pass a gradient on to what they read."""
+    enabled, found = True, set()
+    for node in gm.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif (enabled and node.target not in _NO_GRADIENT) or node.op not in ("call_function", "call_method"):
+            found.add(node)
+    return found
 
 
 def leave_gradients_unsummed(gm: fx.GraphModule, *, group: str) -> int:
@@ -48,19 +57,18 @@ def leave_gradients_unsummed(gm: fx.GraphModule, *, group: str) -> int:
         linear(x, vary(w)); take_shard(w)     →     linear(x, w); take_shard(share_gradient(w))
 
     Legal for a caller who sums over the group: beside sharded values each rank has its own part already, and where a
-    replicated use would give every rank the full gradient, each now gets a P-th of it.
+    replicated use would give every rank the full gradient, each now gets a P-th of it. What writes to a parameter, or reads it without
+    a gradient, has the parameter itself; a share is made anew for each use, as one that was written over would be out of date.
     """
-    changed = 0
+    changed, differentiable = 0, _differentiable(gm)
     for parameter in gm.graph.find_nodes(op="placeholder"):
         if not (parameter.meta.get("is_parameter") and parameter.meta.get("requires_grad")):
             continue
         varied = [user for user in parameter.users if user.target is collectives.vary]
-        replicated = [user for user in parameter.users if user not in varied and user.op != "output"]
-        if replicated:
-            with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        for user in [user for user in parameter.users if user in differentiable and user not in varied and user.op != "output"]:
+            with gm.graph.inserting_before(user):
                 shared = gm.graph.call_function(collectives.share_gradient, (parameter,), {"group": group})
-            for user in replicated:
-                user.replace_input_with(parameter, shared)
+            user.replace_input_with(parameter, shared)
         for user in varied:
             user.replace_all_uses_with(parameter)
             gm.graph.erase_node(user)

@@ -22,11 +22,11 @@ class MeshError(AutoSeqError):
 
 
 class NoAttentionError(AutoSeqError):
-    """The compiled program holds no attention, so there is nothing to split."""
+    """A model has no attention that can be split, so there is nothing to plan, to draw or to inspect."""
 
 
 class NoSequenceError(AutoSeqError):
-    """No tensor dimension of the program could be shown to be the sequence."""
+    """A program has no sequence of which each rank could have rows of its own."""
 
 
 class StrategyError(AutoSeqError):

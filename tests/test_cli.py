@@ -113,7 +113,14 @@ def test_files_and_modules_give_model_and_arguments(folder: Path, text: str) -> 
         pytest.param(["verify", "nowhere.py:tiny"], 2, "there is no file nowhere.py", id="verify: no such file"),
         pytest.param(["inspect", "factories.py:raises"], 2, "RuntimeError: first line", id="the factory raises"),
         pytest.param(["inspect", "factories.py:wrong_shape"], 2, "traced: TorchRuntimeError: RuntimeError('", id="the model raises"),
-        pytest.param(["inspect", "factories.py:right"], 1, "no attention was found", id="a model without attention"),
+        pytest.param(
+            ["plan", "factories.py:right", "--topology", "8xH100"], 1, "there is nothing to plan: every rank runs the whole model, because "
+            "no attention was found", id="plan: a model without attention",
+        ),
+        pytest.param(
+            ["inspect", "factories.py:right", "--html", "page.html"], 1, "there is nothing to draw: every rank runs the whole model",
+            id="a page of a model without attention",
+        ),
         pytest.param(["inspect", "factories.py:right", "--strategy", "x"], 2, "'strategy' cannot be 'x'; it is one of", id="strategy"),
         pytest.param(["inspect", "factories.py:right", "--layout", "odd"], 2, "option 'layout' cannot be 'odd'", id="layout"),
     ],
@@ -125,6 +132,21 @@ def test_a_mistake_is_a_message_and_a_status_and_no_traceback(folder: Path, argu
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "length", "why"),
+    [
+        pytest.param("factories.py:right", 8, "no attention was found in the program", id="no attention"),
+        pytest.param(str(Path(EXAMPLE).resolve()), 1, "it has only 1 query for 2 ranks", id="fewer tokens than ranks"),
+    ],
+)
+def test_a_model_that_is_not_split_is_shown_as_such(folder: Path, target: str, length: int, why: str) -> None:
+    shown = run("inspect", target, "--seq-len", str(length), "--world-size", "2")
+    assert shown.exit_code == 0, shown.stderr
+    assert f"{length} tokens on 2 ranks: nothing is split, every rank runs the whole model." in shown.stdout and why in shown.stdout
+    told = run("inspect", target, "--seq-len", str(length), "--world-size", "2", "--json")
+    assert why in json.loads(told.stdout)["whole"]
+
+
 def test_an_error_that_dynamo_wraps_is_told_with_its_cause_and_the_models_line() -> None:
     class TooFewTargets(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,13 +156,6 @@ def test_an_error_that_dynamo_wraps_is_told_with_its_cause_and_the_models_line()
         torch.compile(TooFewTargets(), backend="eager")(torch.zeros(4, 8))
     told = brief(raised.value)
     assert re.fullmatch(r"TorchRuntimeError at .*test_cli\.py:\d+: ValueError\('Expected input batch_size \(4\) .*'\)", told), told
-
-
-def test_more_ranks_than_tokens_is_an_error_at_the_attentions_source_line() -> None:
-    result = run("inspect", EXAMPLE, "--seq-len", "3", "--world-size", "4")
-    assert result.exit_code == 1
-    assert "plain_gpt.py" in result.stderr
-    assert "has 3 positions, fewer than the 4 ranks" in result.stderr
 
 
 @pytest.mark.parametrize(

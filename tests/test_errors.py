@@ -52,25 +52,6 @@ def test_a_wrong_option_reaches_the_caller_of_torch_compile_as_itself() -> None:
         torch.compile(nn.Linear(2, 2), backend="autoseq", options={"speed": 1})(torch.ones(1, 2))
 
 
-def test_a_model_without_attention_is_an_error_that_names_its_line() -> None:
-    with pytest.raises(
-        autoseq.NoAttentionError,
-        match=r"no attention was found in the program that ends at .*test_errors.py:\d+ in forward.*and flash-attn's functions",
-    ):
-        torch.compile(OneLayer(), backend="autoseq", options=OPTIONS)(torch.ones(2, 4))
-
-
-class OneLayer(nn.Module):
-    """A model with nothing to split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).relu()
-
-
 class TinyAttention(nn.Module):
     """One projection, one attention; `steps` lets a test put something around it."""
 
@@ -93,12 +74,8 @@ def compile_tiny(length: int = 8, after: str = "", **options: Any) -> Tensor:
     return torch.compile(TinyAttention(steps[after]), backend="autoseq", options={**OPTIONS, **options})(torch.randn(1, length, 8))
 
 
-def test_an_attention_that_is_not_read_without_any_other_is_an_error() -> None:
-    def over_queries(x: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(x @ x.mT, 1) @ x
-
-    with pytest.raises(autoseq.NoAttentionError, match=r"no attention can be split: .*test_errors.py:.*not over the last dimension"):
-        torch.compile(over_queries, backend="autoseq", options=OPTIONS)(torch.randn(1, 8, 8))
+def over_queries(x: Tensor) -> Tensor:
+    return torch.softmax(x @ x.mT, 1) @ x
 
 
 def refuse(rank: int, world_size: int, kind: str) -> str:
@@ -143,13 +120,17 @@ def _other_weights(rank: int) -> None:
 
 def _one_rank_fails(rank: int) -> None:
     if rank == 0:
-        torch.compile(nn.Linear(8, 8), backend="autoseq", options=OPTIONS)(torch.ones(1, 8, 8))
+        compile_tiny(strategy="local")
     compile_tiny()
 
 
 _MISTAKES: dict[str, Callable[[int], Any]] = {
     "a mesh of three dimensions": _three_dimensional_mesh,
-    "more ranks than positions": lambda rank: compile_tiny(length=1),
+    "more ranks than positions under strict": lambda rank: compile_tiny(length=1, strict=True),
+    "no attention under strict": lambda rank: torch.compile(nn.Linear(8, 8), backend="autoseq", options={**OPTIONS, "strict": True})(
+        torch.ones(1, 8, 8)),
+    "an attention that is not read under strict": lambda rank: torch.compile(
+        over_queries, backend="autoseq", options={**OPTIONS, "strict": True})(torch.ones(1, 8, 8)),
     "local attention on two ranks": lambda rank: compile_tiny(strategy="local"),
     "a fallback under strict": lambda rank: compile_tiny(after="roll", strict=True),
     "a part without attention under strict": lambda rank: compile_tiny(after="break", strict=True),
@@ -167,7 +148,15 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
     ("kind", "messages"),
     [
         ("a mesh of three dimensions", [r"MeshError: .* of one dimension, or of two.* This one has 3.*mesh\['nodes', 'sequence'\]"] * 2),
-        ("more ranks than positions", ["NoSequenceError: the sequence at .*test_errors.py:.* has 1 positions, fewer than the 2 ranks"] * 2),
+        (
+            "more ranks than positions under strict",
+            [r"FallbackError: strict=True forbids .*runs whole on every rank .*test_errors.py:.* it has only 1 query for 2 ranks"] * 2,
+        ),
+        ("no attention under strict", ["FallbackError: strict=True .*the program at .*runs whole .*no attention was found"] * 2),
+        (
+            "an attention that is not read under strict",
+            [r"FallbackError: strict=True .*no attention can be split: .*test_errors.py:.*not over the last dimension"] * 2,
+        ),
         (
             "local attention on two ranks",
             ["StrategyError: strategy 'local' cannot serve the attention at .*test_errors.py:.*split over 2"] * 2,
@@ -200,7 +189,7 @@ _MISTAKES: dict[str, Callable[[int], Any]] = {
         ("other weights on each rank", ["RankMismatchError: ranks 0 and 1 .*different values of qkv.weight"] * 2),
         (
             "one rank cannot compile",
-            ["NoAttentionError: no attention", "RankMismatchError: rank 0 of group .* could not compile .*NoAttentionError"],
+            ["StrategyError: strategy 'local'", "RankMismatchError: rank 0 of group .* could not compile .*StrategyError"],
         ),
     ],
 )

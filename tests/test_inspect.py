@@ -18,7 +18,6 @@ from autoseq.cli import app
 from autoseq.inspection import inspect_model
 from autoseq.printing import inspection_json
 from autoseq.runtime.counting import counters, reset_counters
-from autoseq.runtime.errors import NoAttentionError
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.strategy import Site
 from inspected_models import EXAMPLE, OneAttention, break_graph, make_model, make_one
@@ -141,9 +140,9 @@ def test_a_factory_that_needs_values_gets_them_and_a_warning_says_so(caplog: pyt
     assert "the model was made with real weights" in caplog.text
 
 
-def test_a_model_without_attention_is_an_error() -> None:
-    with pytest.raises(NoAttentionError, match="no attention was found"):
-        inspect_model(lambda: (nn.Linear(8, 8), {"input": torch.randn(1, 16, 8)}), seq_len=16, world_size=2)
+def test_a_model_without_attention_is_whole() -> None:
+    found = inspect_model(lambda: (nn.Linear(8, 8), {"input": torch.randn(1, 16, 8)}), seq_len=16, world_size=2)
+    assert found.whole.startswith("no attention was found in the program") and not found.sites and not found.collectives
 
 
 # Large models ---------------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ from ranks import run_ranks
 TOLERANCE = 1e-5  # relative L2; float32 sums in another order
 
 
-def make(image_first: bool, blocks: int = 2) -> tuple[nn.Module, dict[str, Tensor]]:
+def make(image_first: bool, blocks: int = 2, words: int = 11) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
-    return Joint(image_first, blocks), {"text": torch.randn(2, 11, 32), "image": torch.randn(2, 26, 32), "wanted": torch.randn(2, 26, 6)}
+    return Joint(image_first, blocks), {"text": torch.randn(2, words, 32), "image": torch.randn(2, 26, 32), "wanted": torch.randn(2, 26, 6)}
 
 
-def train(rank: int, world_size: int, image_first: bool, strategy: str, inner: str = "eager", blocks: int = 2) -> list[float]:
-    model, batch = make(image_first, blocks)
+def train(
+    rank: int, world_size: int, image_first: bool, strategy: str, inner: str = "eager", blocks: int = 2, words: int = 11
+) -> list[float]:  # fmt: skip
+    model, batch = make(image_first, blocks, words)
     oracle = copy.deepcopy(model)
     loss = torch.compile(model, backend="autoseq", options={"strategy": strategy, "inner": inner, "strict": True})(**batch)
     expected = oracle(**batch)
@@ -41,6 +43,11 @@ def train(rank: int, world_size: int, image_first: bool, strategy: str, inner: s
 def test_both_streams_train_with_one_devices_numbers(image_first: bool, strategy: str, world_size: int) -> None:
     """Under `strict`: nothing is gathered."""
     assert max(max(errors) for errors in run_ranks(train, world_size, image_first, strategy)) <= TOLERANCE
+
+
+def test_a_text_shorter_than_the_ranks() -> None:
+    """Its own stream is whole on every rank; the joint attentions are split."""
+    assert max(max(errors) for errors in run_ranks(train, 3, False, "ring", "eager", 2, 2)) <= TOLERANCE
 
 
 @pytest.mark.slow

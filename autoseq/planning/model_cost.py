@@ -319,7 +319,8 @@ def _counted(program: Program, world_size: int) -> _Counted:
     step = _CountingStep(program.gm, place, counted)
     with place.mode, torch.enable_grad(), counted:
         with torch.autograd.graph.saved_tensors_hooks(counted.keep, lambda x: x):
-            results = step.run(*inputs)
+            # What only a tensor's value tells the size of cannot be counted without values.
+            results = [] if program.is_untraced else step.run(*inputs)
         counted.end_of_forward([*inputs, *step.held])
         run_backward(results, inputs)
     for each in program.gathered if world_size > 1 else ():

@@ -12,8 +12,6 @@ import torch
 import hf_job
 from ranks import run_ranks
 
-pytest.importorskip("trl")
-
 Attach = Callable[..., None]
 _WORDS = [f"w{number}" for number in range(hf_job.VOCABULARY - 4)]
 

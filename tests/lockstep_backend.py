@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from autoseq import backend
 from autoseq.runtime import collectives, deferred
+from autoseq.runtime.groups import SequenceGroup
 from rank_threads import RankThreads
 
 
@@ -56,15 +58,19 @@ def lockstep_backend(threads: RankThreads, options: dict[str, Any]) -> Callable[
     return compile_for_all
 
 
-def _of_rank(runner: Any, rank: int) -> Any:
-    """A runner as it is on another rank: its group there, and nothing called so far."""
-    if not isinstance(runner, backend._Runner):
-        return runner  # raises its error, on every rank
-    mine = copy.copy(runner)
-    mine._group, mine._versions = replace(runner._group, rank=rank), {}
-    if runner._shapes is not None:
-        mine._shapes = copy.copy(runner._shapes)
-        mine._shapes._group = mine._group
+def _of_rank(value: Any, rank: int) -> Any:
+    """What a runner holds, as it is on another rank: its group there, and its own records of what was called."""
+    if isinstance(value, SequenceGroup):
+        return replace(value, rank=rank)
+    if type(value) in (dict, list, set):
+        return copy.copy(value)
+    names = getattr(type(value), "__slots__", ()) or tuple(getattr(value, "__dict__", ()))
+    if not type(value).__module__.startswith("autoseq.") or isinstance(value, Enum) or not names:
+        return value
+    mine = copy.copy(value)
+    for name in names:
+        if hasattr(value, name):
+            object.__setattr__(mine, name, _of_rank(getattr(value, name), rank))
     return mine
 
 

@@ -191,10 +191,10 @@ def _in_backward() -> bool:
 
 def _is_made(value: Tensor) -> bool:
     """Whether an input is an output of an earlier part, and still what that returned."""
-    version, taken = _made.get(value, (None, []))
-    if version is None or version != value._version:
+    made: tuple[int, list[bool]] | None = _made.get(value)
+    if made is None or made[0] != value._version:
         return False
-    taken[:] = [True]
+    made[1][:] = [True]
     return True
 
 

@@ -38,6 +38,7 @@ from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
 from autoseq.runtime.nodes import on_nodes
+from autoseq.second_derivatives import refuse_second_derivatives
 from autoseq.structured_trace import trace_program
 from autoseq.views_of_outputs import describe_views_of_outputs
 from autoseq.watching_modes import refuse_fake_tensors
@@ -243,6 +244,8 @@ class _Runner:
         self._check.take(given, args)
         results = list(self._compiled(*args))
         self._called(results)
+        if self._options.inner != "eager":
+            refuse_second_derivatives(results, self._options.inner)
         shards = {out.index: results[out.index] for out in self._outputs}
         wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
         for index, value in wrapped:

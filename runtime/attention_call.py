@@ -16,6 +16,7 @@ from autoseq.runtime.attention_op import AttentionOp
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.groups import group_of
 from autoseq.runtime.layout import Layout
+from autoseq.runtime.second_derivative import twice_differentiable
 from autoseq.runtime.tiles import EmptyRows
 
 
@@ -106,7 +107,8 @@ def attention_function(module: str, compute: Compute, name: str = "attention") -
         """
         q, k, v = checked_inputs(q, k, v)
         settings = (scale, score, predicate, max_ahead, max_behind, empty_rows, dropout_p, q_len, k_len)
-        return compute(q, k, v, Terms((captures, sinks, seed), settings, q.shape[1] // k.shape[1], layout, group, tuple(axes)))
+        terms = Terms((captures, sinks, seed), settings, q.shape[1] // k.shape[1], layout, group, tuple(axes))
+        return twice_differentiable(compute(q, k, v, terms), q, k, v, terms)
 
     # Where the function is found again by name, in the code of a graph.
     attention.__module__, attention.__name__, attention.__qualname__ = module, name, name

@@ -85,7 +85,8 @@ def attention_op(name: str, forward: ForwardKeys, backward: BackwardKeys, kept: 
         q, k, v, out, lse, left, *rest = ctx.saved_tensors
         captures, sinks, seed = rest[: len(wanted)], *_restored(rest[len(wanted) :], ctx.present)
         tensors = (grad_out, q, k, v, out, lse, left, captures, sinks, seed)
-        dq, dk, dv, shares = backward_op(learned, learns_sinks, *tensors, *ctx.settings)
+        with torch.no_grad():  # second derivatives are `second_derivative`'s matter
+            dq, dk, dv, shares = backward_op(learned, learns_sinks, *tensors, *ctx.settings)
         by_capture = dict(zip(learned, shares, strict=False))
         dsinks = shares[-1] if learns_sinks else None
         # torch takes an empty list for one of tensors, and wants as many gradients.

@@ -5,7 +5,7 @@ traces them in both directions. The pairs are those of JAX's `shard_map` (Replic
 
     take_shard          Replicate -> Shard                          gradient: all_gather
     all_gather          Shard -> Replicate                          gradient: take_shard, zeros in the padding
-    vary, vary_many     Replicate -> used beside sharded values     gradient: all_reduce
+    vary, vary_many     Replicate -> used beside sharded values     gradient: all_reduce (and of that: vary)
     share_gradient      Replicate -> Replicate                      gradient: a P-th of it, to be summed later
     all_reduce          Partial -> Replicate                        gradient: identity
     all_gather_varying  Shard -> full copy used per rank            gradient: reduce_scatter, zeros in the padding
@@ -241,7 +241,8 @@ class _Vary(Function):
             # Zeros travel for a value without a gradient, so that ranks' messages are of one size whatever they found. An optimizer
             # leaves a parameter without a gradient alone, and decays one whose gradient is zero: the value itself gets none.
             given = [torch.zeros(ctx.like[i][0], dtype=dtype, device=device) if (g := grads[i]) is None else g for i in indices]
-            for i, total in zip(indices, _sum_bucket(given, ctx.group), strict=True):
+            sum_up = _recorded_sums if torch.is_grad_enabled() else _sum_bucket
+            for i, total in zip(indices, sum_up(given, ctx.group), strict=True):
                 sums[i] = None if grads[i] is None else total
         return None, *sums
 
@@ -260,11 +261,13 @@ class _ShareGradient(Function):
 class _AllReduce(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
         return _all_reduce_sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        # Each rank's partial sum gets the one gradient; in a recorded backward it is a value used beside sharded ones.
+        return (_Vary.apply(ctx.group, grad)[0] if torch.is_grad_enabled() else grad), None
 
 
 class _AllToAll(Function):
@@ -285,6 +288,11 @@ def _sum_bucket(grads: list[Tensor], group: str) -> list[Tensor]:
     total = _all_reduce_sum(torch.cat([grad.reshape(-1) for grad in grads]), group)
     pieces = total.split([grad.numel() for grad in grads])
     return [piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True)]
+
+
+def _recorded_sums(grads: list[Tensor], group: str) -> list[Tensor]:
+    """The sums in a backward that is differentiated again."""
+    return [_AllReduce.apply(grad, group) for grad in grads]
 
 
 def _all_reduce_sum(x: Tensor, group: str) -> Tensor:

@@ -191,7 +191,7 @@ def _lookup(node: AppliedUndef, values: _Values) -> Tensor:
         raise UnsupportedError(f"{function_name(node)} cannot be evaluated.")
     if number >= len(values.captures):
         raise UnsupportedError(f"{function_name(node)} names no captured tensor: there are {len(values.captures)}.")
-    tensor = values.captures[number].detach()
+    tensor = values.captures[number]
     if len(node.args) != tensor.ndim:
         raise UnsupportedError(f"{node} has {len(node.args)} indices, but the captured tensor has shape {tuple(tensor.shape)}.")
     indices = [_index(_walk(arg, values), tensor.device) for arg in node.args]

@@ -139,8 +139,9 @@ class _InStages(Function):
         needed = ctx.needs_input_grad
         captures = needed[5 : 5 + len(looked_up) - 2]
         wanted = Wanted(_numbers(captures), needed[-2], _numbers(needed[2:5]))
-        dqkv, shares = ctx.staged.backward(_with(ctx.terms, looked_up), wanted, grads[0], kept)
-        found = iter(_totals(shares))
+        with torch.no_grad():  # second derivatives are `second_derivative`'s matter
+            dqkv, shares = ctx.staged.backward(_with(ctx.terms, looked_up), wanted, grads[0], kept)
+            found = iter(_totals(shares))
         learned = [next(found) if each else None for each in (*captures, wanted.sinks)]
         return None, None, *dqkv, *learned, None
 

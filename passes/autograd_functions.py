@@ -40,6 +40,7 @@ class AutogradFunction:
     results: tuple[int, ...]  # which of the forward's outputs are tensors: those that the operator returns
     row_wise: bool  # both bodies compute each element of their results from the same element of their operands
     draws: bool  # a body draws random numbers
+    is_hook: bool = False  # `register_hook`: the forward is the identity, the backward what the hook does
 
 
 FUNCTIONS: dict[str, AutogradFunction] = {}
@@ -48,7 +49,7 @@ FUNCTIONS: dict[str, AutogradFunction] = {}
 def key_of(function: AutogradFunction) -> str:
     """A name for `function` that depends on what it does alone, not on where or when it was traced."""
     graphs = [m for body in (function.forward, function.backward) for m in body.modules() if isinstance(m, fx.GraphModule)]
-    text = "\n".join([*(graph.code for graph in graphs), repr((function.options, function.arguments, function.row_wise))])
+    text = "\n".join([*(graph.code for graph in graphs), repr((function.options, function.arguments, function.row_wise, function.is_hook))])
     digest = hashlib.sha256(re.sub(r"(index=|cuda:)\d+", r"\1", text).encode())  # a rank's device is its own
     for tensor in (x for graph in graphs for x in (*graph.parameters(recurse=False), *graph.buffers(recurse=False))):
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

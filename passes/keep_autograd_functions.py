@@ -5,6 +5,7 @@ program would be differentiated as if its author had written no backward.
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,11 +40,18 @@ def is_autograd_function(node: fx.Node) -> bool:
 def _keep(gm: fx.GraphModule, call: fx.Node) -> None:
     forward_at, backward_at, *arguments = call.args
     bodies = [_bare(gm.get_submodule(str(at.target))) for at in (forward_at, backward_at)]  # type: ignore[union-attr]
+    replace_items(call, keep(gm, call, bodies, arguments, call.meta["example_value"], dict(call.kwargs)))
+
+
+def keep(
+    gm: fx.GraphModule, call: fx.Node, bodies: Sequence[fx.GraphModule], arguments: Sequence[Any], outputs: Sequence[Any],
+    options: dict[str, Any], is_hook: bool = False,
+) -> list[Any]:  # fmt: skip
+    """Put the operator for two bodies in front of the call that they are of; its results are like `outputs`."""
     lists: dict[Any, list[Any]] = {"tensors": [], "sizes": [], "floats": []}
     slots = tuple(_slot(x, lists) for x in arguments)
-    outputs = call.meta["example_value"]
     results = tuple(i for i, x in enumerate(outputs) if isinstance(x, Tensor))
-    function = AutogradFunction(bodies[0], bodies[1], dict(call.kwargs), slots, results, row_wise=False, draws=False)
+    function = AutogradFunction(bodies[0], bodies[1], options, slots, results, row_wise=False, draws=False, is_hook=is_hook)
     function = _studied(call, function, [example(x) for x in arguments])
     key = key_of(function)
     FUNCTIONS.setdefault(key, function)
@@ -53,7 +61,7 @@ def _keep(gm: fx.GraphModule, call: fx.Node) -> None:
         items = {index: carry(call, graph.call_function(operator.getitem, (made, i))) for i, index in enumerate(results)}
     for index, item in items.items():
         item.meta["example_value"] = outputs[index]
-    replace_items(call, [items.get(i, x) for i, x in enumerate(outputs)])
+    return [items.get(i, x) for i, x in enumerate(outputs)]
 
 
 def _slot(x: Any, lists: dict[Any, list[Any]]) -> Any:

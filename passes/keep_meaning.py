@@ -2,11 +2,12 @@
 
     y = linear(x, w).float()        # bfloat16 under autocast    →    y = aten._to_copy(linear(x, w), dtype=float32)
     y = x.data                      # no gradient                →    y = aten.detach(x)
+    y.register_hook(f)              # changes y's gradient       →    y = autoseq.autograd_function([y], …)
     y = MyFunction.apply(x)         # its own backward           →    y = autoseq.autograd_function([x], …)
 
 The trace runs above autocast, where `linear` still gives float32 and the cast looks idle; autocast is applied when the local
 graph is compiled, and the explicit copy is then a real cast. Legal because a copy in the same dtype has the same values, and
-because `.data` is `detach` for a program that does not write to it. A custom backward is `keep_autograd_functions`' matter.
+because `.data` is `detach`, whose writes `hidden_writes` sees. Custom backwards and hooks have files of their own, `keep_*.py`.
 """
 
 import torch
@@ -14,14 +15,15 @@ from torch import fx
 
 from autoseq.passes.autocast import ENTER
 from autoseq.passes.keep_autograd_functions import keep_autograd_functions
+from autoseq.passes.keep_hooks import keep_hooks
 
 aten = torch.ops.aten
 _METHOD_DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def keep_meaning(gm: fx.GraphModule) -> int:
-    """Rewrite the casts, detaches and custom backwards that tracing would drop; returns how many."""
-    kept = keep_autograd_functions(gm) + _keep_detaches(gm) + (_keep_casts(gm) if _under_autocast(gm) else 0)
+    """Rewrite the casts, detaches, custom backwards and hooks that tracing would drop; returns how many."""
+    kept = keep_autograd_functions(gm) + keep_hooks(gm) + _keep_detaches(gm) + (_keep_casts(gm) if _under_autocast(gm) else 0)
     gm.recompile()
     return kept
 

@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import GraphSignature, aot_export_module
 
+from autoseq.passes.hidden_writes import WithHiddenWrites
+from autoseq.passes.keep_hooks import hook_all_readers
 from autoseq.passes.sizes import same_shape, same_size
 from autoseq.passes.source import input_name, is_buffer
 
@@ -29,16 +31,18 @@ def normalize(gm: fx.GraphModule, inputs: Sequence[object]) -> fx.GraphModule:
     """
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     wanted = [x.requires_grad for x in tensors]
+    owner = WithHiddenWrites(gm, inputs)
     with warnings.catch_warnings():
         # `autograd_function` is to stay whole; torch says of each operator outside its own namespace that it does.
         warnings.filterwarnings("ignore", message="At pre-dispatch tracing, we assume")
-        exported, signature = aot_export_module(gm, list(inputs), trace_joint=False, pre_dispatch=True)
+        exported, signature = aot_export_module(owner, list(inputs), trace_joint=False, pre_dispatch=True)
     assert isinstance(exported, fx.GraphModule)
     for x, requires_grad in zip(tensors, wanted, strict=True):
         x.requires_grad_(requires_grad)  # the trace lets a target that is broadcast beside a prediction need a gradient
     _name_placeholders(exported, gm, signature)
-    _restore_attributes(exported, gm, signature)
-    _restore_mutations(exported, signature)
+    _restore_attributes(exported, owner, signature)
+    _restore_mutations(exported, signature, inputs)
+    hook_all_readers(exported, _taken_from_outputs(exported, owner.num_hooks))
     _reshape_views(exported)
     _read_copies(exported)
     return exported
@@ -67,7 +71,8 @@ def _read_copies(exported: fx.GraphModule) -> None:
         with exported.graph.inserting_before(node):
             if not same_shape(into.meta["val"].shape, value.meta["val"].shape):
                 value = _made(exported, node, aten.expand_as.default, value, into)
-            copied = _made(exported, node, aten.type_as.default, value, into)
+            same = into.meta["val"].dtype == value.meta["val"].dtype and into.meta["val"].device == value.meta["val"].device
+            copied = value if same else _made(exported, node, aten.type_as.default, value, into)
         node.replace_all_uses_with(copied)
         exported.graph.erase_node(node)
 
@@ -81,12 +86,19 @@ def _made(exported: fx.GraphModule, node: fx.Node, target: Callable[..., Any], *
 
 def _name_placeholders(exported: fx.GraphModule, gm: fx.GraphModule, signature: GraphSignature) -> None:
     """Carry the user's names (`L['input_ids']`) over as metadata: messages and reports speak of them."""
-    user_inputs = exported.graph.find_nodes(op="placeholder")[len(signature.parameters) + len(signature.buffers):]
-    for new, old in zip(user_inputs, gm.graph.find_nodes(op="placeholder"), strict=True):
+    for new, old in zip(_user_inputs(exported, signature), gm.graph.find_nodes(op="placeholder"), strict=True):
         new.meta.update(source_name=input_name(old), is_buffer=is_buffer(old))
 
 
-def _restore_attributes(exported: fx.GraphModule, gm: fx.GraphModule, signature: GraphSignature) -> None:
+def _user_inputs(exported: fx.GraphModule, signature: GraphSignature) -> list[fx.Node]:
+    return [node for node in exported.graph.find_nodes(op="placeholder") if node.name in signature.user_inputs]
+
+
+def _is_trained_leaf(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad and x.is_leaf
+
+
+def _restore_attributes(exported: fx.GraphModule, gm: torch.nn.Module, signature: GraphSignature) -> None:
     lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in exported.graph.find_nodes(op="placeholder"):
         if node.name not in lifted:
@@ -94,7 +106,7 @@ def _restore_attributes(exported: fx.GraphModule, gm: fx.GraphModule, signature:
         owner: object = gm
         for atom in lifted[node.name].split("."):
             owner = getattr(owner, atom)
-        attribute = "held_" + lifted[node.name].replace(".", "_")
+        attribute = "held_" + lifted[node.name].removeprefix("gm.").replace(".", "_")
         if isinstance(owner, torch.nn.Parameter):
             exported.register_parameter(attribute, owner)
         else:
@@ -109,8 +121,12 @@ def _restore_attributes(exported: fx.GraphModule, gm: fx.GraphModule, signature:
         held.meta["lifted_from"] = signature_name
 
 
-def _restore_mutations(exported: fx.GraphModule, signature: GraphSignature) -> None:
-    """Functionalization returns an input's new value as an extra leading output; write it back instead."""
+def _restore_mutations(exported: fx.GraphModule, signature: GraphSignature, inputs: Sequence[object]) -> None:
+    """Functionalization returns an input's new value as an extra leading output; write it back instead.
+
+    To a leaf that needs a gradient nothing but a hidden write goes on one device, so the new value is copied back as one.
+    """
+    leaves = {node for node, x in zip(_user_inputs(exported, signature), inputs, strict=True) if _is_trained_leaf(x)}
     mutated = {**signature.parameters_to_mutate, **signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     targets = {names.get(n.meta.get("lifted_from", n.name), n.name): n for n in exported.graph.nodes if n.op in ("placeholder", "get_attr")}
@@ -120,8 +136,21 @@ def _restore_mutations(exported: fx.GraphModule, signature: GraphSignature) -> N
         for value in results[: len(mutated)]:
             target = targets[mutated[value.name]]
             _read_before_write(exported.graph, target)
+            if target in leaves:
+                exported.graph.call_function(torch._C._set_grad_enabled, (False,))
             exported.graph.call_function(aten.copy_.default, (target, value)).meta.update(target.meta)
+            if target in leaves:
+                exported.graph.call_function(torch._C._set_grad_enabled, (True,))
     output.args = (tuple(results[len(mutated):]),)
+
+
+def _taken_from_outputs(exported: fx.GraphModule, count: int) -> list[fx.Node]:
+    """The last outputs, which are no longer any."""
+    output = exported.graph.output_node()
+    results: tuple[Any, ...] = output.args[0]  # type: ignore[assignment]
+    kept = len(results) - count
+    output.args = (results[:kept],)
+    return list(results[kept:])
 
 
 def drop_noops(gm: fx.GraphModule) -> int:

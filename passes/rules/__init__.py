@@ -9,6 +9,7 @@ from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.factors import Factors, Pattern, bind
 from autoseq.passes.rules import linear_algebra, lookups, losses, reductions, shapes
 from autoseq.passes.rules.rule import LocalEmitter, Rule, operand_shapes, result_shapes
+from autoseq.runtime.written import WRITTEN
 
 __all__ = ["LocalEmitter", "Rule", "rule_for"]
 
@@ -52,7 +53,7 @@ _DRAWS = {  # no rule: each rank would draw the same numbers for other rows; the
 }  # fmt: skip
 TABLE: dict[object, Rule] = {
     **linear_algebra.RULES, **shapes.RULES, **lookups.RULES, **reductions.RULES, **losses.RULES, **_LIKES, **_DRAWS,
-    AUTOGRAD_FUNCTION: Rule(_row_wise),
+    AUTOGRAD_FUNCTION: Rule(_row_wise), WRITTEN: Rule(_pointwise),
     aten.type_as.default: Rule(_like_first, unread=frozenset({1})), aten.expand_as.default: Rule(_pointwise, unread=frozenset({1})),
 }  # fmt: skip
 

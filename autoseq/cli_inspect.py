@@ -10,7 +10,7 @@ from autoseq.cli_errors import exit_codes
 from autoseq.cli_files import check_writable, write_file
 from autoseq.cli_options import Batch, LayoutName, RanksPerNode, SeqLen, Strategies, TargetText, Verbose, WorldSize
 
-_TOPOLOGY_HELP = "The hardware to plan for: a name (autoseq topology list) or a JSON file; else what torch tells of this machine."
+_TOPOLOGY_HELP = "The hardware to plan for: a name (autoseq topology list), a JSON file, or here, the default: this machine."
 _HTML_HELP = "Write a page that shows the model before and after, block by block; any browser shows it, without a network."
 _TRACE_HELP = "Write the predicted timeline of a step, for ui.perfetto.dev."
 
@@ -23,10 +23,10 @@ def inspect(
     strategy: Strategies = "auto",
     layout: LayoutName = "auto",
     ranks_per_node: RanksPerNode = None,
-    topology: Annotated[str | None, typer.Option("--topology", metavar="NAME|FILE", help=_TOPOLOGY_HELP, show_default=False)] = None,
+    topology: Annotated[str | None, typer.Option("--topology", metavar="NAME|FILE|here", help=_TOPOLOGY_HELP, show_default=False)] = None,
     graph: Annotated[
-        Literal["before", "after", "both"] | None,
-        typer.Option("--graph", help="Which graph to print; after, unless a file is written.", show_default=False),
+        Literal["none", "before", "after", "both"] | None,
+        typer.Option("--graph", help="Which graph to print, before the summary; after, unless a file is written.", show_default=False),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help=_HTML_HELP, show_default=False)] = None,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help=_TRACE_HELP, show_default=False)] = None,
@@ -47,7 +47,7 @@ def inspect(
         make = partial(load_target(target).make, batch=batch, seq_len=seq_len)
         options = Options(strategy=parse_asked(strategy), layout=layout, ranks_per_node=ranks_per_node, topology=topology)
         if html is None and trace is None:
-            found = inspect_programs(make, seq_len=seq_len, world_size=world_size, options=options)
+            found = inspect_programs(make, seq_len=seq_len, world_size=world_size, options=options, beside=True)
         else:
             from autoseq.html_report import html_page, inspect_pictures
             from autoseq.trace_report import trace_json
@@ -62,6 +62,6 @@ def inspect(
             print(inspection_json(found))
             return
         written = [path for path in files.values() if path is not None]
-        print_inspection(results(), found, graph or (None if written else "after"))
+        print_inspection(results(), found, graph or ("none" if written else "after"))
         for path in written:
             results().print(f"Wrote {path}")

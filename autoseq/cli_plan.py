@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +10,10 @@ from autoseq.cli_errors import exit_codes
 from autoseq.cli_files import check_writable
 from autoseq.cli_options import Batch, LayoutName, SeqLen, StrategyName, TargetText, Verbose, WorldSize
 
-_TOPOLOGY_HELP = "The hardware: a name such as 8xH100 or 2x8xA800-4nic (autoseq topology list), or a JSON file."
+if TYPE_CHECKING:
+    from autoseq.planning.topology import Topology
+
+_TOPOLOGY_HELP = "The hardware: a name such as 8xH100 or 2x8xA800-4nic (autoseq topology list), a JSON file, or here: this machine."
 
 _RESERVE_HELP = "Share of the memory that stays free: for CUDA's context, the buffers of NCCL, and what the allocator cannot use."
 
@@ -18,7 +21,7 @@ _RESERVE_HELP = "Share of the memory that stays free: for CUDA's context, the bu
 def plan(
     target: TargetText,
     seq_len: SeqLen,
-    topology: Annotated[str, typer.Option("--topology", metavar="NAME|FILE", help=_TOPOLOGY_HELP, show_default=False)],
+    topology: Annotated[str | None, typer.Option("--topology", metavar="NAME|FILE|here", help=_TOPOLOGY_HELP, show_default=False)] = None,
     world_size: WorldSize = 8,
     batch: Batch = 1,
     strategy: StrategyName = "auto",
@@ -37,7 +40,6 @@ def plan(
         from autoseq.options import Options
         from autoseq.plan_model import looks_at, plan_training
         from autoseq.plan_report import check_plot, plan_json, plot_sweep, print_plan
-        from autoseq.planning.presets import load_topology
         from autoseq.printing import results
         from autoseq.runtime.errors import OptionError
         from autoseq.target import load_target
@@ -52,7 +54,7 @@ def plan(
         if "=" in strategy:
             raise OptionError("a plan has one --strategy for all attentions, or chooses for each; autoseq inspect takes PATTERN=STRATEGY")
         Options(strategy=strategy, layout=layout)
-        hardware = load_topology(topology)
+        hardware = _hardware(topology, world_size)
         hardware.at(world_size)
         factory = load_target(target)
 
@@ -64,8 +66,19 @@ def plan(
             topology=hardware, strategy=strategy, layout=layout, memory_gib=memory_gib, reserve=reserve, over=sweep,
         )
         if as_json:
-            print(plan_json(found, given=topology, formulas=formulas))
+            print(plan_json(found, given=str(topology), formulas=formulas))
         else:
-            print_plan(results(), found, given=topology, formulas=formulas)
+            print_plan(results(), found, given=str(topology), formulas=formulas)
         if plot is not None:
             plot_sweep(found, plot)
+
+
+def _hardware(given: str | None, world_size: int) -> "Topology":
+    from autoseq.planning.found import found_topology
+    from autoseq.planning.presets import FORMS, HERE, load_topology, names
+    from autoseq.runtime.errors import OptionError
+
+    if given is None:
+        known = ", ".join(names())
+        raise OptionError(f"which hardware to plan for? --topology is {HERE} for this machine, one of {known}, or {FORMS}")
+    return found_topology(world_size) if given == HERE else load_topology(given)

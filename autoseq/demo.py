@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from autoseq.inspection import Inspection, inspect_model
 from autoseq.launch import Rank, device_kind, run_ranks
-from autoseq.printing import plan_table, table
+from autoseq.printing import plan_table
 from autoseq.readable import readable_bytes
 from autoseq.runtime.errors import TargetError
 from autoseq.saved_memory import saved_bytes
+from autoseq.tables import table
 
 SEQ_LEN = 512
 _BATCH = 2

@@ -6,8 +6,10 @@ Nothing is run on a device and no package is imported but torch and, if they are
 import json
 import os
 import platform
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 
 import torch
@@ -16,12 +18,17 @@ import torch.distributed
 from rich.console import Console
 
 from autoseq.planning.links import Card, network_cards, nvlinks
-from autoseq.printing import table
 from autoseq.readable import readable_bytes
 from autoseq.runtime import fused
 from autoseq.runtime.kernel_call import BlockCall, Kernel
 from autoseq.runtime.kernels import KERNELS
+from autoseq.tables import table
 
+CXX = "C++ compiler"
+_NO_CXX = (
+    "none is found; install one (apt-get install g++), name it in the variable CXX, or compile with "
+    'options={"inner": "aot_eager"}, which needs none'
+)
 _PACKAGES = ("torch", "triton", "flash-attn", "transformers")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,12 +61,14 @@ class Checkup:
     communication: list[Finding]
     links: list[Finding]
     kernels: list[Finding]
+    compilers: list[Finding] = field(default_factory=list)
 
 
 def checkup() -> Checkup:
     """Look at this installation."""
     devices = _devices()
-    return Checkup(_versions(), devices, _communication(), _links(devices), [*_kernels(devices), _fused(devices)])
+    kernels = [*_kernels(devices), _fused(devices)]
+    return Checkup(_versions(), devices, _communication(), _links(devices), kernels, [_cxx()])
 
 
 def checkup_json(found: Checkup) -> str:
@@ -70,6 +79,8 @@ def checkup_json(found: Checkup) -> str:
         "communication": [_finding_json(finding) for finding in found.communication],
         "links": [_finding_json(finding) for finding in found.links],
         "kernels": [_finding_json(finding) for finding in found.kernels],
+        "compilers": [_finding_json(finding) for finding in found.compilers],
+        "verdict": verdict(found),
     })  # fmt: skip
 
 
@@ -78,13 +89,63 @@ def print_checkup(console: Console, found: Checkup) -> None:
     console.print(table("Versions", ("what", "version"), [(name, version or "not there") for name, version in found.versions.items()]))
     console.print(table("Devices", ("device", "kind", "capability", ":memory"), [_device_row(device) for device in found.devices]))
     parts = {
+        "Compilers": found.compilers,
         "Communication": found.communication,
         "Links, which `autoseq topology measure` times": found.links,
         "Attention kernels, in the order they are tried": found.kernels,
     }
     for title, findings in parts.items():
-        rows = [(each.name, each.about, "no" if each.why_not else "yes", each.why_not) for each in findings]
-        console.print(table(title, ("name", "what it is", "available", "why not"), rows))
+        rows = [_finding_row(each, is_needed=matters(each, found.devices)) for each in findings]
+        console.print(table(title, ("name", "what it is", "there", "why not"), rows))
+    console.print("\n" + "\n".join(verdict(found)))
+
+
+def _finding_row(each: Finding, *, is_needed: bool) -> tuple[str, str, str, str]:
+    """What is not there and makes no difference on this machine is no cause for alarm."""
+    if not each.why_not:
+        return each.name, each.about, "yes", ""
+    return each.name, each.about, *(("no", each.why_not) if is_needed else ("–", "not needed here"))
+
+
+_WITHOUT_CUDA = ("gloo", "cpu", "reference", CXX)
+_FOR_SEVERAL_DEVICES = ("nvlink", "peer access")
+
+
+def matters(finding: Finding, devices: Sequence[Device]) -> bool:
+    """Whether something that is not there would be of use on these devices; links between machines say so only where there is CUDA."""
+    count = sum(device.kind == "cuda" for device in devices)
+    if count == 0:
+        return finding.name in _WITHOUT_CUDA
+    return not (finding.name in _FOR_SEVERAL_DEVICES and count == 1) and finding.name != "ethernet"
+
+
+_FAST = ("flash_attn", "flash", "cudnn")
+
+
+def verdict(found: Checkup) -> list[str]:
+    """What this machine can run, and what to do about what it lacks, in lines of 80 columns."""
+    devices = [device for device in found.devices if device.kind == "cuda"]
+    lacking = [each for each in [*found.communication, *found.compilers] if each.why_not and matters(each, found.devices)]
+    if devices and all(each.why_not for each in found.kernels if each.name in _FAST):
+        lacking.append(Finding("fast attention on CUDA", "", f"none of {', '.join(_FAST)} serves this device; see above"))
+    where = f"{len(devices)} × {devices[0].name} with NCCL" if devices else "CPU ranks with gloo"
+    if not devices and shutil.which("nvidia-smi"):
+        lacking.append(Finding("CUDA", "", "an NVIDIA driver is here, but torch finds no device; install a CUDA build from pytorch.org"))
+    if not lacking:
+        return [f"Verdict: ready for {where}; nothing that is needed is missing."]
+    lines = textwrap.wrap(f"Verdict: not all that {where} needs is there:", 80)
+    return lines + [line for each in lacking for line in textwrap.wrap(f"- {each.name}: {each.why_not}", 80, subsequent_indent="  ")]
+
+
+def _cxx() -> Finding:
+    """What Inductor compiles CPU code with, as Inductor itself looks for it."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return Finding(CXX, f"for Inductor, the default inner compiler, on CPUs: {get_cpp_compiler()}", "")
+    except exc.InvalidCxxCompiler:
+        return Finding(CXX, "for Inductor, the default inner compiler, on CPUs", _NO_CXX)
 
 
 def _versions() -> dict[str, str | None]:

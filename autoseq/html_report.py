@@ -31,14 +31,12 @@ from autoseq.html_drawings import (
 from autoseq.html_folding import fold
 from autoseq.html_timeline import Busy, busy, timeline_drawing
 from autoseq.html_tree import picture
-from autoseq.inspection import Inspection, Made, inspected, why_whole, with_programs
+from autoseq.inspection import Inspection, Made, inspected, topology_of, why_whole, with_programs
 from autoseq.node_traffic import NodeTraffic, node_traffic
 from autoseq.options import Options
 from autoseq.passes.sizes import num_bytes
 from autoseq.planner import SitePlan
-from autoseq.planning.found import found_topology
 from autoseq.planning.model_cost import model_cost
-from autoseq.planning.topology import Topology
 from autoseq.program import Program
 from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.runtime.errors import NoAttentionError
@@ -66,9 +64,9 @@ def inspect_pictures(make: Callable[[], Made], *, seq_len: int, world_size: int,
         if not any(program.plan.sites for program in programs):
             raise NoAttentionError(f"there is nothing to draw: every rank runs the whole model, because {why_whole(programs)}")
         traffic = [node_traffic(program, world_size) for program in programs]
-        topology = options.topology if isinstance(options.topology, Topology) else found_topology(world_size)
+        topology = topology_of(options, world_size)
         timeline = step_timeline(programs, traffic, model_cost(programs, world_size=world_size), topology, world_size)
-        return Pictured(inspected(programs, seq_len, world_size), _pictures(programs, traffic), timeline)
+        return Pictured(inspected(programs, seq_len, world_size, topology), _pictures(programs, traffic), timeline)
 
     return with_programs(make, look, world_size=world_size, options=options)
 

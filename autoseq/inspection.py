@@ -26,6 +26,9 @@ from autoseq.passes.read_masks import DenseMask
 from autoseq.passes.shard import Fallback
 from autoseq.passes.sizes import hint, num_bytes
 from autoseq.planner import SitePlan, joined_sites
+from autoseq.planning.beside_one_device import Beside, beside_one_device
+from autoseq.planning.found import found_topology
+from autoseq.planning.topology import Topology
 from autoseq.pretended_parts import PretendedCall, PretendedPart
 from autoseq.program import Program, build_program
 from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
@@ -57,6 +60,7 @@ class Inspection:
     sequence_length: int
     programs: tuple[Program, ...]
     collectives: Counts
+    beside: Beside | None = None  # one device, where that was asked for
 
     @property
     def sites(self) -> list[SitePlan]:
@@ -108,17 +112,26 @@ def inspect_model(
     return inspect_programs(make, seq_len=seq_len, world_size=world_size, options=options)
 
 
-def inspect_programs(make: Callable[[], Made], *, seq_len: int, world_size: int, options: Options) -> Inspection:
-    """`inspect_model`, with options as the backend takes them."""
-    return with_programs(make, lambda programs: inspected(programs, seq_len, world_size), world_size=world_size, options=options)
+def inspect_programs(
+    make: Callable[[], Made], *, seq_len: int, world_size: int, options: Options, beside: bool = False
+) -> Inspection:  # fmt: skip
+    """`inspect_model`, with options as the backend takes them; `beside` one device, if asked, for the topology of the options."""
+    topology = topology_of(options, world_size) if beside else None
+    return with_programs(make, lambda programs: inspected(programs, seq_len, world_size, topology), world_size=world_size, options=options)
 
 
-def inspected(programs: Sequence[Program], seq_len: int, world_size: int) -> Inspection:
-    """What is to be said of rewritten programs, while their group of ranks is there."""
+def topology_of(options: Options, world_size: int) -> Topology:
+    """The one that was asked for, or what is found on this machine."""
+    return options.topology if isinstance(options.topology, Topology) else found_topology(world_size)
+
+
+def inspected(programs: Sequence[Program], seq_len: int, world_size: int, topology: Topology | None = None) -> Inspection:
+    """What is to be said of rewritten programs, while their group of ranks is there; beside one device, with a topology."""
     collectives: Counts = {}
     for program in programs:
         collectives = add_counts(collectives, step_traffic(program, world_size))
-    return Inspection(world_size, seq_len, tuple(programs), collectives)
+    beside = None if topology is None else beside_one_device(programs, ranks=world_size, topology=topology)
+    return Inspection(world_size, seq_len, tuple(programs), collectives, beside)
 
 
 def why_whole(programs: Sequence[Program]) -> str:

@@ -64,14 +64,10 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For scripts: plain numbers by names that stay; bytes and seconds, `None` where something is not known."""
-        figures = {
-            each.what.replace(" ", "_"): {"one_device": each.one_device, "rank": each.rank, "unit": each.unit, "how": each.how}
-            for each in self.figures
-        }
         return {
             "model": self.model, "ranks": self.ranks, "layout": self.layout, "strategies": dict(self.strategies),
             "programs": self.num_programs, "fallbacks": self.num_fallbacks, "topology": self.topology, "sequence_length": self.seq_len,
-            "figures": figures, "pays_from": self.pays_from,
+            "figures": _named(self.figures), "pays_from": self.pays_from,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -139,6 +135,19 @@ def figures_of(beside: Beside) -> tuple[Figure, ...]:
         Figure("sent", "bytes", 0, split.sent_bytes, "predicted"),
         Figure("seconds", "seconds", one.seconds, split.seconds, "predicted"),
     )
+
+
+def beside_json(beside: Beside) -> dict[str, Any]:
+    """For scripts, by names that stay."""
+    figures = _named(figures_of(beside))
+    return {"sequence_ranks": beside.ranks, "topology": beside.topology, "pays_from": beside.pays_from, "figures": figures}
+
+
+def _named(figures: Sequence[Figure]) -> dict[str, Any]:
+    return {
+        each.what.replace(" ", "_"): {"one_device": each.one_device, "rank": each.rank, "unit": each.unit, "how": each.how}
+        for each in figures
+    }  # fmt: skip
 
 
 def _kept(memory: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch.distributed.device_mesh import DeviceMesh
 
 from autoseq.asked_strategies import Asked, read_asked
-from autoseq.planning.presets import load_topology
+from autoseq.planning.presets import HERE, load_topology
 from autoseq.planning.topology import Topology
 from autoseq.runtime.errors import OptionError, did_you_mean
 from autoseq.runtime.layout import Layout
@@ -37,7 +37,7 @@ class Options:
         "auto". A pattern that decides for no site is an error.
     layout: which rows a rank holds; "auto" is the one with which the whole graph's attention is predicted to be faster.
     topology: the hardware to plan for: a name (`autoseq topology list`), a JSON file (`autoseq topology measure -o`), or a Topology, which
-        is what the first two become; None is what torch tells of this machine. Every rank gives the same.
+        is what the first two become; None, or "here", is what torch tells of this machine. Every rank gives the same.
     outputs: a sharded output comes back "deferred" (gathers itself when its values are needed), "full" or "local", as this rank's rows.
         What is not sharded is whole on every rank under all three: a loss, a pooled row, and every output of a program without attention.
         A program that runs whole because its sequence has fewer tokens than there are ranks has no rows for each: an error under "local".
@@ -67,7 +67,7 @@ class Options:
             kind = type(self.topology).__name__
             raise OptionError(f"option 'topology' is a topology's name, a JSON file, a Topology or None, not {kind}")
         object.__setattr__(self, "strategy", read_asked(self.strategy))
-        object.__setattr__(self, "topology", None if self.topology is None else load_topology(self.topology))
+        object.__setattr__(self, "topology", None if self.topology in (None, HERE) else load_topology(self.topology))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not any(value is c or (isinstance(value, str) and value == c) for c in choices):

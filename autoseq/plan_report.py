@@ -10,19 +10,22 @@ from typing import Any
 
 from rich.console import Console
 
+from autoseq.model_report import beside_json
 from autoseq.plan_call import call_of, lines_of
 from autoseq.plan_formulas import formulas_json, print_formulas
 from autoseq.plan_model import MEMORY, Planned
 from autoseq.planner import SitePlan
+from autoseq.planning.beside_one_device import Beside, beside
 from autoseq.planning.choice import three_digits
 from autoseq.planning.degrees import Candidate
 from autoseq.planning.sweep import UNITS, Point, mix, overtakings
 from autoseq.planning.training import Training
-from autoseq.printing import grouped, names_of, table
+from autoseq.printing import grouped, names_of, print_beside
 from autoseq.program import Warned
 from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.strategies import STRATEGIES
+from autoseq.tables import table
 
 _SHOWN = 12
 
@@ -39,6 +42,9 @@ def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) ->
         "Predicted, not measured."
     )
     _print_plans(out, planned)
+    best_beside = _beside(planned)
+    if best_beside is not None:
+        print_beside(out, best_beside)
     out.print("To run the first, on every rank after init_process_group, with a model of the same weights and your dataset:")
     out.print("\n".join(f"    {line}" for line in lines_of(best, training, given)))
     out.print(table("A step of the first", ["goes into", ":predicted", ":share"], _time_rows(best)))
@@ -49,6 +55,12 @@ def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) ->
         _print_sweep(out, planned)
     if formulas:
         print_formulas(out, host=planned.topology.host is not None)
+
+
+def _beside(planned: Planned) -> Beside | None:
+    """The first plan beside one device, where it splits sequences."""
+    training, best = planned.training, planned.best
+    return beside(training, training, best, planned.topology) if best.split.sequence > 1 else None
 
 
 def _print_plans(out: Console, planned: Planned) -> None:
@@ -198,6 +210,7 @@ def plan_json(planned: Planned, *, given: str, formulas: bool) -> str:
             for each in training.warnings if planned.best.split.sequence > 1
         ],
         "call": call_of(planned.best, given), "lines": lines_of(planned.best, training, given),
+        "beside_one_device": (found := _beside(planned)) and beside_json(found),
         "plans": [_candidate_json(each) for each in planned.candidates],
         "attention": [
             {

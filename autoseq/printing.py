@@ -8,16 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
+from autoseq.graph_folding import folded
 from autoseq.graph_text import graph_lines, short_source
 from autoseq.inspection import Inspection
+from autoseq.model_report import beside_json, figures_of, verdict
 from autoseq.planner import SitePlan
+from autoseq.planning.beside_one_device import Beside
 from autoseq.readable import readable_bytes
+from autoseq.tables import table
 from autoseq.verify import Difference
 
-Graphs = Literal["before", "after", "both"]
+Graphs = Literal["none", "before", "after", "both"]
 _PIPE_WIDTH = 160
 
 
@@ -25,16 +27,6 @@ def results() -> Console:
     """Where results go: stdout. Tables are as wide as the terminal or COLUMNS says, and a pipe gives them room; other lines stay whole."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(file=sys.stdout, width=width, markup=False, highlight=False, soft_wrap=True)
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Group:
-    """A titled table whose numeric columns (those with `:` in front of their names) are right-aligned."""
-    made = Table(header_style="bold")
-    for column in columns:
-        made.add_column(column.removeprefix(":"), justify="right" if column.startswith(":") else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
-    return Group(Text(f"\n{title}", style="bold"), made)
 
 
 # Inspect --------------------------------------------------------------------------------------------------------------
@@ -51,6 +43,7 @@ def inspection_json(found: Inspection) -> str:
         "collectives": [{"op": op, "count": c.messages, "bytes_per_rank": c.bytes} for op, c in found.collectives.items()],
         "fallbacks": [{"op": f.op, "source": f.source, "reason": f.reason, "bytes_per_rank": f.bytes_per_rank} for f in found.fallbacks],
         "largest_intermediate": {"shape": list(largest.shape), "bytes": largest.num_bytes},
+        "beside_one_device": found.beside and beside_json(found.beside),
     }, indent=2)  # fmt: skip
 
 
@@ -73,13 +66,18 @@ def site_messages(planned: SitePlan) -> int:
     return planned.cost.forward_messages + planned.cost.backward_messages
 
 
-def print_inspection(console: Console, found: Inspection, graphs: Graphs | None) -> None:
-    """Everything that `inspect` found, then the graphs if any are asked for."""
+def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> None:
+    """The graphs that are asked for, then everything else that `inspect` found."""
     if found.whole:
         console.print(f"{found.sequence_length:,} tokens on {found.world_size} ranks: nothing is split, every rank runs the whole model.")
         console.print(f"Why: {found.whole}")
         return
-    head = f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {found.layout}."
+    for program in {id(program.gm): program for program in found.programs}.values():  # calls of one part share a graph
+        if graphs in ("before", "both"):
+            _print_graph(console, "before, its attention and masks already read", program.before)
+        if graphs in ("after", "both"):
+            _print_graph(console, "after, as rank 0 runs it", program.gm.graph)
+    head = ("" if graphs == "none" else "\n") + f"{found.sequence_length:,} tokens on {found.world_size} ranks, layout {found.layout}."
     console.print(f"{head} Bytes and messages are those that rank 0 sends in a training step.")
     console.print(plan_table(found.sites))
     console.print(table(
@@ -91,11 +89,14 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs | None)
     largest = found.largest_intermediate
     shape = " × ".join(map(str, largest.shape))
     console.print(f"Largest intermediate of a rank: {shape}, {largest.num_bytes:,} bytes ({readable_bytes(largest.num_bytes)})")
-    for program in {id(program.gm): program for program in found.programs}.values():  # calls of one part share a graph
-        if graphs in ("before", "both"):
-            _print_graph(console, "before, its attention and masks already read", program.before)
-        if graphs in ("after", "both"):
-            _print_graph(console, "after, as rank 0 runs it", program.gm.graph)
+    if found.beside is not None:
+        print_beside(console, found.beside)
+
+
+def print_beside(console: Console, beside: Beside) -> None:
+    """A step of each rank beside one device, and from which length on splitting pays."""
+    console.print(table("A step beside one device", ["", ":one device", ":each rank", ""], [each.cells() for each in figures_of(beside)]))
+    console.print(" ".join(verdict(beside.seq_len, beside.ranks, beside.topology, beside.pays_from)))
 
 
 def plan_table(sites: Sequence[SitePlan]) -> Group:
@@ -147,7 +148,7 @@ def _print_fallbacks(console: Console, found: Inspection) -> None:
 
 def _print_graph(console: Console, title: str, graph: Any) -> None:
     console.print(f"\nGraph {title}:")
-    for line in graph_lines(graph):
+    for line in folded(list(graph_lines(graph))):
         console.print(line)
 
 
@@ -174,6 +175,8 @@ def print_verification(console: Console, differences: Sequence[Difference], *, w
         )
     else:
         largest = max((d.error for d in differences), default=0.0)
+        outputs = ", ".join(sorted(d.name for d in differences if d.kind == "output"))
         values = f"{len(differences)} values on {world_size} ranks"
+        console.print(f"\nVerified: the outputs {outputs}, and the gradients of all parameters that have one")
         console.print(f"autoseq verify: OK, {values}, largest error {largest:.2e} of {tolerance:g} allowed")
     return not wrong

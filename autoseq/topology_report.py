@@ -8,8 +8,8 @@ from dataclasses import fields
 from rich.console import Console
 
 from autoseq.planning.topology import KINDS, KernelRates, Link, Rate, Topology
-from autoseq.printing import table
 from autoseq.readable import readable_bytes, readable_seconds
+from autoseq.tables import table
 
 
 def print_topologies(console: Console, topologies: Sequence[Topology]) -> None:

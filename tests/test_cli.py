@@ -147,6 +147,18 @@ def test_a_model_that_is_not_split_is_shown_as_such(folder: Path, target: str, l
     assert why in json.loads(told.stdout)["whole"]
 
 
+def test_a_plan_without_a_topology_lists_those_there_are_and_names_this_machine() -> None:
+    result = run("plan", EXAMPLE, "--seq-len", "64")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.search(r"which hardware to plan for\? --topology is here for this machine, one of .*8xH100.*, or ", result.stderr)
+
+
+def test_a_plan_for_this_machine() -> None:
+    result = run("plan", EXAMPLE, "--seq-len", "64", "--world-size", "2", "--topology", "here")
+    assert result.exit_code == 0, result.stderr
+    assert "2 ranks of found" in result.stdout
+
+
 def test_an_error_that_dynamo_wraps_is_told_with_its_cause_and_the_models_line() -> None:
     class TooFewTargets(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

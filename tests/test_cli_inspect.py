@@ -32,6 +32,16 @@ def test_an_unknown_topology_is_a_message() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_the_summary_stands_last_or_alone_with_repeated_layers_folded() -> None:
+    both, alone = run("--topology", "8xH100").stdout, run("--topology", "8xH100", "--graph", "none").stdout
+    assert both.lstrip().startswith("Graph after")
+    assert both.endswith(alone)
+    assert "lines above once more, with other numbers in their names" in both
+    assert "Graph" not in alone
+    assert "A step beside one device" in alone
+    assert alone.splitlines()[-1].startswith("On 8xH100, ")
+
+
 def test_json_stays_one_object_beside_a_page(tmp_path: Path) -> None:
     result = run("--html", str(tmp_path / "out.html"), "--json")
     assert json.loads(result.stdout)["world_size"] == 4

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from autoseq import doctor
 from autoseq.cli import app
-from autoseq.doctor import Checkup, Device, Finding, checkup
+from autoseq.doctor import CXX, Checkup, Device, Finding, checkup, matters, verdict
 from autoseq.planning.links import Card, NVLinks
 from autoseq.runtime import flash_attn_kernel, fused
 from autoseq.runtime.kernels import KERNELS
@@ -30,8 +30,11 @@ def test_tables() -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     parts = ("Versions", torch.__version__, "Devices", "cpu", "Communication", "gloo", "nccl", "Links", "nvlink", "ethernet")
-    for text in (*parts, "flash_attn", "pip install flash-attn", "reference"):
+    for text in (*parts, "flash_attn", "reference", "Compilers"):
         assert text in result.stdout
+    if not torch.cuda.is_available():
+        assert "not needed here" in result.stdout
+        assert "Verdict: ready for CPU ranks with gloo; nothing that is needed is missing." in result.stdout.splitlines()[-1]
     assert result.stdout.index("flash_attn") < result.stdout.index("reference"), "in the order they are tried"
 
 
@@ -57,6 +60,21 @@ def test_a_cpu_build_says_what_it_lacks() -> None:
     for name in ("flash", "cudnn", "efficient"):
         assert "CUDA" in kernels[name]
     assert all(found.versions[name] for name in ("autoseq", "python", "torch"))
+
+
+def test_a_missing_compiler_is_in_the_verdict_with_its_cure() -> None:
+    lacking = replace(checkup(), devices=[Device("CPU", "cpu", None, 1)], compilers=[Finding(CXX, "", doctor._NO_CXX)])
+    lines = verdict(lacking)
+    assert re.search(r"not all .* C\+\+ compiler: none is found; install one .*CXX.*aot_eager", " ".join(lines))
+    assert max(map(len, lines)) <= 80
+
+
+def test_one_gpu_is_not_alarmed_about_links_between_several() -> None:
+    devices = [Device("GPU", "cuda", (9, 0), 1)]
+    assert not matters(Finding("nvlink", "", "one device"), devices)
+    assert not matters(Finding("peer access", "", "one device"), devices)
+    assert matters(Finding("nvlink", "", "no link"), devices * 2)
+    assert matters(Finding("nccl", "", "no NCCL"), devices)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> Checkup:

@@ -136,3 +136,9 @@ def test_the_option_takes_a_name_a_file_or_the_record(tmp_path: Path) -> None:
 def test_a_record_is_held_to_what_a_file_is(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TopologyError, match=rf"^topology '8xH100': ({message})"):
         Options(topology=replace(load_topology("8xH100"), **changes))
+
+
+def test_this_machine_is_no_preset_and_in_options_the_default() -> None:
+    with pytest.raises(TopologyError, match="topology 'here' is this machine, .*; in options leave topology out"):
+        load_topology("here")
+    assert Options(topology="here").topology is None

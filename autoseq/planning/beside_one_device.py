@@ -6,6 +6,7 @@ device by a dry run of the programs as they were before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,13 +23,15 @@ from autoseq.program import Program
 from autoseq.runtime.errors import PlanError, StrategyError
 from autoseq.runtime.strategies import STRATEGIES
 
+log = logging.getLogger("autoseq")
+
 _DOUBLINGS = 12
 """Of the length, and as many halvings, among which the one is sought from which on splitting pays."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """One batch on the ranks of a sequence, and on one device. `pays_from` is a length in tokens, None if no length was found."""
+    """One step on ranks, of which `ranks` share a sequence, and on one device. `pays_from` is a length in tokens, or None."""
 
     seq_len: int
     ranks: int
@@ -39,7 +42,15 @@ class Beside:
 
 
 def beside_one_device(programs: Sequence[Program], *, ranks: int, topology: Topology) -> Beside | None:
-    """Of the programs of a step, as they are planned; None where nothing is split."""
+    """Of the programs of a step, as they are planned; None where nothing is split, or, with a warning, where the dry run fails."""
+    try:
+        return _beside_one_device(programs, ranks, topology)
+    except Exception as error:  # noqa: BLE001 (operators of a user's may compute nothing on fake tensors; what was asked for is more than this)
+        log.warning("a step beside one device could not be predicted: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _beside_one_device(programs: Sequence[Program], ranks: int, topology: Topology) -> Beside | None:
     sites = joined_sites(program.plan for program in programs)
     if not sites or ranks == 1:
         return None
@@ -58,7 +69,7 @@ def beside(whole: Training, shared: Training, split: Candidate, topology: Topolo
     """A candidate beside the same batch on one device; `whole` and `shared` are the model as one device and as ranks have it."""
     one_device = candidate(whole, Split(1, 1), topology)
     pays_from = _pays_from(whole, shared, split.split, topology, is_faster=split.seconds < one_device.seconds)
-    return Beside(shared.seq_len, split.split.ranks, topology.name, one_device, split, pays_from)
+    return Beside(shared.seq_len, split.split.sequence, topology.name, one_device, split, pays_from)
 
 
 def _pays_from(whole: Training, shared: Training, split: Split, topology: Topology, *, is_faster: bool) -> int | None:

@@ -20,6 +20,8 @@ from autoseq.runtime.errors import TopologyError, did_you_mean
 
 _NAME = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<ranks>\d+)x(?P<device>[A-Za-z]\w*)(?:-(?P<lanes>\d+)nic)?")
 _MAX_LANES = 8
+HERE = "here"
+"""The name of the hardware that is found on this machine."""
 FORMS = "8xH100, 2x8xH100 for two nodes, 2x8xH100-4nic for four network cards a node, or a JSON file (`autoseq topology show 8xH100`)"
 
 
@@ -34,6 +36,8 @@ def load_topology(given: str | os.PathLike[str] | Topology) -> Topology:
         parse_topology(dump(given), f"topology {given.name!r}")
         return given
     text = os.fspath(given)
+    if text == HERE:
+        raise TopologyError("topology 'here' is this machine, which `autoseq plan` and `inspect` look at; in options leave topology out")
     if isinstance(given, str) and (parts := _NAME.fullmatch(text)):
         return _preset(text, **parts.groupdict())
     try:

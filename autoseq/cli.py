@@ -61,10 +61,8 @@ def verify(
         load_target(target)  # a mistake in it is found before any process starts
         options = {"strategy": parse_asked(strategy), "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
         case = Case(target, batch, seq_len, options)
-        found = verify_target(case, world_size)
-        if found.report is not None:
-            results().print(str(found.report))
-        ok = print_verification(results(), found.differences, world_size=world_size, tolerance=tolerance, show_all=show_all)
+        errors = verify_target(case, world_size)
+        ok = print_verification(results(), errors, world_size=world_size, tolerance=tolerance, show_all=show_all)
     raise typer.Exit(0 if ok else 1)
 
 

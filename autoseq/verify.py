@@ -7,12 +7,9 @@ A gradient may be zero but for rounding: that of a bias of keys, which moves all
 Where a gradient is that small beside all others, float64 tells how much of it is rounding, and an error of that size counts beside all.
 """
 
-import ast
-import inspect
 import logging
 import re
 import tempfile
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from autoseq.launch import Rank, run_ranks
-from autoseq.model_report import Report, report
 from autoseq.runtime.errors import AutoSeqError, TargetError
 from autoseq.target import brief, load_target
 
@@ -59,39 +55,29 @@ class Difference:
     error: float
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What was compared, largest error first, and what the model has become on the ranks."""
-
-    differences: list[Difference]
-    report: Report | None = None
-
-
-def verify_target(case: Case, world_size: int) -> Verification:
-    """Every output and gradient of the target on `world_size` ranks against one device.
+def verify_target(case: Case, world_size: int) -> list[Difference]:
+    """Every output and gradient of the target on `world_size` ranks against one device, largest error first.
 
     Raises what the ranks raise, as `launch.run_ranks` says.
     """
     with tempfile.TemporaryDirectory(prefix="autoseq-verify-") as folder:
         by_rank = run_ranks(_compare, world_size, case, str(Path(folder) / "one-device.pt"))
-    worst = [max(same, key=_badness) for same in zip(*(found for found, _ in by_rank), strict=True)]
-    return Verification(sorted(worst, key=_badness, reverse=True), by_rank[0][1])
+    worst = [max(same, key=_badness) for same in zip(*by_rank, strict=True)]
+    return sorted(worst, key=_badness, reverse=True)
 
 
 def _badness(difference: Difference) -> float:
     return difference.error if difference.error == difference.error else float("inf")  # NaN is as bad as it gets
 
 
-def _compare(rank: Rank, case: Case, path: str) -> tuple[list[Difference], Report | None]:
+def _compare(rank: Rank, case: Case, path: str) -> list[Difference]:
     if rank.index == 0:
         _run_one_device(rank, case, path)
     dist.barrier()
     model, kwargs = _make(rank, case)
-    compiled = torch.compile(model, backend="autoseq", options=case.options)
-    actual = _step(compiled, model, kwargs)
+    actual = _step(torch.compile(model, backend="autoseq", options=case.options), model, kwargs)
     found = _errors(actual, *torch.load(path, mmap=True, weights_only=True))
-    differences = [Difference(kind, name, error) for (kind, name), error in found.items()]
-    return differences, report(compiled) if rank.index == 0 else None
+    return [Difference(kind, name, error) for (kind, name), error in found.items()]
 
 
 def _errors(actual: _Results, expected: _Results, rounding: Mapping[str, float]) -> dict[tuple[_Kind, str], float]:
@@ -158,7 +144,7 @@ def _step(call: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> _Results:
     """One forward and backward: what came out, and each parameter's gradient."""
     try:
         returned = call(**kwargs)
-        outputs = dict(_tensors(returned, _returned_names(model)))
+        outputs = dict(_tensors(returned))
         loss = _loss(returned, list(outputs.values()))
         if loss.requires_grad:
             loss.backward()
@@ -171,26 +157,10 @@ def _step(call: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> _Results:
     return {"output": {name: x.detach().clone().cpu() for name, x in outputs.items()}, "gradient": gradients}
 
 
-def _tensors(returned: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """By name; those of a tuple by the `names` that the model returns it by, where these are as many."""
+def _tensors(returned: Any) -> Iterator[tuple[str, Tensor]]:
     for path, leaf in tree_flatten_with_path(returned)[0]:
         if isinstance(leaf, Tensor):
-            name = re.sub(r"^\['?(\w+)'?\]$", r"\1", keystr(path)).strip(".") or "result"
-            is_numbered = name.isdecimal() and isinstance(returned, tuple) and len(names) == len(returned)
-            yield names[int(name)] if is_numbered else name, leaf
-
-
-def _returned_names(model: nn.Module) -> list[str]:
-    """Of `return logits, loss`, the last of a forward: its names; none where it returns anything else."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
-    except (OSError, TypeError, SyntaxError):  # written by a program, not in a file
-        return []
-    returns = [node for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    value = max(returns, key=lambda node: node.lineno).value if returns else None
-    elements = value.elts if isinstance(value, ast.Tuple) else []
-    names = [element.id for element in elements if isinstance(element, ast.Name)]
-    return names if len(names) == len(elements) == len(set(names)) else []
+            yield re.sub(r"^\['?(\w+)'?\]$", r"\1", keystr(path)).strip(".") or "result", leaf
 
 
 def _loss(returned: Any, outputs: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
 
@@ -115,7 +116,7 @@ def _refuse_surroundings() -> Callable[[], None]:
     """What stands around a call, and would change what it computes or have Dynamo leave it, is an error before anything runs."""
     if _is_eager_wished():
         return _nothing
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         raise NotSplitError(
             "a model that autoseq splits is called inside a transform of torch.func (grad, vmap, jvp, …), which Dynamo does not trace "
             "from outside. Call the transform inside the compiled function, or use loss.backward() instead of torch.func.grad. To run the "

@@ -104,7 +104,8 @@ def _finding_row(each: Finding, *, is_needed: bool) -> tuple[str, str, str, str]
     """What is not there and makes no difference on this machine is no cause for alarm."""
     if not each.why_not:
         return each.name, each.about, "yes", ""
-    return each.name, each.about, *(("no", each.why_not) if is_needed else ("–", "not needed here"))
+    there, reason = ("no", each.why_not) if is_needed else ("–", "not needed here")
+    return each.name, each.about, there, reason
 
 
 _WITHOUT_CUDA = ("gloo", "cpu", "reference", CXX)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
+from torch._C._dynamo import guards
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.modules import module
 from torch.utils import _python_dispatch
@@ -60,10 +60,10 @@ def hide_watchers() -> Callable[[], None]:
     for hooks in _HOOKS:
         for key in [key for key, hook in hooks.items() if _is_of_a_watcher(hook)]:
             del hooks[key]
-    torch._C._dynamo.guards.set_is_in_mode_without_ignore_compile_internals(False)
+    guards.set_is_in_mode_without_ignore_compile_internals(False)
 
     def show() -> None:
-        torch._C._dynamo.guards.set_is_in_mode_without_ignore_compile_internals(True)
+        guards.set_is_in_mode_without_ignore_compile_internals(True)
         for hooks, before in zip(_HOOKS, kept, strict=True):
             added = {key: hook for key, hook in hooks.items() if key not in before}
             hooks.clear()

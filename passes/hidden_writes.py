@@ -173,7 +173,7 @@ class _Histories(PropagateUnbackedSymInts):
                 self._recorded.add(_root(value))
         return value
 
-    def _detached(self, x: Tensor, in_place: bool, versioned: bool) -> Tensor:
+    def _detached(self, x: FunctionalTensor, in_place: bool, versioned: bool) -> Tensor:
         """`x.detach()`: the same memory without the history. In place, every name of x gets the detached tensor."""
         if not _is_differentiable(x):
             return aten.detach.default(x)
@@ -185,7 +185,7 @@ class _Histories(PropagateUnbackedSymInts):
             self._unversioned.add(_root(child))
         return child
 
-    def _without_history(self, originals: dict[int, Tensor], x: Tensor) -> Tensor:
+    def _without_history(self, originals: dict[int, Tensor], x: FunctionalTensor) -> Tensor:
         """The tensor that stands for x where no gradients are recorded: a write to it must leave x its history."""
         if _root(x) not in self._recorded:
             return x

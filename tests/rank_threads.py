@@ -95,12 +95,13 @@ class Turns:
         torch.set_rng_state(drawn)
 
     def _pass_on(self, first: int) -> None:
-        left = [rank for rank in ((first + i) % self.P for i in range(self.P)) if self._ready[rank] is not None]
-        chosen = next((rank for rank in left if self._ready[rank]()), None)
+        waiting = [(rank, ready) for rank in ((first + i) % self.P for i in range(self.P)) if (ready := self._ready[rank]) is not None]
+        chosen = next((rank for rank, is_ready in waiting if is_ready()), None)
         if chosen is not None:
             self._gates[chosen].release()
-        elif left:
-            self.failure = NoRankCanGoOn(f"no rank can go on: {', '.join(f'rank {r} waits for {self._where[r]}' for r in sorted(left))}")
+        elif waiting:
+            places = ", ".join(f"rank {rank} waits for {self._where[rank]}" for rank, _ in sorted(waiting, key=lambda pair: pair[0]))
+            self.failure = NoRankCanGoOn(f"no rank can go on: {places}")
             self._stop_all()
 
     def _stop_all(self) -> None:

@@ -140,13 +140,13 @@ class ThreadGroup(dist.ProcessGroup):
 
         return _Later(finish)
 
-    # The names of torch 2.12 and before; from C++ each is called by the name that is there.
+    # The names of torch 2.12 and before; from C++ each is called by the name that is there, and by position.
     allreduce_coalesced = allreduce
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
+    _allgather_base = all_gather_single  # pyright: ignore[reportAssignmentType]
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # pyright: ignore[reportAssignmentType]
+    _reduce_scatter_base = reduce_scatter_single  # pyright: ignore[reportAssignmentType]
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # pyright: ignore[reportAssignmentType]
+    alltoall_base = all_to_all_single  # pyright: ignore[reportAssignmentType]
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:

@@ -144,7 +144,7 @@ class _Histories(PropagateUnbackedSymInts):
         if not torch.is_grad_enabled() and target not in _TURNS:
             args, kwargs = pytree.tree_map_only(FunctionalTensor, partial(self._without_history, originals), (args, kwargs))
         result = self._followed(call, target, args, kwargs)
-        if target in _DROPOUTS:
+        if target in _DROPOUTS and not _is_in_place(*args, **kwargs):
             return self._met(_new_root(result), _root(result) in self._recorded)
         return pytree.tree_map_only(FunctionalTensor, lambda x: originals.get(id(x), x), result)
 
@@ -357,6 +357,11 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _undropped(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+def _undropped(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True) -> Tensor | None:
     """The operand of a dropout that drops nothing: it returns this very tensor, on one device too."""
-    return input if isinstance(input, Tensor) and (not training or p == 0) else None
+    return input if isinstance(input, Tensor) and (not (training and train) or p == 0) else None
+
+
+def _is_in_place(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True) -> bool:
+    """Whether a dropout writes to its operand and returns it."""
+    return inplace

@@ -136,12 +136,18 @@ def _restore_mutations(exported: fx.GraphModule, signature: GraphSignature, inpu
         for value in results[: len(mutated)]:
             target = targets[mutated[value.name]]
             _read_before_write(exported.graph, target)
-            if target in leaves:
+            if is_hidden := target in leaves and _records_gradients(exported.graph):
                 exported.graph.call_function(torch._C._set_grad_enabled, (False,))
             exported.graph.call_function(aten.copy_.default, (target, value)).meta.update(target.meta)
-            if target in leaves:
+            if is_hidden:
                 exported.graph.call_function(torch._C._set_grad_enabled, (True,))
     output.args = (tuple(results[len(mutated):]),)
+
+
+def _records_gradients(graph: fx.Graph) -> bool:
+    """Whether gradients are recorded where the program ends; a caller's `no_grad` stays the caller's."""
+    modes = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return bool(modes[-1].args[0]) if modes else torch.is_grad_enabled()
 
 
 def _taken_from_outputs(exported: fx.GraphModule, count: int) -> list[fx.Node]:

@@ -143,4 +143,4 @@ def dropout(x: Tensor, p: float, *, group: str) -> Tensor:
     element = torch.arange(x.numel(), device=x.device).reshape(x.shape)
     bits = mix(mix(element + group_of(group).rank * 0x632BE5A7) + seed)
     keep = bits >= int(p * 2**32)
-    return torch.where(keep, x / (1 - p) if p < 1 else torch.zeros_like(x), torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(keep, x / (1 - p) if p < 1 else x * 0, torch.zeros((), dtype=x.dtype, device=x.device))

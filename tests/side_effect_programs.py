@@ -189,6 +189,14 @@ def dropout_that_drops_all(m: Any, x: Tensor) -> Any:
 
 
 @program
+def dropout_in_place(m: Any, x: Tensor) -> Any:
+    kept = m.f(m.attend(x)) + torch.dropout(x, p=0.1, train=False)
+    dropped = F.dropout(kept, 1.0, True, inplace=True)
+    dropped += x
+    return m.g(kept + dropped)
+
+
+@program
 def a_checkpointed_region(m: Any, x: Tensor) -> Any:
     def body(x: Tensor) -> Tensor:
         y = m.f(x)

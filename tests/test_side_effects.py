@@ -79,6 +79,16 @@ def test_windows_are_right_in_zigzag_layout() -> None:
     check_programs(2, "eager", names, layout="zigzag")
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_callers_no_grad_goes_on_after_a_write_to_a_parameter(inner: str) -> None:
+    model = Written("an embedding with max norm")
+    compiled = torch.compile(model, backend="autoseq", options={"inner": inner})
+    with torch.no_grad():
+        results = [compiled(torch.randn(2, 9, W)) for _ in range(2)]
+        assert not torch.is_grad_enabled()
+    assert not any(result.requires_grad for result in results)
+
+
 REFUSED: dict[str, Callable[[Any, Tensor], Any]] = {}
 
 

@@ -225,9 +225,24 @@ def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, (torch.arange(k.shape[2]) % 2 == 0)[None])
 
 
+class OneTokenDecoder(nn.Module):
+    """An encoder's sequence, and a decoder of one token that attends to itself and to the sequence.
+
+    The decoder's norms come first: behind a last LayerNorm the mean of squares is constant, and its gradients are rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.start = OneAttention(), nn.Parameter(torch.randn(1, 1, 8))
+        self.decoder = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.start.expand(len(x), -1, -1), x + self.encoder(x))
+
+
 SHORT: dict[str, Callable[[], nn.Module]] = {
     "SDPA": partial(Pooled, F.scaled_dot_product_attention), "written out": partial(Pooled, written_out),
-    "with a mask": partial(Pooled, masked),
+    "with a mask": partial(Pooled, masked), "a decoder of one token": OneTokenDecoder,
     "few keys for many queries": lambda: Pooled(lambda q, k, v: F.scaled_dot_product_attention(k, q, q)),
 }  # fmt: skip
 

@@ -33,6 +33,16 @@ def llama(seed: int = 0, **changes: Any) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config)
+
+
 def rows(count: int, length: int = 32, seed: int = 1, labels: bool = True) -> list[dict[str, Any]]:
     """Token ids; the labels of some are masked, so that batches have different numbers of targets."""
     generator = torch.Generator().manual_seed(seed)

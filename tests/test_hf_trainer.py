@@ -13,15 +13,15 @@ import hf_job
 from ranks import run_ranks
 
 
-def arguments(folder: Path, **changes: Any) -> Any:
-    from transformers import TrainingArguments
+def arguments(folder: Path, kind: str = "TrainingArguments", **changes: Any) -> Any:
+    import transformers
 
     usual = {
         "output_dir": str(folder), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
         "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 3, "learning_rate": 0.1, "optim": "sgd",
         "dataloader_pin_memory": False,
     }  # fmt: skip
-    return TrainingArguments(**usual | changes)
+    return getattr(transformers, kind)(**usual | changes)
 
 
 def train_evaluate_predict(folder: Path, attach: Callable[[Any], None]) -> Any:
@@ -128,7 +128,19 @@ def predicted_by_generation(folder: Path, attach: Callable[[Any], None]) -> Any:
     return {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model), "predictions": predicted.predictions.tolist()}
 
 
+def encoder_and_decoder(folder: Path, attach: Callable[[Any], None]) -> Any:
+    """T5, whose encoder and decoder have sequences of two lengths."""
+    from transformers import Seq2SeqTrainer
+
+    pairs = [{"input_ids": row["input_ids"][:16], "labels": row["labels"][16:28]} for row in hf_job.rows(4)]
+    trainer = Seq2SeqTrainer(hf_job.t5(), arguments(folder, "Seq2SeqTrainingArguments", max_steps=2), train_dataset=pairs)
+    attach(trainer)
+    trainer.train()
+    return {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model)}
+
+
 SCENARIOS = {
+    "encoder and decoder": (encoder_and_decoder, hf_job.SGD_TOLERANCE, {"strict": True}),
     "generation": (predicted_by_generation, hf_job.SGD_TOLERANCE, {}),
     "checkpoints": (checkpoint_best_and_resume, hf_job.ADAMW_TOLERANCE, {}),
     "stream": (stream_with_smoothed_labels, hf_job.SGD_TOLERANCE, {"inner": "aot_eager"}),

@@ -94,9 +94,20 @@ class DeferredTensor(Tensor):
     def local(self) -> Tensor:
         """This rank's valid rows, in its local order, without padding. Differentiable; sends nothing."""
         # Once something was written into the whole value, the shard it came from is out of date.
-        written = self._shard.is_gathered and (self.is_inference() or self._version > 0)
+        written = self._shard.is_gathered and (self._shard.is_written or self.is_inference() or self._version > 0)
         rows = self._shard.rows
         return rows.trim(own_rows(self.full(), rows) if written else self._shard.padded)
+
+    @property
+    def data(self) -> Tensor:
+        """The values without history, deferred too. What is set lies in the memory of the given tensor, as on one device."""
+        return Tensor.data.__get__(self)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        wrapper = value if isinstance(value, DeferredTensor) else DeferredTensor.wrap(self._shard.replaced(value))
+        Tensor.data.__set__(self, wrapper)  # pyright: ignore[reportAttributeAccessIssue]
+        self._shard = wrapper._shard
 
     def full(self) -> Tensor:
         """The whole value as a plain tensor: gathered if it has not been yet. Differentiable."""
@@ -165,7 +176,10 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[i
     """The deferred tensors that an operation writes into, by the identity of their values."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     targets = [named.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
-    return {id(target._full): target for target in targets if isinstance(target, DeferredTensor)}
+    outputs = [target for target in targets if isinstance(target, DeferredTensor)]
+    for output in outputs:
+        output._shard.is_written = True
+    return {id(output._full): output for output in outputs}
 
 
 def _on_full(name: str) -> Any:
@@ -187,6 +201,7 @@ class _Shard:
         self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
         self.padded, self._rows, self.watch = local, rows, watch
         self.is_taken_in = False  # by a part of the program, which warned of the gather
+        self.is_written = False  # through this tensor or an alias with a version of its own
         self._value: Tensor | None = None
         self._serial = _next_serial(rows.group.name) if rows else 0
 
@@ -195,6 +210,13 @@ class _Shard:
         """A whole value, as a compiled function gets it."""
         shard = cls("compiled input", tuple(value.shape), value, None)
         shard._value = value
+        return shard
+
+    def replaced(self, value: Tensor) -> _Shard:
+        """Another value in this one's place, of which every rank has the whole."""
+        shard = _Shard(self.name, tuple(value.shape), value, None)
+        shard._rows = self._rows if shard.shape == self.shape else None
+        shard._value, shard.is_written, shard.is_taken_in = value.detach(), True, True
         return shard
 
     def full(self) -> Tensor:

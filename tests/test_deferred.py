@@ -56,6 +56,26 @@ def write_in_place(y: Tensor) -> Tensor:
     return y * y
 
 
+def set_data(y: Tensor) -> Tensor:
+    alias, value = y.detach(), y.data * 0.5
+    y.data = value
+    value[0, 0] = 7
+    return y * y + alias
+
+
+def set_data_of_another_dtype(y: Tensor) -> Tensor:
+    z = y.detach()
+    z.data = z.data[:, :2].double()
+    return z.exp() + y.sum()
+
+
+def set_data_to_itself(y: Tensor) -> Tensor:
+    z = y.detach()
+    y.data = z
+    y.data.add_(1)
+    return z * y
+
+
 USES: list[Any] = [
     pytest.param(lambda y: (y * y).sum(), id="arithmetic and a sum"),
     pytest.param(lambda y: y[0], id="indexing"),
@@ -70,6 +90,9 @@ USES: list[Any] = [
     pytest.param(lambda y: y.full() if isinstance(y, DeferredTensor) else y * 1, id="full"),
     pytest.param(lambda y: checkpoint(torch.sin, y, use_reentrant=False), id="a checkpoint"),
     pytest.param(write_in_place, id="writing in place"),
+    pytest.param(set_data, id="setting .data"),
+    pytest.param(set_data_of_another_dtype, id="setting .data of another shape and dtype"),
+    pytest.param(set_data_to_itself, id="setting .data to itself"),
 ]
 
 READS: list[Any] = [
@@ -174,6 +197,12 @@ def check_local(rank: int, P: int, layout: Layout) -> None:
     y.add_(1)
     assert torch.equal(y.local, x[:, rows] + 1)
     assert torch.equal(torch.autograd.grad((y.local * 3).sum(), x)[0], torch.full_like(x, 3))
+    y = deferred(x, layout=layout)
+    y.data.mul_(2)
+    assert torch.equal(y.local, x[:, rows] * 2)
+    y.data = x.data * 4
+    assert torch.equal(y.local, x[:, rows] * 4)
+    assert torch.equal(torch.autograd.grad(y.local.sum(), x)[0], torch.ones_like(x))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
@@ -257,6 +286,8 @@ def check_compiled(rank: int, P: int, dynamic: bool | None) -> None:
     y = deferred(example().detach())
     assert inplace(y) is y
     assert torch.equal(y * 1, example() + 1)
+    y.data = example() * 4
+    assert torch.equal(torch.compile(lambda y: y.data * 2 + y, backend="eager", fullgraph=True)(y), example() * 8 + example() * 4)
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])

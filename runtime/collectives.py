@@ -191,7 +191,7 @@ class _AllGather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: ShardedRows) -> Tensor:
         ctx.rows = rows
-        return rows.gather(x)
+        return rows.gather(x).detach()  # no view to autograd, which would forbid to write into it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -202,7 +202,7 @@ class _AllGatherVarying(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: ShardedRows) -> Tensor:
         ctx.rows = rows
-        return rows.gather(x)
+        return rows.gather(x).detach()  # no view to autograd, which would forbid to write into it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

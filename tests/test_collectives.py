@@ -89,6 +89,9 @@ def check_all_gather(rank: int, P: int, case: Case) -> None:
     full = c.all_gather(shard, **case.sharding)
     assert torch.equal(full, x)
     assert torch.equal(gradient(full, shard, 7 * x), case.rows_of(rank, 7 * x, "zero"))
+    for gather in (c.all_gather, c.all_gather_varying):
+        written = gather(shard * 1, **case.sharding).mul_(2)
+        assert torch.equal(written, 2 * x)
 
 
 def check_all_gather_varying(rank: int, P: int, case: Case) -> None:

@@ -161,7 +161,7 @@ def run_real(state: State, count: int) -> None:
 
 def worst(outcomes: list[Outcome]) -> Outcome:
     """A program is what its worst rank says."""
-    order = ["wrong", "internal", "refused", "no program", "exact"]
+    order = ["wrong", "internal", "sensitive", "refused", "no program", "exact"]
     return min(outcomes, key=lambda outcome: order.index(outcome.verdict))
 
 

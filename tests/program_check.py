@@ -2,7 +2,8 @@
 
 The oracle is the same module in eager mode: outputs, gradients of parameters and inputs, and parameters and buffers at the end
 of one or two steps of SGD. In float64 what is left is rounding (1e-9) or an error; a float32 program that differs by more than
-rounding is run in float64 too, and counts as exact if it is exact there.
+rounding is run in float64 too, and counts as exact if it is exact there. A program whose gradients multiply rounding (saturated
+softmaxes, values of 1e5) is "sensitive": one device's own values, from parameters changed in the last bit, differ as much.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ WIDE_TOLERANCE = 1e-9  # float64: sums over rows in another order, relative to a
 TOLERANCE = 2e-5  # float32
 RATE = 0.05
 
-Verdict = Literal["exact", "refused", "wrong", "internal", "no program"]
+NUDGES = 5  # of the last bit of all parameters
+ROUNDINGS = 100  # as many units in the last place may the sums of another order be off, going back to parameters
+
+Verdict = Literal["exact", "sensitive", "refused", "wrong", "internal", "no program"]
 Named = dict[str, Any]
 
 
@@ -56,7 +60,11 @@ class Outcome:
 
 
 class Differs(Exception):
-    """A value that is not one device's."""
+    """A value that is not one device's; and the errors by name, if all are numbers."""
+
+    def __init__(self, text: str, errors: dict[str, float] | None = None) -> None:
+        super().__init__(text)
+        self.errors = errors
 
 
 def check_program(program: RandomProgram) -> Outcome:
@@ -80,7 +88,7 @@ def judged(program: RandomProgram, run: Callable[[], list[Named]], again: Callab
         wide = replace(program, wide=True)
         if not program.wide and judged(wide, lambda: again(wide), again).verdict == "exact":
             return Outcome("exact", "rounding")
-        return Outcome("wrong", str(error))
+        return Outcome("sensitive" if program.wide and is_sensitive(program, expected, error.errors) else "wrong", str(error))
     except AutoSeqError as error:
         if "internal error" in str(error):
             return Outcome("internal", f"{type(error).__name__}: {error}")
@@ -90,11 +98,15 @@ def judged(program: RandomProgram, run: Callable[[], list[Named]], again: Callab
     return Outcome("exact")
 
 
-def one_device(program: RandomProgram) -> Named:
-    """Every value of the program in eager mode."""
+def one_device(program: RandomProgram, nudge: int = 0) -> Named:
+    """Every value of the program in eager mode; with `nudge`, from parameters that are changed in the last bit."""
     with built(program) as make, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = make()
+        drawn = torch.Generator().manual_seed(nudge)
+        for parameter in model.parameters() if nudge else ():
+            signs = torch.randint(-1, 2, parameter.shape, generator=drawn).to(parameter.dtype)
+            parameter.data.mul_(1 + signs * torch.finfo(parameter.dtype).eps)
         torch.manual_seed(program.seed)
         return train(model, model, program)
 
@@ -189,6 +201,14 @@ def train(model: nn.Module, run: Callable[..., Any], program: RandomProgram) -> 
     return values | {f"at the end: {name}": value.detach().clone() for name, value in model.state_dict().items()}
 
 
+def is_sensitive(program: RandomProgram, expected: Named, errors: dict[str, float] | None) -> bool:
+    """Whether rounding alone makes one device's own values differ as much as ours do, each of them."""
+    if errors is None:
+        return False
+    nudged = [one_device(program, nudge) for nudge in range(1, NUDGES + 1)]
+    return all(error <= ROUNDINGS * max(_relative(other[name], expected[name]) for other in nudged) for name, error in errors.items())
+
+
 def _is_finite(value: Tensor | None) -> bool:
     return value is None or (bool(value.isfinite().all()) and bool((value.abs() < 1e6).all()))
 
@@ -199,7 +219,9 @@ def _compare(actual: Named, expected: Named, program: RandomProgram) -> None:
     errors = {name: _error(actual[name], expected[name], program) for name in expected}
     wrong = {name: text for name, text in errors.items() if text}
     if wrong:
-        raise Differs("; ".join(f"{name}: {text}" for name, text in list(wrong.items())[:4]))
+        text = "; ".join(f"{name}: {text}" for name, text in list(wrong.items())[:4])
+        numbers = all(text.startswith("relative error") for text in wrong.values())
+        raise Differs(text, {name: _relative(actual[name], expected[name]) for name in wrong} if numbers else None)
 
 
 def _error(actual: Tensor | None, expected: Tensor | None, program: RandomProgram) -> str:
@@ -212,5 +234,9 @@ def _error(actual: Tensor | None, expected: Tensor | None, program: RandomProgra
         return f"{actual.dtype} {tuple(actual.shape)} where one device has {expected.dtype} {tuple(expected.shape)}"
     if not expected.is_floating_point():
         return "" if torch.equal(actual, expected) else "other integers"
-    error = ((actual - expected).norm() / expected.norm().clamp(min=0.1)).item()
+    error = _relative(actual, expected)
     return "" if error <= (WIDE_TOLERANCE if program.wide else TOLERANCE) else f"relative error {error:.1e}"
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp(min=0.1)).item()

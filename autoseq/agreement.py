@@ -11,6 +11,7 @@ import logging
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,12 @@ def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSe
 
     Returns the program's digest.
     """
+    digest = compare_programs(group, lines, failure)
+    return refuse_programs(group, lines) if digest is None else digest
+
+
+def compare_programs(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> str | None:
+    """The digest of this rank's program; None, on all ranks, where each has one and they differ. Raises where another rank has none."""
     if group.size == 1:
         return ""
     text = "\n".join(lines)
@@ -59,8 +66,12 @@ def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSe
     if failed:
         rank, message = next(iter(failed.items()))
         raise RankMismatchError(f"rank {rank} of group {group.name!r} could not compile the program: {message}")
-    if len({reply["digest"] for reply in theirs}) == 1:
-        return digest
+    return digest if len({reply["digest"] for reply in theirs}) == 1 else None
+
+
+def refuse_programs(group: SequenceGroup, lines: Sequence[str]) -> NoReturn:
+    """Raise, on all ranks, where their programs differ first."""
+    text = "\n".join(lines)
     texts = [zlib.decompress(t).decode() for t in _meet_after_compiling(group, "shows its program", zlib.compress(text.encode()))]
     raise RankMismatchError(_first_difference(group, texts))
 

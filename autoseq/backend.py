@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
+from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology, compare_programs, refuse_programs
 from autoseq.call_shapes import CallShapes
 from autoseq.compiled_calls import program_runs, watch_calls
 from autoseq.drift import Drift
@@ -24,6 +24,7 @@ from autoseq.given_inputs import GivenInputs, Part
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
+from autoseq.passes.canonical_order import sort_signature
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name, is_buffer
 from autoseq.passes.tidy import leave_gradients_unsummed
@@ -42,6 +43,7 @@ from autoseq.second_derivatives import refuse_second_derivatives
 from autoseq.structured_trace import trace_program
 from autoseq.views_of_outputs import describe_views_of_outputs
 from autoseq.watching_modes import refuse_fake_tensors
+from autoseq.whole_program import copied
 
 log = logging.getLogger("autoseq")
 
@@ -98,23 +100,32 @@ def _raiser(error: AutoSeqError) -> Callable[..., Any]:
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None, progress: Progress
+    gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None, progress: Progress,
+    is_sorted: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
     program, failure, is_part = None, None, is_fragment(gm, inputs)
     try:
         with progress.rewriting():
-            program = build_program(gm, inputs, options=options, group=group, is_fragment=is_part, found=found)
+            program = build_program(gm, inputs, options=options, group=group, is_fragment=is_part, is_sorted=is_sorted, found=found)
     except AutoSeqError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
         failure = AutoSeqError(f"internal error while rewriting the program: {type(error).__name__}: {error}")
         failure.__cause__ = error
-    lines = program.fingerprint() if program is not None else []
+    lines = [*(program.fingerprint() if program is not None else []), repr(_comparable(options))]
     with progress.waiting():
-        digest = agree_on_program(group, [*lines, repr(_comparable(options))], failure)
+        digest = compare_programs(group, lines, failure)
+    if digest is None:
+        ordered = copied(gm)
+        order = None if is_sorted else sort_signature(ordered)
+        if order is None:
+            refuse_programs(group, lines)
+        return order.around(_compile(ordered, order.given(inputs), options, group, found, progress, is_sorted=True))
     if failure is not None:
         raise failure
     assert program is not None
+    if is_sorted and program.whole and options.inner == "eager":
+        options = replace(options, inner="aot_eager")  # one backward, where eagerly run operators have theirs in the order that was traced
     called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=is_part))
     placeholders = gm.graph.find_nodes(op="placeholder")
     names, owned = [input_name(node) for node in placeholders], frozenset(i for i, node in enumerate(placeholders) if is_buffer(node))

@@ -18,14 +18,14 @@ import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, _FrameAction, _FrameExecStrategy
 from torch._dynamo import config, decorators
 from torch._dynamo.convert_frame import CatchErrorsWrapper
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
 from torch._dynamo.guards import get_and_maybe_log_recompilation_reasons
 from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autoseq.compiled_calls import frame_is_idle, frame_is_left, has_reached_a_program, is_ours
-from autoseq.runtime.errors import NotSplitError
+from autoseq.runtime.errors import AutoSeqError, NotSplitError
 
 _compilations: WeakKeyDictionary[torch.nn.Module, Counter[CodeType]] = WeakKeyDictionary()
 """How often the code of a frame was compiled for one module; blocks of one class share the code, and each may need its own graph."""
@@ -55,6 +55,10 @@ def _for_ours(convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Conve
                 result = convert(self, frame, cache_entry, frame_state)
         except FailOnRecompileLimitHit as error:
             raise _limit_reached(frame, "a limit of Dynamo's configuration or of torch.compile") from error
+        except InternalTorchDynamoError as error:
+            if isinstance(error.__context__, AutoSeqError):  # of a deferred output whose values Dynamo asked for while it traced
+                raise error.__context__ from None
+            raise
         if result.guarded_code is None:
             return _left(frame, result, is_complete=counters["frames"]["ok"] > completed)
         compiled[frame.f_code] += 1

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from autoseq.asked_strategies import check_patterns
 from autoseq.options import Options
 from autoseq.passes.attention_site import LeftWhole
+from autoseq.passes.canonical_order import sort_nodes
 from autoseq.passes.find_attention import find_attention
 from autoseq.passes.find_sequence import find_sequence
 from autoseq.passes.formula.held import CONTENT, READ
@@ -128,8 +129,9 @@ class Program:
         return tuple(x for node, x in given if isinstance(x, torch.Tensor) and _is_owned(node))
 
     def fingerprint(self) -> list[str]:
-        """The global graph and the plan, as lines of text without anything that differs between ranks."""
-        return [*str(self.before).splitlines(), *(["(runs whole)"] if self.whole else self.plan.lines(seconds=False))]
+        """The inputs, the global graph and the plan, as lines of text without anything that differs between ranks."""
+        given = [f"{node.name} is {node.meta.get('source_name', node.name)}" for node in self.before.find_nodes(op="placeholder")]
+        return [*given, *str(self.before).splitlines(), *(["(runs whole)"] if self.whole else self.plan.lines(seconds=False))]
 
 
 def build_program(
@@ -139,6 +141,7 @@ def build_program(
     options: Options,
     group: SequenceGroup,
     is_fragment: bool,
+    is_sorted: bool = False,
     observe: Callable[[str, fx.GraphModule], None] | None = None,
     found: Topology | None = None,
     level: int = logging.WARNING,
@@ -146,9 +149,9 @@ def build_program(
     """Rewrite one Dynamo graph, which is left as it is; `inputs` are its real or fake inputs. What cannot be split is to run whole.
 
     `found` is the hardware that the ranks agreed on where no option names one; without it this rank finds its own. `level` is that of what
-    a run warns of, on the rank that speaks for all.
+    a run warns of, on the rank that speaks for all. `is_sorted`: ranks traced the program in different orders, and were told of it before.
     """
-    level = level if speaks_for_all(group, options.mesh) else logging.DEBUG
+    level = level if speaks_for_all(group, options.mesh) and not is_sorted else logging.DEBUG
     traced, gm = gm, copied(gm)
     open_regions(gm, inputs)
     keep_meaning(gm)
@@ -158,6 +161,8 @@ def build_program(
         normal = normalize(gm, fake)
     except NEEDS_VALUES as error:
         return _whole(untraceable(traced, error, is_part=is_fragment), traced, fake, inputs, options, group, level)
+    if is_sorted:
+        sort_nodes(normal)
     mark_trainable(normal, inputs)
     records = run_passes(normal, (*_READ, Pass("leave_short_whole", partial(leave_short_whole, group_size=group.size))), observe=observe)
     short: list[ShortAttention] = records["leave_short_whole"].result

@@ -50,6 +50,8 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
             nodes[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     made = fx.GraphModule(gm, graph)
     made.meta.update(gm.meta)
+    if hasattr(gm, "compile_subgraph_reason"):
+        made.compile_subgraph_reason = gm.compile_subgraph_reason
     return made
 
 

@@ -95,6 +95,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         autoseq.hf.attach(made, sequence=0)
     with pytest.raises(OptionError, match="leave the option 'mesh' out"):
         autoseq.hf.attach(made, sequence=2, mesh=None)
+    with pytest.raises(OptionError, match="attach cannot take grad_sync='none': every rank .* a gradient of its own"):
+        autoseq.hf.attach(made, sequence=2, grad_sync="none")
+    with pytest.raises(OptionError, match="attach cannot take outputs='local': losses, metrics and predictions"):
+        autoseq.hf.attach(made, sequence=2, outputs="local")
     with pytest.raises(OptionError, match="a Trainer has its model already"):
         autoseq.hf.attach(made, made.model, sequence=2)
     with pytest.raises(OptionError, match=r"attach takes a Trainer of transformers or TRL, .*not Linear"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -19,7 +18,11 @@ from autoseq.hf.same_start import share_generators, share_weights
 from autoseq.mesh import sequence_mesh
 from autoseq.runtime.errors import OptionError
 
-log = logging.getLogger("autoseq")
+_INEXACT = {
+    "grad_sync": ("none", "every rank of a sequence would step by a gradient of its own"),
+    "outputs": ("local", "losses, metrics and predictions would be of one rank's rows"),
+}
+"""Options of loops that reduce and gather themselves, which neither a trainer nor accelerate does."""
 
 
 def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify: int = 0, **options: Any) -> None:
@@ -35,11 +38,10 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
     `autoseq.Options`, without `mesh`.
 
     Raises OptionError for a wrong argument, MeshError where the ranks cannot be divided, and UnsupportedError for what would not be exact:
-    DeepSpeed, FSDP1, another parallelism, DataParallel, torch_compile.
+    DeepSpeed, Megatron-LM, XLA, FSDP, another parallelism, DataParallel, torch_compile, auto_find_batch_size, vLLM.
     """
     check_ranks(sequence)
-    if "mesh" in options:
-        raise OptionError("attach makes the mesh from sequence=...; leave the option 'mesh' out")
+    _check_options(options)
     if _is_a("accelerate", "Accelerator", target):
         if not isinstance(model, nn.Module):
             raise OptionError("attach(accelerator, model, sequence=...) needs the model, before accelerator.prepare(model, ...)")
@@ -64,6 +66,14 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
             f"attach takes a Trainer of transformers or TRL, or an accelerate.Accelerator and a model, not {type(target).__name__}; "
             "for a loop of your own use autoseq.parallelize"
         )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    if "mesh" in options:
+        raise OptionError("attach makes the mesh from sequence=...; leave the option 'mesh' out")
+    for name, (value, why) in _INEXACT.items():
+        if options.get(name) == value:
+            raise OptionError(f"attach cannot take {name}={value!r}: {why}. Leave it out; a loop of your own can use autoseq.parallelize")
 
 
 def _is_a(package: str, name: str, target: Any) -> bool:

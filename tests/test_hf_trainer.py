@@ -179,6 +179,9 @@ def reported(rank: int, world_size: int, folder: str) -> None:
             with pytest.raises(autoseq.UnsupportedError, match=r"hyperparameter_search with autoseq\.hf\.attach"):
                 trainer.hyperparameter_search()
             trainer.train()
+            if trainer.is_world_process_zero():
+                trainer.save_model(str(Path(folder) / "last"))
+                assert (Path(folder) / "last" / "model.safetensors").exists()
         return {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model)}
 
     options: dict[str, Any] = {"sequence": 2, "inner": "eager", "strategy": "ring"}

@@ -44,9 +44,9 @@ def _no_search(*_: Any, **__: Any) -> Any:
 
 
 def _write_on_first_ranks(trainer: Any, replicas: Replicas) -> None:
-    """Ranks of one sequence would write the same file at the same time; all wait until it is there."""
-    for name in ("save_model", "_save_checkpoint"):
-        setattr(trainer, name, _then_meet(getattr(trainer, name), trainer.accelerator))
+    """Ranks of one sequence would write the same file at the same time. All wait for a checkpoint, which training calls on every rank;
+    `save_model` may be called on the main process alone."""
+    trainer._save_checkpoint = _then_meet(trainer._save_checkpoint, trainer.accelerator)
     if replicas.is_first:
         return
     trainer.args.__class__ = _silent(type(trainer.args))

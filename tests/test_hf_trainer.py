@@ -178,7 +178,11 @@ def reported(rank: int, world_size: int, folder: str) -> None:
             attach(trainer)
             with pytest.raises(autoseq.UnsupportedError, match=r"hyperparameter_search with autoseq\.hf\.attach"):
                 trainer.hyperparameter_search()
+            if args:  # resets accelerate's state, as any later arguments and trainer do
+                Trainer(model=hf_job.llama(), args=arguments(Path(folder)))
+                assert trainer.args.world_size == 2
             trainer.train()
+            assert trainer.args.world_size == 1
             if trainer.is_world_process_zero():
                 trainer.save_model(str(Path(folder) / "last"))
                 assert (Path(folder) / "last" / "model.safetensors").exists()

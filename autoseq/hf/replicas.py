@@ -28,10 +28,6 @@ class Replicas:
     mesh: DeviceMesh
 
     @property
-    def sequence_ranks(self) -> int:
-        return self.mesh["sequence"].size()
-
-    @property
     def num_copies(self) -> int:
         return self.mesh["data"].size()
 
@@ -54,10 +50,9 @@ def show_replicas(replicas: Replicas) -> None:
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     _redirect()
-    is_alone = replicas.num_copies == 1 and PartialState().distributed_type != DistributedType.FSDP
     seen = {"num_processes": replicas.num_copies, "process_index": replicas.copy, _KEY: replicas}
     for state in (PartialState, AcceleratorState):
-        state._shared_state.update(seen | ({"distributed_type": DistributedType.NO} if is_alone else {}))
+        state._shared_state.update(seen | ({"distributed_type": DistributedType.NO} if replicas.num_copies == 1 else {}))
 
 
 def shown() -> Replicas | None:

@@ -14,7 +14,7 @@ from torch import nn
 from autoseq.api import parallelize
 from autoseq.hf.data_parallel import expect_all_gradients
 from autoseq.hf.generation import draw_by_copy
-from autoseq.hf.replicas import Replicas, count_copies_in_trainers
+from autoseq.hf.replicas import Replicas, count_copies_in_trainers, show_replicas
 from autoseq.hf.same_start import share_weights
 from autoseq.runtime.errors import UnsupportedError
 
@@ -34,6 +34,8 @@ def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any]) -> 
         expect_all_gradients(trainer)
     draw_by_copy(trainer, replicas)
     trainer.hyperparameter_search = _no_search
+    for name in ("train", "evaluate", "predict"):
+        setattr(trainer, name, _after_showing(replicas, getattr(trainer, name)))
     _split_new_models(trainer, replicas, options)
 
 
@@ -53,6 +55,17 @@ def _write_on_first_ranks(trainer: Any, replicas: Replicas) -> None:
     trainer.is_world_process_zero = lambda: False
     trainer.state.is_world_process_zero = False
     trainer._save_rng_state = lambda output_dir: None
+
+
+def _after_showing(replicas: Replicas, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`TrainingArguments` that were made since `attach` have reset accelerate's state."""
+
+    @functools.wraps(plain)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        show_replicas(replicas)
+        return plain(*args, **kwargs)
+
+    return run
 
 
 def _then_meet(save: Callable[..., Any], accelerator: Any) -> Callable[..., Any]:

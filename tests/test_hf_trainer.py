@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,6 +214,24 @@ def _is_eager() -> bool:
 
 def test_reports_and_comparison(tmp_path: Path) -> None:
     run_ranks(reported, 2, str(tmp_path), timeout_s=240)
+
+
+def test_a_compared_step_leaves_buffers_and_generators_as_they_were() -> None:
+    from types import SimpleNamespace
+
+    from autoseq.hf.comparison import _taken_back
+
+    model, trainer = torch.nn.BatchNorm1d(3), SimpleNamespace(state=SimpleNamespace(num_input_tokens_seen=0))
+    mean, kept = model.running_mean, hf_job.weights(model)
+    drawn = []
+    for context in (_taken_back(trainer, model), contextlib.nullcontext()):
+        with context:
+            model(torch.arange(12.0).view(4, 3)).sum().backward()
+            drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        if len(drawn) == 1:
+            assert model.running_mean is mean and model.weight.grad is None
+            hf_job.check_alike(hf_job.weights(model), kept, 0.0)
+    assert drawn[0] == drawn[1] and int(model.num_batches_tracked) == 1  # type: ignore[arg-type]
 
 
 def test_verify_refuses_dropout(tmp_path: Path) -> None:

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from autoseq import notices
 from autoseq.hf.replicas import Replicas
 from autoseq.runtime.errors import RankMismatchError, UnsupportedError, VerificationError
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.rendezvous import exchange
-
-log = logging.getLogger("autoseq")
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative L2 errors. Ranks add up in another order, which a gradient of many terms magnifies; what is wrong is wrong by far more."""
@@ -76,11 +77,18 @@ def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 @contextmanager
 def _taken_back(trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Gradients, generators of random numbers, and what the trainer counts, are afterwards what they were."""
+    """Gradients, buffers, generators of random numbers, and what the trainer counts, are afterwards what they were."""
     kept = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if name in _COUNTED_BY_STEPS}
     seen, before = trainer.state.num_input_tokens_seen, _gradients(model)
+    buffers = [(module._buffers, name, x, x.clone()) for module in model.modules() for name, x in module._buffers.items() if x is not None]
+    python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+    with torch.no_grad():
+        for owner, name, buffer, value in buffers:
+            owner[name] = buffer.copy_(value)
     trainer.state.num_input_tokens_seen = seen
     vars(trainer).update(kept)
     for name, parameter in model.named_parameters():
@@ -107,7 +115,8 @@ def _compare(step: int, split: dict[str, Tensor | None], alone: dict[str, Tensor
                 f"training step {step} differs from the same step on one device, on rank {rank} of the sequence, by more than "
                 f"{tolerance:g}: {told.decode()}. `autoseq verify` with the model alone says whether the model or the trainer is the cause."
             )
-    log.info("training step %d is one device's: no loss or gradient differs by more than %.1e", step, max(errors.values()))
+    if dist.get_rank() == 0:
+        notices.notice(f"autoseq: training step {step} is one device's: no loss or gradient differs by more than {max(errors.values()):.1e}")
 
 
 def _error(ours: Tensor | None, theirs: Tensor | None, least: float) -> float:

@@ -177,7 +177,7 @@ def reported(rank: int, world_size: int, folder: str) -> None:
         with hf_job.processes(rank, world_size):
             made = arguments(Path(folder), gradient_accumulation_steps=2, **args)
             trainer = Trainer(model=hf_job.llama(), args=made, train_dataset=hf_job.rows(12), callbacks=[Reports()])
-            trainer.args.report_to = ["a tracker of the test"] if args else []
+            trainer.args.report_to = ["a tracker of the test"] if args and rank == 0 else []
             attach(trainer)
             with pytest.raises(autoseq.UnsupportedError, match=r"hyperparameter_search with autoseq\.hf\.attach"):
                 trainer.hyperparameter_search()
@@ -197,7 +197,10 @@ def reported(rank: int, world_size: int, folder: str) -> None:
     hf_job.check_alike(run(lambda trainer: autoseq.hf.attach(trainer, verify=2, **options), max_steps=3), plain, 1e-7)
     sent = [(logs["autoseq/bytes_sent"], logs["autoseq/gathers"]) for logs in seen if "autoseq/bytes_sent" in logs]
     gradients = sum(p.numel() for p in hf_job.llama().parameters()) * 4  # all-reduced over two ranks: a rank sends each once
-    assert len(sent) == 3 and sent[1] == sent[2] and sent[1][0] > 2 * gradients, (sent, gradients)
+    if rank == 0:
+        assert len(sent) == 3 and sent[1] == sent[2] and sent[1][0] > 2 * gradients, (sent, gradients)
+    else:
+        assert not sent  # it does not report, and all make the mesh that counts
 
     def broken(trainer: Any) -> None:
         autoseq.hf.attach(trainer, verify=1, **options)

@@ -13,7 +13,7 @@ from autoseq.hf.data_parallel import reduce_over_copies
 from autoseq.hf.generation import generate_unsplit
 from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
-from autoseq.hf.reporting import counted_mesh, report_traffic
+from autoseq.hf.reporting import any_rank_reports, counted_mesh, report_traffic
 from autoseq.hf.same_start import share_generators, share_weights
 from autoseq.mesh import sequence_mesh
 from autoseq.runtime.errors import OptionError
@@ -55,7 +55,7 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
         from autoseq.hf.trainers import adapt_trainer, models_of
 
         check_trainer(target, models_of(target))
-        replicas = _split(target.accelerator, models_of(target), sequence, options, is_counted=bool(target.args.report_to))
+        replicas = _split(target.accelerator, models_of(target), sequence, options, is_counted=any_rank_reports(target))
         adapt_trainer(target, replicas, options | {"mesh": replicas.mesh["sequence"]})
         if target.args.report_to:
             report_traffic(target)

@@ -116,7 +116,7 @@ def _compare(step: int, split: dict[str, Tensor | None], alone: dict[str, Tensor
                 f"{tolerance:g}: {told.decode()}. `autoseq verify` with the model alone says whether the model or the trainer is the cause."
             )
     if dist.get_rank() == 0:
-        notices.notice(f"autoseq: training step {step} is one device's: no loss or gradient differs by more than {max(errors.values()):.1e}")
+        notices.notice(f"training step {step} is one device's: no loss or gradient differs by more than {max(errors.values()):.1e}")
 
 
 def _error(ours: Tensor | None, theirs: Tensor | None, least: float) -> float:

@@ -12,9 +12,18 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autoseq.mesh import DIMS
+from autoseq.mesh import DIMS, TIMEOUT_S, TIMEOUT_VARIABLE
+from autoseq.runtime.groups import group_from_mesh
+from autoseq.runtime.rendezvous import exchange, timeout_s
 
 _COUNTED = "autoseq.runtime.counting"
+
+
+def any_rank_reports(trainer: Any) -> bool:
+    """Whether the mesh counts, on all ranks or none: a script may set `report_to` on its first rank alone, and groups are made together."""
+    reports = bytes([bool(trainer.args.report_to)])
+    answers = exchange(group_from_mesh(None), "hf: reports", reports, timeout_s=timeout_s(TIMEOUT_VARIABLE, TIMEOUT_S))
+    return any(answer[0] for answer in answers)
 
 
 def counted_mesh(sequence: int, device_type: str) -> DeviceMesh:
@@ -30,15 +39,23 @@ def report_traffic(trainer: Any) -> None:
     An all-gather makes a split value whole: an output that is read, a step that runs on gathered values, or keys under `gather_kv`.
     """
     counting, plain = importlib.import_module(_COUNTED), trainer.log
-    counting.reset_counters()
+    before = counting.counters()
 
     @functools.wraps(plain)
     def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        nonlocal before
         if "loss" in logs:
-            sent = counting.counters()
-            counting.reset_counters()
-            gathers, _ = sent.get("all_gather", (0, 0))
-            logs = {**logs, "autoseq/bytes_sent": sum(size for _, size in sent.values()), "autoseq/gathers": gathers}
+            now = counting.counters()
+            gathers, size = _gathers(now) - _gathers(before), _bytes(now) - _bytes(before)
+            logs, before = {**logs, "autoseq/bytes_sent": size, "autoseq/gathers": gathers}, now
         plain(logs, *args, **kwargs)
 
     trainer.log = log
+
+
+def _gathers(counters: dict[str, tuple[int, int]]) -> int:
+    return counters.get("all_gather", (0, 0))[0]
+
+
+def _bytes(counters: dict[str, tuple[int, int]]) -> int:
+    return sum(size for _, size in counters.values())

@@ -86,6 +86,7 @@ def copies_beside_accumulation(rank: int, world_size: int, folder: str) -> None:
     with hf_job.processes(rank, world_size):
         found = in_float64(Path(folder) / "split", lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager"), 1)
     hf_job.check_alike(found, expected, 1e-12)
+    assert torch._dynamo.config.optimize_ddp is True
 
 
 def test_two_copies_are_two_accumulated_batches(tmp_path: Path) -> None:

@@ -63,7 +63,12 @@ CASES = [
     pytest.param(runs_as("DEEPSPEED"), {}, "does not serve DeepSpeed: its engine steps", id="DeepSpeed"),
     pytest.param(runs_as("MEGATRON_LM"), {}, "does not serve Megatron-LM", id="Megatron-LM"),
     pytest.param(runs_as("XLA"), {}, "does not serve XLA devices", id="XLA"),
-    pytest.param(runs_as("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=1)), {}, "serve FSDP1: .* fsdp_version to 2", id="FSDP1"),
+    pytest.param(runs_as("FSDP"), {}, r"serve FSDP: .* Leave FSDP out; .* fully_shard \(docs/planner.md\)", id="FSDP"),
+    pytest.param(lambda t: setattr(t.model, "hf_device_map", {"model": 0, "lm_head": 1}), {}, "on several devices", id="device_map"),
+    pytest.param(
+        lambda t: setattr(t.args, "use_transformers_continuous_batching", True), {}, "serve use_transformers_continuous_batching",
+        id="continuous batching",
+    ),
     pytest.param(parallelism, {}, r"another parallelism \(parallelism_config\)", id="parallelism_config"),
     pytest.param(lambda t: setattr(t.args, "_n_gpu", 2), {}, "does not serve DataParallel: .* torchrun", id="DataParallel"),
     pytest.param(lambda t: setattr(t, "use_vllm", True), {}, "does not serve use_vllm", id="vLLM"),
@@ -137,6 +142,10 @@ def test_generation_batches_are_those_of_the_copies(caplog: pytest.LogCaptureFix
     assert "generation_batch_size is 4" in caplog.text and "no longer 8" in caplog.text
     with pytest.raises(OptionError, match="4 completions, which cannot be divided by num_generations=8"):
         draw_by_copy(counted_by_ranks(num_generations=8), one_copy)
+    evaluated = {"eval_strategy": "steps", "per_device_eval_batch_size": 2}
+    draw_by_copy(counted_by_ranks(**evaluated, num_generations_eval=None), one_copy)
+    with pytest.raises(OptionError, match="evaluation batch of 1 copies of the data has 2 rows, .* by 4 generations"):
+        draw_by_copy(counted_by_ranks(**evaluated, num_generations_eval=4), one_copy)
 
 
 def test_the_class_of_the_arguments_of_a_silent_rank(tmp_path: Path) -> None:

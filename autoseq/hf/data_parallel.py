@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
-
-import torch._dynamo.config
 
 from autoseq.hf.replicas import Replicas
 
 
 def reduce_over_copies(accelerator: Any, replicas: Replicas) -> None:
-    """The DDP that `accelerator.prepare` makes has the copies' process group.
-
-    DDP may have several buckets, at which Dynamo would split the program, so its DDPOptimizer is switched off.
-    """
+    """The DDP that `accelerator.prepare` makes has the copies' process group. The user's own handler stays as it is."""
     if replicas.num_copies == 1:
         return
     from accelerate.utils import DistributedDataParallelKwargs
 
-    torch._dynamo.config.optimize_ddp = False
-    handler: Any = accelerator.ddp_handler or DistributedDataParallelKwargs()
+    handler: Any = copy.copy(accelerator.ddp_handler) or DistributedDataParallelKwargs()
     kind, group = type(handler), replicas.mesh["data"].get_group()
     handler.__class__ = type(kind.__name__, (kind,), {"to_kwargs": lambda self: kind.to_kwargs(self) | {"process_group": group}})
     accelerator.ddp_handler = handler

@@ -59,7 +59,21 @@ def draw_by_copy(trainer: Any, replicas: Replicas) -> None:
             f"be divided by num_generations={args.num_generations}: ranks of one sequence count once. Raise per_device_train_batch_size, "
             "gradient_accumulation_steps or steps_per_generation."
         )
+    _check_evaluation(args, replicas)
     if replicas.copy > 0:
         from accelerate.utils import set_seed
 
         set_seed(args.seed, device_specific=True)
+
+
+def _check_evaluation(args: Any, replicas: Replicas) -> None:
+    """TRL's own check, which counted every rank."""
+    if getattr(args, "eval_strategy", "no") == "no":
+        return
+    rows, generations = args.per_device_eval_batch_size * replicas.num_copies, args.num_generations_eval or args.num_generations
+    if rows % generations:
+        raise OptionError(
+            f"the evaluation batch of {replicas.num_copies} copies of the data has {rows} rows, which cannot be divided by {generations} "
+            "generations (num_generations_eval, else num_generations): ranks of one sequence count once. Raise "
+            "per_device_eval_batch_size or set num_generations_eval."
+        )

@@ -66,7 +66,9 @@ CASES = [
     pytest.param(runs_as("FSDP"), {}, r"serve FSDP: .* Leave FSDP out; .* fully_shard \(docs/planner.md\)", id="FSDP"),
     pytest.param(lambda t: setattr(t.model, "hf_device_map", {"model": 0, "lm_head": 1}), {}, "on several devices", id="device_map"),
     pytest.param(
-        lambda t: setattr(t.args, "use_transformers_continuous_batching", True), {}, "serve use_transformers_continuous_batching",
+        lambda t: setattr(t.args, "use_transformers_continuous_batching", True),
+        {},
+        "serve use_transformers_continuous_batching",
         id="continuous batching",
     ),
     pytest.param(parallelism, {}, r"another parallelism \(parallelism_config\)", id="parallelism_config"),

@@ -14,6 +14,9 @@ import autoseq
 
 def parallelize(model, *, parallel_dims, inner="inductor", **_settings):
     """Called by torchtitan's Trainer with the model on the meta device; `_settings` are those of its other parallelisms."""
+    for dim in ("dp_replicate", "cp", "pp"):
+        if getattr(parallel_dims, dim) > 1:
+            raise ValueError(f"{dim} is {getattr(parallel_dims, dim)}: beside autoseq the ranks are dp_shard × tp, so set it to 1")
     copies = parallel_dims.get_optional_mesh("fsdp")
     if copies is not None:
         fully_shard(model, mesh=copies)

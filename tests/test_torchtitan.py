@@ -7,7 +7,9 @@ weights afterwards, a loss outside the model that is summed and divided by the t
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,8 @@ STEPS, ROWS, LENGTH = 2, 4, 24
 
 class ParallelDims:
     """As much of torchtitan's as a `parallelize_fn` asks: meshes by name, None where a dim has one rank."""
+
+    dp_replicate = cp = pp = 1
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._meshes = {"fsdp": mesh["data"], "tp": mesh["sequence"]}
@@ -81,13 +85,24 @@ def train(model: nn.Module, copy: int, copies: int, group: dist.ProcessGroup | N
     return losses
 
 
-def train_on_ranks(rank: int, world_size: int, sequence: int) -> tuple[list[float], dict[str, Tensor]]:
+def example() -> Callable[..., nn.Module]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         from torchtitan_parallelize import parallelize  # type: ignore[import-not-found]
 
         sys.modules.pop("torchtitan_parallelize")
-    mesh = autoseq.sequence_mesh(sequence)
+    return parallelize
+
+
+@pytest.mark.parametrize("dim", ["dp_replicate", "cp", "pp"])
+def test_the_parallelize_fn_refuses_other_dims(dim: str) -> None:
+    dims = SimpleNamespace(**{"dp_replicate": 1, "cp": 1, "pp": 1, dim: 2})
+    with pytest.raises(ValueError, match=f"{dim} is 2: beside autoseq the ranks are dp_shard × tp"):
+        example()(nn.Linear(1, 1), parallel_dims=dims)
+
+
+def train_on_ranks(rank: int, world_size: int, sequence: int) -> tuple[list[float], dict[str, Tensor]]:
+    parallelize, mesh = example(), autoseq.sequence_mesh(sequence)
     with torch.device("meta"):
         model = Logits()
     model = parallelize(model, parallel_dims=ParallelDims(mesh), training=None, parallelism=None, compile_config=None, ac_config=None,

@@ -53,12 +53,18 @@ def two_loops(folder: Path, attach: Attach) -> Any:
     """One that saves its state, and one that goes on from there."""
     from accelerate import Accelerator
 
+    from autoseq.hf.replicas import shown
+
     found: dict[str, Any] = {}
     for name in ("first", "second"):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = hf_job.llama()
         found[name] = loop(accelerator, attach, model, 3, restored=folder if name == "second" else None)
         if name == "first":
+            replicas = shown()
+            if replicas is None or not replicas.is_first:
+                accelerator.set_trigger()  # on one rank of a sequence
+            assert accelerator.check_trigger() and not accelerator.check_trigger()
             accelerator.save_state(str(folder))
             accelerator.wait_for_everyone()
         found[f"{name} weights"] = hf_job.weights(model)

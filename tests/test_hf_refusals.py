@@ -92,6 +92,14 @@ def test_refused(change: Callable[[Any], None], args: dict[str, Any], message: s
 
 
 @pytest.mark.usefixtures("four_ranks")
+def test_saving_on_each_node_of_a_sequence_on_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path, save_on_each_node=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="save_on_each_node where a sequence of 4 ranks lies on two nodes of 2"):
+        autoseq.hf.attach(made, sequence=4)
+
+
+@pytest.mark.usefixtures("four_ranks")
 def test_wrong_arguments(tmp_path: Path) -> None:
     from accelerate import Accelerator
 
@@ -102,7 +110,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         autoseq.hf.attach(made, sequence=0)
     with pytest.raises(OptionError, match="leave the option 'mesh' out"):
         autoseq.hf.attach(made, sequence=2, mesh=None)
-    with pytest.raises(OptionError, match="attach cannot take grad_sync='none': every rank .* a gradient of its own"):
+    with pytest.raises(OptionError, match=r"attach cannot take grad_sync='none': every rank .* a gradient of its own"):
         autoseq.hf.attach(made, sequence=2, grad_sync="none")
     with pytest.raises(OptionError, match="attach cannot take outputs='local': losses, metrics and predictions"):
         autoseq.hf.attach(made, sequence=2, outputs="local")
@@ -146,7 +154,7 @@ def test_generation_batches_are_those_of_the_copies(caplog: pytest.LogCaptureFix
         draw_by_copy(counted_by_ranks(num_generations=8), one_copy)
     evaluated = {"eval_strategy": "steps", "per_device_eval_batch_size": 2}
     draw_by_copy(counted_by_ranks(**evaluated, num_generations_eval=None), one_copy)
-    with pytest.raises(OptionError, match="evaluation batch of 1 copies of the data has 2 rows, .* by 4 generations"):
+    with pytest.raises(OptionError, match=r"evaluation batch of 1 copies of the data has 2 rows, .* by 4 generations"):
         draw_by_copy(counted_by_ranks(**evaluated, num_generations_eval=4), one_copy)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from autoseq.api import parallelize
+from autoseq.hf.accelerate_loops import adapt_accelerator
 from autoseq.hf.comparison import compare_first_steps
 from autoseq.hf.data_parallel import reduce_over_copies
 from autoseq.hf.generation import generate_unsplit
@@ -48,13 +49,13 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
         if verify:
             raise OptionError("verify=... compares the training steps of a Trainer; beside an Accelerator run `autoseq verify`")
         check_accelerator(target, [model])
-        _split(target, [model], sequence, options, is_counted=False)
+        adapt_accelerator(target, _split(target, [model], sequence, options, is_counted=False))
     elif _is_a("transformers", "Trainer", target):
         if model is not None:
             raise OptionError("a Trainer has its model already: attach(trainer, sequence=...)")
         from autoseq.hf.trainers import adapt_trainer, models_of
 
-        check_trainer(target, models_of(target))
+        check_trainer(target, models_of(target), sequence)
         replicas = _split(target.accelerator, models_of(target), sequence, options, is_counted=any_rank_reports(target))
         adapt_trainer(target, replicas, options | {"mesh": replicas.mesh["sequence"]})
         if target.args.report_to:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,15 @@ def check_accelerator(accelerator: Any, models: Sequence[nn.Module]) -> None:
         )
 
 
-def check_trainer(trainer: Any, models: Sequence[nn.Module]) -> None:
+def check_trainer(trainer: Any, models: Sequence[nn.Module], sequence: int) -> None:
     """Raises UnsupportedError for a setting of the trainer, its arguments or its accelerator that would not be exact."""
     _refuse(_OF_TRAINER, trainer)
+    ranks_of_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if trainer.args.save_on_each_node and ranks_of_node % sequence:
+        raise UnsupportedError(
+            f"autoseq.hf.attach does not serve save_on_each_node where a sequence of {sequence} ranks lies on two nodes of {ranks_of_node} "
+            "ranks: one of them would have no generators to resume from. Leave it out, and save where all nodes can read."
+        )
     check_accelerator(trainer.accelerator, models)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ def shown() -> Replicas | None:
 @functools.cache
 def _redirect() -> None:
     """Once a process: accelerate's state and operations look at the replicas where there are some, and do as before elsewhere."""
-    from accelerate import state
+    from accelerate import accelerator, state
     from accelerate.utils import operations
 
     operations.torch = _Torch()  # type: ignore[assignment]
+    accelerator.save_accelerator_state = _on_first_ranks(accelerator.save_accelerator_state)  # type: ignore[assignment]
     kind: Any = state.PartialState
     for name in ("is_main_process", "is_last_process"):
         setattr(kind, name, _of_first_rank(getattr(kind, name)))
@@ -83,6 +85,17 @@ def _of_first_rank(plain: property) -> property:
         return plain.fget(state) and (replicas is None or replicas.is_first)  # type: ignore[misc]
 
     return property(is_that_process, doc=plain.__doc__)
+
+
+def _on_first_ranks(save: Callable[..., Any]) -> Callable[..., Any]:
+    """Ranks of one sequence would write the same file of random states at the same time; no other file is written by them all."""
+
+    @functools.wraps(save)
+    def save_once(output_dir: str, *args: Any, **kwargs: Any) -> Any:
+        replicas = shown()
+        return save(output_dir, *args, **kwargs) if replicas is None or replicas.is_first else Path(output_dir)
+
+    return save_once
 
 
 def _meet_all(plain: Callable[[Any], None]) -> Callable[[Any], None]:

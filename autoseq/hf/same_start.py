@@ -5,8 +5,10 @@ On one device there is one generator and one set of weights. Plain data parallel
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +37,18 @@ def share_generators(sequence: DeviceMesh) -> None:
     torch.set_rng_state(first["torch"])
     if "cuda" in first:
         torch.cuda.set_rng_state(first["cuda"])
+
+
+def share_generators_after(load: Callable[..., Any], sequence: DeviceMesh) -> Callable[..., Any]:
+    """A checkpoint has the generators of a sequence's first process, whose list of GPUs' generators is right for its own GPU alone."""
+
+    @functools.wraps(load)
+    def load_and_share(*args: Any, **kwargs: Any) -> Any:
+        result = load(*args, **kwargs)
+        share_generators(sequence)
+        return result
+
+    return load_and_share
 
 
 def share_weights(model: nn.Module, sequence: DeviceMesh) -> None:

@@ -15,7 +15,7 @@ from autoseq.api import parallelize
 from autoseq.hf.data_parallel import expect_all_gradients
 from autoseq.hf.generation import draw_by_copy
 from autoseq.hf.replicas import Replicas, count_copies_in_trainers, show_replicas
-from autoseq.hf.same_start import share_weights
+from autoseq.hf.same_start import share_generators_after, share_weights
 from autoseq.runtime.errors import UnsupportedError
 
 
@@ -33,6 +33,7 @@ def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any]) -> 
     if replicas.num_copies > 1:
         expect_all_gradients(trainer)
     draw_by_copy(trainer, replicas)
+    trainer._load_rng_state = share_generators_after(trainer._load_rng_state, replicas.mesh["sequence"])
     trainer.hyperparameter_search = _no_search
     for name in ("train", "evaluate", "predict"):
         setattr(trainer, name, _after_showing(replicas, getattr(trainer, name)))

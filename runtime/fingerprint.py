@@ -56,13 +56,16 @@ def odd_integers(length: int, device: torch.device) -> Tensor:
 
 
 def sketch(x: Tensor) -> Tensor:
-    """Two sums of x with random signs and its norm, [3] float32; of one element, the element. No copy of a contiguous x is made."""
-    if x.numel() == 1:
-        return x.reshape(1) if x.is_floating_point() else x.reshape(1).abs()
-    x = torch.view_as_real(x) if x.is_complex() else x
+    """Two sums of x with random signs and its norm, [3] float32; of one or two elements, these. No copy of a contiguous x is made."""
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     x = x if x.dtype in RELATIVE_TOLERANCE else x.float()
+    if x.numel() == 1:
+        return x.reshape(1)
     if x.numel() == 0:
         return torch.zeros(SKETCH, device=x.device)
+    if x.numel() == 2:  # the two sums of two numbers may be the same one
+        two = x.reshape(2).float()
+        return torch.cat([two, torch.linalg.vector_norm(two).view(1)])
     if 0 in x.stride():  # an expanded gradient is one value many times
         for dim in [dim for dim, step in enumerate(x.stride()) if step == 0]:
             x = x.narrow(dim, 0, 1)

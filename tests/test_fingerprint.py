@@ -68,6 +68,10 @@ FLOATS = {
     "one number": (torch.tensor(1.0), torch.tensor(0.5)),
     "one number of another sign": (torch.tensor(1.0), torch.tensor(-1.0)),
     "one that is zero": (X * 0, X),
+    "two numbers": (torch.tensor([1.0, 1.0]), torch.tensor([-1.0, -1.0])),
+    "one integer of another sign": (torch.tensor(3), torch.tensor(-3)),
+    "one truth": (torch.tensor(True), torch.tensor([False])),
+    "one complex number of another phase": (torch.tensor(1 + 1j), torch.tensor(-1 + 1j).conj()),
 }
 
 
@@ -78,7 +82,8 @@ def sketches(*xs: Tensor) -> list[list[float]]:
 @pytest.mark.parametrize("dtype", RELATIVE_TOLERANCE)
 @pytest.mark.parametrize(("one", "other"), FLOATS.values(), ids=FLOATS)
 def test_floats_differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
-    one, other = one.to(dtype), other.to(dtype)
+    if one.is_floating_point():
+        one, other = one.to(dtype), other.to(dtype)
     assert far_apart(sketches(one, other), RELATIVE_TOLERANCE[dtype])
     assert not far_apart(sketches(one, one.clone()), RELATIVE_TOLERANCE[dtype])
 

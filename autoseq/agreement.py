@@ -21,6 +21,7 @@ from autoseq.given_inputs import EVERY_VARIABLE, check_every
 from autoseq.meetings import meet
 from autoseq.planning.topology import Topology
 from autoseq.planning.topology_file import dump, parse_topology
+from autoseq.random_state import Draws, random_state
 from autoseq.runtime.errors import AutoSeqError, RankMismatchError, RendezvousError
 from autoseq.runtime.fingerprint import compressed, exact, far_apart
 from autoseq.runtime.groups import SequenceGroup, process_group
@@ -113,17 +114,17 @@ def _first_difference(group: SequenceGroup, texts: Sequence[str]) -> str:
     return f"ranks of group {group.name!r} compiled different programs"
 
 
-def agree_on_inputs(group: SequenceGroup, names: Sequence[str], values: Sequence[object], *, draws: bool) -> None:
+def agree_on_inputs(group: SequenceGroup, names: Sequence[str], values: Sequence[object], *, draws: Draws) -> None:
     """Compare the fingerprints of all inputs, parameters too; raise RankMismatchError naming the first that differs.
 
-    For a program that `draws` random numbers the generator's state counts too: a value drawn on every rank must be the same.
+    For a program that draws random numbers the generators' states count too: a value drawn on every rank must be the same.
     """
     if group.size == 1:
         return
     with apart():
         mine = {name: _fingerprint(value) for name, value in zip(names, values, strict=True)}
         if draws:
-            mine["torch's random state (call torch.manual_seed alike on every rank)"] = _fingerprint(torch.get_rng_state())
+            mine["torch's random state (call torch.manual_seed alike on every rank)"] = repr(random_state(draws)), []
     mine[f"the environment variable {EVERY_VARIABLE}"] = str(check_every()), []
     replies = _meet_after_compiling(group, "calls a program for the first time", json.dumps(mine).encode())
     theirs = [json.loads(reply) for reply in replies]

@@ -23,7 +23,6 @@ from autoseq.foreign_programs import stay_apart
 from autoseq.given_inputs import GivenInputs, Part
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
-from autoseq.passes.autograd_functions import AUTOGRAD_FUNCTION, FUNCTIONS
 from autoseq.passes.canonical_order import sort_signature
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name, is_buffer
@@ -33,6 +32,7 @@ from autoseq.peer_failures import name_failures
 from autoseq.planning.topology import Topology
 from autoseq.program import Program, build_program, mark_trainable, topology_of
 from autoseq.progress import Progress, progress_of
+from autoseq.random_state import drawing_devices
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import AutoSeqError, TopologyError, UnsupportedError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -129,7 +129,7 @@ def _compile(
     called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=is_part))
     placeholders = gm.graph.find_nodes(op="placeholder")
     names, owned = [input_name(node) for node in placeholders], frozenset(i for i, node in enumerate(placeholders) if is_buffer(node))
-    check = GivenInputs(group, names, digest, owned, draws=_draws(program), part=_part(is_part))
+    check = GivenInputs(group, names, digest, owned, draws=drawing_devices(program), part=_part(is_part))
     trace_program(program)
     shapes = CallShapes(group, digest, names, program.inputs)
     return _Runner(_compiled(gm, inputs, program, options, group, progress), program, names, group, options, shapes, called, check)
@@ -209,16 +209,6 @@ def _called_from_outside() -> bool:
             return False
         frame = frame.f_back
     return False
-
-
-def _draws(program: Program) -> bool:
-    if program.is_untraced:
-        return True  # what its operators do is not known
-    tagged = torch.Tag.nondeterministic_seeded
-    overloads = [n.target for n in program.before.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    if torch.ops.aten.dropout.default in overloads or any(tagged in op.tags for op in overloads):
-        return True
-    return any(FUNCTIONS[node.args[3]].draws for node in program.before.nodes if node.target is AUTOGRAD_FUNCTION)
 
 
 class _Runner:

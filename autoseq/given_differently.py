@@ -77,21 +77,26 @@ class Compared:
 
     @property
     def logs(self) -> list[int]:
-        return [head & 0xFFFFFFFF for head in self._heads]
+        return [head & 0xFFFFFF for head in self._heads]
 
     @property
     def optimizer_steps(self) -> list[int]:
-        return [head >> 32 & 0xFFFF for head in self._heads]
+        return [head >> 24 & 0xFFFF for head in self._heads]
 
     @property
     def writes_differ(self) -> bool:
         """Whether ranks have written to their parameters differently often."""
-        return len({head >> 48 & 0x7FFF for head in self._heads}) > 1
+        return len({head >> 40 & 0x7FF for head in self._heads}) > 1
 
     @property
     def a_habit_is_new(self) -> bool:
         """Whether a rank has written to its parameters as it did not before."""
         return any(head >> 63 for head in self._heads)
+
+    @property
+    def due_differs(self) -> bool:
+        """Whether ranks want different weights compared: they have not seen the same ones before."""
+        return len({head >> 51 & 0xFFF for head in self._heads}) > 1
 
     def integers(self, place: int) -> list[int]:
         """Each rank's hash in the n-th place."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autoseq.optimizer_steps import count_steps_of
+from autoseq.random_state import Draws, random_state
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.fingerprint import compressed
@@ -50,6 +51,8 @@ class _Kinds:
     weights: Sequence[int]
     parameters: Sequence[int]  # of the weights
     differentiable: Sequence[int]
+    owner: int | None  # the weight that stands for all: a parameter if there is one, for a forward may make its buffers anew
+    device: torch.device  # the message travels from there
 
     @staticmethod
     def of(values: Sequence[object], owned: frozenset[int]) -> _Kinds:
@@ -60,7 +63,11 @@ class _Kinds:
         floats = [i for i in given if values[i].is_floating_point() or values[i].is_complex()]  # type: ignore[attr-defined]
         numbers = [i for i, x in enumerate(values) if isinstance(x, int | float)]
         parameters = [i for i in whole if isinstance(values[i], nn.Parameter) and not values[i].is_inference()]  # type: ignore[attr-defined]
-        return _Kinds([i for i in given if i not in floats], floats, numbers, whole, parameters, [*weights, *floats])
+        owner = next((i for i in whole if isinstance(values[i], nn.Parameter)), next(iter(whole), None))
+        devices: list[torch.device] = [values[i].device for i in tensors]  # type: ignore[attr-defined]
+        device = next((each for each in devices if each.type != "cpu"), torch.device("cpu"))
+        integers = [i for i in given if i not in floats]
+        return _Kinds(integers, floats, numbers, whole, parameters, [*weights, *floats], owner, device)
 
 
 class OutputWatch:
@@ -77,16 +84,17 @@ class OutputWatch:
 
     def gradient(self, grad: Tensor) -> None:
         """A gradient came back to the whole value."""
-        if self.is_read and not isinstance(grad, DeferredTensor):
+        whole = grad.gathered if isinstance(grad, DeferredTensor) else grad  # another compiler wraps it again
+        if self.is_read and whole is not None:
             with apart():
-                self._check.sketch_floats(self._name, grad)
+                self._check.sketch_floats(self._name, whole)
             self._check.read_after_backward()
 
 
 class GivenInputs:
     """One compiled program's."""
 
-    def __init__(self, group: SequenceGroup, names: Sequence[str], digest: str, owned: frozenset[int], *, draws: bool, part: Part) -> None:
+    def __init__(self, group: SequenceGroup, names: Sequence[str], digest: str, owned: frozenset[int], *, draws: Draws, part: Part) -> None:
         """`owned` are the places of parameters and buffers."""
         self._group, self._names, self._owned, self.draws, self._part = group, names, owned, draws, part
         self._program, self._label = zlib.crc32(digest.encode()), f"program {digest[:12]}"
@@ -147,19 +155,19 @@ class GivenInputs:
         return kinds
 
     def _note(self, check: StepCheck, kinds: _Kinds, given: Sequence[Any], values: Sequence[Any], with_gradients: bool) -> None:
-        drawn = _random_state(values) if self.draws else ()
-        check.note(self._label, self._program, with_gradients, *(values[i] for i in kinds.numbers), *drawn)
+        drawn = random_state(self.draws)
+        check.note(self._label, kinds.device, self._program, with_gradients, *(values[i] for i in kinds.numbers), *drawn)
         if kinds.integers:
             check.hash_integers(self._integer_names, [values[i] for i in kinds.integers])
         for i in kinds.floats:
-            if not isinstance(given[i], DeferredTensor) and not _is_made(values[i]):
+            if not _is_made(given[i]):
                 check.sketch_floats(self._names[i], compressed(values[i].detach()))
         check.have_weights(self._weights(kinds, values), every=self._every)
 
     def _weights(self, kinds: _Kinds, values: Sequence[Any]) -> Weights:
         weights = [values[i] for i in kinds.weights]
-        key = self._program, id(weights[0]) if weights else 0
-        return Weights(key, self._weight_names, weights, sum([values[i]._version for i in kinds.parameters]))
+        owner = None if kinds.owner is None else values[kinds.owner]
+        return Weights(self._program, owner, self._weight_names, weights, sum([values[i]._version for i in kinds.parameters]))
 
     def _mark(self, output: Tensor) -> list[bool]:
         """Whether a later part of the model takes this output in; then its gradient is no user's."""
@@ -191,18 +199,10 @@ def _in_backward() -> bool:
 
 def _is_made(value: Tensor) -> bool:
     """Whether an input is an output of an earlier part, and still what that returned."""
+    if isinstance(value, DeferredTensor):
+        return not value.may_be_written
     made: tuple[int, list[bool]] | None = _made.get(value)
     if made is None or made[0] != value._version:
         return False
     made[1][:] = [True]
     return True
-
-
-def _random_state(values: Sequence[Any]) -> tuple[int, ...]:
-    """Numbers that change when this process draws random ones. Nothing waits for a device."""
-    device = next((x.device for x in values if isinstance(x, Tensor) and x.is_cuda), None)
-    host = zlib.crc32(torch.get_rng_state().numpy().tobytes())
-    if device is None:
-        return (host,)
-    generator = torch.cuda.default_generators[device.index or 0]
-    return host, generator.initial_seed(), generator.get_offset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ _parameters: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _optimizers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 _steps = 0
 _is_counting = False
+_HOOKED_IN = Optimizer.profile_hook_step.__code__.co_filename  # a step's hooks run in a function `wrapper` of it
 
 
 def count() -> int:
@@ -33,8 +35,22 @@ def count_steps_of(parameters: Sequence[Tensor]) -> None:
 
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _steps
+    if _is_nested():
+        return
     # An optimizer that has none of them is looked at again when there are more of them.
     if _optimizers.get(optimizer, 0) != -1 and _optimizers.get(optimizer, 0) < len(_parameters):
         has_one = any(parameter in _parameters for group in optimizer.param_groups for parameter in group["params"])
         _optimizers[optimizer] = -1 if has_one else len(_parameters)
     _steps += _optimizers.get(optimizer, 0) == -1
+
+
+def _is_nested() -> bool:
+    """Whether the running step is a part of another's: ranks may split an optimizer differently, such as ZeroRedundancyOptimizer.
+
+    The stack of calls says it also after a step that raised, which torch's hooks do not hear of.
+    """
+    frame, steps = sys._getframe(), 0
+    while frame is not None and steps < 2:
+        code, frame = frame.f_code, frame.f_back
+        steps += code.co_name == "wrapper" and code.co_filename == _HOOKED_IN
+    return steps > 1

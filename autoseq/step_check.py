@@ -11,14 +11,17 @@ from __future__ import annotations
 import operator
 import struct
 import weakref
-from collections.abc import Sequence
+import zlib
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from autoseq import optimizer_steps
 from autoseq.given_differently import Compared, Expected, difference_of_parameters, first_difference
@@ -54,23 +57,28 @@ def step_check(group: SequenceGroup) -> StepCheck:
     return known
 
 
-def all_checks() -> list[StepCheck]:
-    """Those of all groups that there are."""
-    return list(_checks.values())
+def checks_of(group: object) -> list[StepCheck]:
+    """That of one process group, if it has one; of None, those of all groups."""
+    return [check for process, check in _checks.items() if group is None or process is group]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Weights:
-    """The whole parameters and buffers of one call of a program, and how often torch has counted a write to the parameters."""
+    """The whole parameters and buffers of one call of a program, and how often torch has counted a write to the parameters.
 
-    key: tuple[int, int]  # of the program and its first weight: layers may share a program
+    Layers may share a program, so what is known of weights is kept by the program and by one of the weights, the object. Ranks may throw
+    objects away at different times, and an id would then be another's.
+    """
+
+    program: int
+    owner: Tensor | None
     names: Sequence[str]
     values: Sequence[Tensor]
     writes: int
 
-    def sketches(self) -> Tensor:
-        """[n, 3]."""
-        return torch.stack([whole_sketch(x) for x in self.values])
+    def sketches(self, device: torch.device) -> Tensor:
+        """[n, 3] on `device`; the weights may be on several."""
+        return torch.stack([whole_sketch(x).to(device, non_blocking=True) for x in self.values])
 
 
 @dataclass(slots=True)
@@ -111,12 +119,16 @@ class _Pending:
     calls: list[str] = field(default_factory=list)
     hashed: list[tuple[Sequence[str], Tensor | list[int]]] = field(default_factory=list)
     sketched: list[tuple[str, float, Tensor | list[float]]] = field(default_factory=list)
-    weights: list[Weights] = field(default_factory=list)
-    due: list[tuple[Weights, Tensor]] = field(default_factory=list)
+    weights: list[tuple[Weights, _Seen]] = field(default_factory=list)
+    due: dict[int, Tensor] = field(default_factory=dict)  # sketches of those weights, by their places in `weights`
     is_new_habit: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.calls or self.sketched)
+
+    def due_bits(self) -> int:
+        """12 bits that say which weights are due; 0 for none."""
+        return 1 + zlib.crc32(repr([*self.due]).encode()) % 0xFFF if self.due else 0
 
 
 class StepCheck:
@@ -126,16 +138,18 @@ class StepCheck:
         self._group, self._process, self.number = group, process, 0
         self._log, self._steps_before = 0, optimizer_steps.count()
         self._pending, self._waiting = _Pending(), set[int]()
-        self._message: StepMessage | None = None
-        self._posted: tuple[_Pending, Expected, Posted | None] | None = None
+        self._device, self._messages = torch.device("cpu"), dict[torch.device, StepMessage]()
+        self._posted: tuple[_Pending, Expected, StepMessage] | None = None
         self._task = -1
-        self._seen: dict[tuple[int, int], _Seen] = {}
+        self._seen: MutableMapping[Any, dict[int, _Seen]] = WeakIdKeyDictionary()  # of an owner: what is known by program
         self._backoff, self._trusted_until = FIRST_BACKOFF, 0
 
     # What was given
 
-    def note(self, call: str, *facts: object) -> None:
-        """A program is called; `facts` are numbers that ranks share."""
+    def note(self, call: str, device: torch.device, *facts: object) -> None:
+        """A program is called, whose tensors are on `device`; `facts` are numbers that ranks share."""
+        if not self._pending.calls or device.type != "cpu":
+            self._device = device
         self._pending.calls.append(call)
         self._log = hash((self._log, *facts)) & 0xFFFFFFFF
 
@@ -158,17 +172,18 @@ class StepCheck:
         """Weights of a call. They are compared at the first, every so many messages, and when ranks wrote to them differently."""
         if not weights.values:
             return
-        seen = self._seen.get(weights.key)
-        if seen is None:
+        by_program = self._seen.setdefault(weights.owner, {})
+        seen = by_program.get(weights.program)
+        if seen is None or agreed:
             before = weights.writes, optimizer_steps.count()
-            self._seen[weights.key] = seen = _Seen(weights.writes, self.number if agreed else -1, before)
+            by_program[weights.program] = seen = _Seen(weights.writes, self.number if agreed else -1, before)
         if agreed:
             return
-        self._pending.weights.append(weights)
+        self._pending.weights.append((weights, seen))
         self._pending.is_new_habit |= seen.is_new_habit(weights.writes, optimizer_steps.count())
         if seen.compared_at < 0 or (every and self.number - seen.compared_at >= every):
             seen.compared_at = self.number
-            self._pending.due.append((weights, weights.sketches()))
+            self._pending.due[len(self._pending.weights) - 1] = weights.sketches(self._device)
 
     def expect_backward(self, call: int) -> None:
         """The outputs of a call have a backward, which begins with `backward_of`."""
@@ -205,26 +220,23 @@ class StepCheck:
             return
         pending, self._pending = self._pending, _Pending()
         with apart():
-            expected = self._fill(pending)
-            self._message.post()  # type: ignore[union-attr] (`_fill` needs it)
-            due = None
-            if pending.due:
-                due = _gathered(self._group, torch.cat([sketches for _, sketches in pending.due]))
+            expected, message = self._fill(pending)
+            message.post()
         self.number += 1
-        self._posted = pending, expected, due
+        self._posted = pending, expected, message
 
     def read(self) -> None:
         """Compare what was posted. Raises RankMismatchError on every rank of the group, and starts anew then."""
-        if self._posted is None or self._message is None:
+        if self._posted is None:
             return
-        (pending, expected, due), self._posted = self._posted, None
-        rows = self._message.rows()
-        if due is None and not pending.is_new_habit and all(row == rows[0] for row in rows):
+        (pending, expected, message), self._posted = self._posted, None
+        rows = message.rows()
+        if not pending.due and not pending.is_new_habit and all(row == rows[0] for row in rows):
             return
         compared = Compared(self._group, rows, expected)
         difference = first_difference(compared)
         if difference is None:
-            difference = self._compare_weights(compared, pending, due)
+            difference = self._compare_weights(compared, pending, message.device)
         if difference is not None:
             self._forget()
             raise RankMismatchError(difference)
@@ -245,67 +257,78 @@ class StepCheck:
 
     def has_arrived(self) -> bool:
         """Whether `read` would not wait."""
-        return self._message is None or self._message.has_arrived()
+        return self._posted is None or self._posted[2].has_arrived()
 
-    def _compare_weights(self, compared: Compared, pending: _Pending, due: Posted | None) -> str | None:
-        """Those that are due, or all of them where ranks wrote to them differently."""
-        asked = [weights for weights, _ in pending.due]
-        if due is None:
-            is_asked = compared.a_habit_is_new or (compared.writes_differ and self.number > self._trusted_until)
-            if not is_asked or not pending.weights:
-                return None
-            asked = pending.weights
-            with apart():
-                due = _gathered(self._group, torch.cat([weights.sketches() for weights in asked]))
-        sketches = due.arrived().view(self._group.size, -1, SKETCH).tolist()
-        named = [pair for weights in asked for pair in zip(weights.names, weights.values, strict=True)]
+    def _compare_weights(self, compared: Compared, pending: _Pending, device: torch.device) -> str | None:
+        """Those that are due, or all of them where ranks wrote to them differently. The table of all ranks says which: they send alike."""
+        writes_to_compare = compared.writes_differ and self.number > self._trusted_until
+        is_all = compared.a_habit_is_new or compared.due_differs or writes_to_compare
+        asked = [pending.weights[place] for place in (range(len(pending.weights)) if is_all else pending.due)]
+        if not asked:
+            return None
+        with apart():
+            sketches = self._sketches_of_all(pending, device, is_all=is_all, at_call=not compared.due_differs)
+        named = [pair for weights, _ in asked for pair in zip(weights.names, weights.values, strict=True)]
         difference = difference_of_parameters(compared, named, sketches)
-        for weights in asked:
-            self._seen[weights.key].compared_at = compared.expected.number
+        for _, seen in asked:
+            seen.compared_at = compared.expected.number
         if difference is None and compared.writes_differ and len(asked) == len(pending.weights):
             # Equal although written differently (a broadcast writes on its receivers alone): compare less and less often for that.
             if self.number > self._trusted_until:
                 self._trusted_until, self._backoff = self.number + self._backoff, self._backoff * 2
-            for weights in asked:
-                self._seen[weights.key].writes = weights.writes
+            for weights, seen in asked:
+                seen.writes = weights.writes
         return difference
+
+    def _sketches_of_all(self, pending: _Pending, device: torch.device, *, is_all: bool, at_call: bool) -> list[Any]:
+        """Of each rank, the asked weights' sketches: those of their call, if that is when all ranks took them, or of now."""
+        known = pending.due if at_call else {}
+        places = range(len(pending.weights)) if is_all else pending.due
+        mine = [known[i].to(device) if i in known else pending.weights[i][0].sketches(device) for i in places]
+        return _gathered(self._group, torch.cat(mine)).arrived().view(self._group.size, -1, SKETCH).tolist()
 
     # The message
 
-    def _fill(self, pending: _Pending) -> Expected:
+    def _fill(self, pending: _Pending) -> tuple[Expected, StepMessage]:
         names = [name for group, _ in pending.hashed for name in group]
         floats = [(name, tolerance) for name, tolerance, _ in pending.sketched]
         steps = optimizer_steps.count() - self._steps_before
-        writes = sum(weights.writes - self._seen[weights.key].writes for weights in pending.weights)
-        log = hash((self._log, len(names), len(floats))) & 0xFFFFFFFF
-        head = pending.is_new_habit << 63 | (writes & 0x7FFF) << 48 | (steps & 0xFFFF) << 32 | log
+        writes = sum(weights.writes - seen.writes for weights, seen in pending.weights)
+        log = hash((self._log, len(names), len(floats))) & 0xFFFFFF
+        head = pending.is_new_habit << 63 | pending.due_bits() << 51 | (writes & 0x7FF) << 40 | (steps & 0xFFFF) << 24 | log
         fits = 2 * len(names) + SKETCH * len(floats) <= NAMED_WORDS
         hashes, sketches = [values for _, values in pending.hashed], [values for _, _, values in pending.sketched]
-        if any(isinstance(x, Tensor) for x in (*hashes, *sketches)):
-            self._fill_on_device(head, hashes, sketches, fits)
+        message = self._message_for((*hashes, *sketches))
+        if message.memory is None:
+            fill_on_device(message, head, hashes, sketches, fits)
         else:
-            self._message = self._message or StepMessage(self._group, torch.device("cpu"))
-            fill_on_host(self._message, head, [each for values in hashes for each in values], sketches, fits)  # type: ignore[arg-type]
-        return Expected(self.number, steps, pending.calls, names, floats, fits)
+            fill_on_host(message, head, [each for values in hashes for each in values], sketches, fits)  # type: ignore[arg-type]
+        return Expected(self.number, steps, pending.calls, names, floats, fits), message
 
-    def _fill_on_device(self, head: int, hashed: Sequence[Values], sketched: Sequence[Values], fits: bool) -> None:
-        """Nothing waits for the device: numbers of the host travel with the kernels."""
-        device = next(x.device for x in (*hashed, *sketched) if isinstance(x, Tensor))
-        if self._message is None or self._message.device != device:
-            self._message = StepMessage(self._group, device)
-        message, end = self._message, 1
-        message.words[0].fill_(_signed(head))
-        if hashed:
-            hashes = torch.cat([on(device, x, torch.int64) for x in hashed])
-            hashes = hashes if fits else (hashes * odd_integers(len(hashes), device)).sum(0, keepdim=True)
-            end += len(hashes)
-            message.words[1:end].copy_(hashes)
-        sketches = [on(device, x, torch.float32) for x in sketched]
-        if not fits and len(sketches) > 1:
-            sketches = [combined(torch.stack([each.expand(SKETCH) for each in sketches]))]
-        for number, each in enumerate(sketches):
-            start = 2 * end + SKETCH * number
-            message.floats[start : start + SKETCH].copy_(each)
+    def _message_for(self, values: Sequence[Values]) -> StepMessage:
+        """On the device of the programs that were called, whether or not this step has fingerprints there, for NCCL sends nothing else."""
+        computed = (x.device for x in values if isinstance(x, Tensor))
+        device = self._device if self._device.type != "cpu" else next(computed, self._device)
+        if device not in self._messages:
+            self._messages[device] = StepMessage(self._group, device)
+        return self._messages[device]
+
+
+def fill_on_device(message: StepMessage, head: int, hashed: Sequence[Values], sketched: Sequence[Values], fits: bool) -> None:
+    """Nothing waits for the device: numbers of the host travel with the kernels."""
+    device, end = message.device, 1
+    message.words[0].fill_(_signed(head))
+    if hashed:
+        hashes = torch.cat([on(device, x, torch.int64) for x in hashed])
+        hashes = hashes if fits else (hashes * odd_integers(len(hashes), device)).sum(0, keepdim=True)
+        end += len(hashes)
+        message.words[1:end].copy_(hashes)
+    sketches = [on(device, x, torch.float32) for x in sketched]
+    if not fits and len(sketches) > 1:
+        sketches = [combined(torch.stack([each.expand(SKETCH) for each in sketches]))]
+    for number, each in enumerate(sketches):
+        start = 2 * end + SKETCH * number
+        message.floats[start : start + SKETCH].copy_(each)
 
 
 def _gathered(group: SequenceGroup, sketches: Tensor) -> Posted:
@@ -318,7 +341,7 @@ def _signed(word: int) -> int:
 
 
 def fill_on_host(message: StepMessage, head: int, hashes: Sequence[int], sketches: Sequence[Sequence[float]], fits: bool) -> None:
-    """As `_fill_on_device`, where everything is a number."""
+    """As `fill_on_device`, where everything is a number."""
     if not fits and hashes:
         weights = odd_integers(len(hashes), message.device).tolist()
         hashes = [_signed(sum(map(operator.mul, hashes, weights)) & (1 << 64) - 1)]

@@ -7,14 +7,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any
 
 import torch.distributed as dist
 
 from autoseq.runtime.errors import MessageError, RankMismatchError
-from autoseq.step_check import all_checks
+from autoseq.step_check import StepCheck, checks_of
 
 log = logging.getLogger("autoseq")
 
@@ -31,31 +31,34 @@ def read_at_exit() -> None:
 
 def _reading_first(destroy: Callable[..., None]) -> Callable[..., None]:
     @wraps(destroy)
-    def destroy_process_group(*args: Any, **kwargs: Any) -> None:
+    def destroy_process_group(group: Any = None) -> None:
         try:
-            _read_all()
+            _read_last(checks_of(None if group is dist.group.WORLD else group))
         finally:
-            destroy(*args, **kwargs)
+            destroy(group)
 
     return destroy_process_group
 
 
-def _read_all() -> None:
+def _read_last(checks: Sequence[StepCheck]) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    for check in all_checks():
-        while check.is_posted() and not check.has_arrived() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if check.is_posted() and check.has_arrived():
-            try:
-                check.read()
-            except MessageError as error:  # the rank that failed says why
-                log.debug("the last comparison was not delivered: %s", error)
-        check.drop()
+    try:
+        for check in checks:
+            while check.is_posted() and not check.has_arrived() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            if check.is_posted() and check.has_arrived():
+                try:
+                    check.read()
+                except MessageError as error:  # the rank that failed says why
+                    log.debug("the last comparison was not delivered: %s", error)
+    finally:
+        for check in checks:
+            check.drop()
 
 
 def _end() -> None:
     try:
-        _read_all()
+        _read_last(checks_of(None))
     except RankMismatchError as error:
         # An exception in a handler at exit is printed, and the process ends with 0.
         log.critical("%s", error)

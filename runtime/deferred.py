@@ -93,10 +93,13 @@ class DeferredTensor(Tensor):
     @property
     def local(self) -> Tensor:
         """This rank's valid rows, in its local order, without padding. Differentiable; sends nothing."""
-        # Once something was written into the whole value, the shard it came from is out of date.
-        written = self._shard.is_gathered and (self._shard.is_written or self.is_inference() or self._version > 0)
         rows = self._shard.rows
-        return rows.trim(own_rows(self.full(), rows) if written else self._shard.padded)
+        return rows.trim(own_rows(self.full(), rows) if self.may_be_written else self._shard.padded)
+
+    @property
+    def may_be_written(self) -> bool:
+        """Whether something may have been written into the whole value: then the shard it came from is out of date."""
+        return self._shard.is_gathered and (self._shard.is_written or self.is_inference() or self._version > 0)
 
     @property
     def data(self) -> Tensor:
@@ -147,7 +150,14 @@ class DeferredTensor(Tensor):
 
     @property
     def _full(self) -> Tensor:
+        if self._shard.watch is not None:  # another compiler takes the value from here too
+            self._shard.watch.is_read = True
         return self._shard.full()
+
+    @property
+    def gathered(self) -> Tensor | None:
+        """The whole value without gradient, if it is here. Sends nothing."""
+        return self._shard.full() if self._shard.is_gathered else None
 
     @classmethod
     @torch._disable_dynamo  # between the parts of a model it would be compiled as one more part
@@ -157,19 +167,13 @@ class DeferredTensor(Tensor):
         if torch.Tag.inplace_view in func.tags:
             raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
         kwargs = kwargs or {}
-        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, _read, given) for given in (args, kwargs))
+        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._full, given) for given in (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return result
         # An in-place operation returns the tensor it was given, and autograd insists on the very same object.
         written = _written(func, args, kwargs)
         return tree_map_only(Tensor, lambda out: written.get(id(out), out), result)
-
-
-def _read(output: DeferredTensor) -> Tensor:
-    if output._shard.watch is not None:
-        output._shard.watch.is_read = True
-    return output._full
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, DeferredTensor]:

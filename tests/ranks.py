@@ -34,7 +34,8 @@ MAX_RANKS = 8
 preloaded += ["torch._inductor.fx_passes.joint_graph", "transformers.models.llama.modeling_llama"]
 # Dynamo times the guards of each graph, with the processor's caches emptied before: a fifth of a small trace, for a number nobody reads.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # in the tests' own process too, which imports this file
-GRACE_S = 5.0
+GRACE_S = 15.0
+"""Seconds that the other ranks have to return once one has failed; they may wait for it as long as a test's group does."""
 
 
 class RankError(Exception):

@@ -23,7 +23,7 @@ from autoseq.runtime.counting import check_counters, reset_counters
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.step_message import MESSAGE_BYTES, StepMessage
-from autoseq.step_check import NAMED_WORDS, StepCheck, fill_on_host
+from autoseq.step_check import NAMED_WORDS, StepCheck, fill_on_device, fill_on_host
 from ranks import RankError, run_ranks
 from step_job import RIGHT, Tiny, Trainer, batch, compiled, loss_of, told
 
@@ -341,10 +341,17 @@ def test_a_device_fills_the_message_as_the_host_does(num_integers: int, num_floa
     hashes = [i * 0x123456789ABCDEF - (1 << 62) for i in range(num_integers)]
     sketches = [[1.5 * i, -0.25, 3.0 + i] for i in range(num_floats)]
     fits = 2 * num_integers + 3 * num_floats <= NAMED_WORDS
-    check = StepCheck(SequenceGroup("g", 2, 0), weakref.ref(Tiny()))
+    device, host = (StepMessage(SequenceGroup("g", 2, 0), torch.device("cpu")) for _ in range(2))
     head = 1 << 63 | 5 << 48 | 7 << 32 | 11
-    check._fill_on_device(head, [torch.tensor(hashes)] if hashes else [], [torch.tensor(each) for each in sketches], fits)
-    message = StepMessage(SequenceGroup("g", 2, 0), torch.device("cpu"))
-    fill_on_host(message, head, hashes, sketches, fits)
-    assert check._message is not None
-    assert torch.equal(message.words.view(torch.uint8), check._message.words.view(torch.uint8)), (message.floats, check._message.floats)
+    fill_on_device(device, head, [torch.tensor(hashes)] if hashes else [], [torch.tensor(each) for each in sketches], fits)
+    fill_on_host(host, head, hashes, sketches, fits)
+    assert torch.equal(host.words.view(torch.uint8), device.words.view(torch.uint8)), (host.floats, device.floats)
+
+
+def test_a_step_without_fingerprints_of_a_device_has_its_message_there() -> None:
+    """NCCL sends nothing from the host. The meta device stands for a GPU."""
+    check = StepCheck(SequenceGroup("g", 2, 0), weakref.ref(Tiny()))
+    check.note("a program of weights alone", torch.device("meta"))
+    check.note("one of the host", torch.device("cpu"))
+    assert check._message_for([]) is check._message_for([[1]])
+    assert check._message_for([]).device.type == "meta"

@@ -6,8 +6,10 @@ A period of several blocks folds too: five window layers and a full one, eight t
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from autoseq.html_blocks import Block, Fold, Item, Line, Row
+from autoseq.repetitions import longest_run
 
 _LONGEST_PERIOD = 12
 
@@ -22,7 +24,7 @@ def _folded(items: Sequence[Item]) -> tuple[Item, ...]:
     made: list[Item] = []
     place = 0
     while place < len(items):
-        period, times = _longest_run(items, signatures, place)
+        period, times = longest_run(signatures, place, _periods(items[place : place + _LONGEST_PERIOD]))
         end = place + period * times
         blocks = [item for item in items[place:end] if isinstance(item, Block)]
         if times > 1:
@@ -34,18 +36,10 @@ def _folded(items: Sequence[Item]) -> tuple[Item, ...]:
     return tuple(made)
 
 
-def _longest_run(items: Sequence[Item], signatures: Sequence[Hashable], start: int) -> tuple[int, int]:
-    """The period and the repetitions that cover most items from `start`; of several the shortest period. (1, 1): nothing repeats."""
-    best = (1, 1)
-    for period in range(1, min(_LONGEST_PERIOD, (len(items) - start) // 2) + 1):
-        if not isinstance(items[start + period - 1], Block):
-            break
-        times = 1
-        while signatures[start + times * period : start + (times + 1) * period] == signatures[start : start + period]:
-            times += 1
-        if times > 1 and period * times > best[0] * best[1]:
-            best = (period, times)
-    return best
+def _periods(items: Sequence[Item]) -> range:
+    """A period is of blocks alone."""
+    blocks = takewhile(lambda item: isinstance(item, Block), items)
+    return range(1, 1 + sum(1 for _ in blocks))
 
 
 def _signature(item: Item) -> Hashable:

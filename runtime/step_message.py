@@ -68,10 +68,6 @@ class StepMessage:
                 self._host.copy_(self._all, non_blocking=True)
                 self._copied.record()
 
-    @property
-    def is_posted(self) -> bool:
-        return self._work is not None
-
     def has_arrived(self) -> bool:
         """Whether `rows` would not wait."""
         if self._copied is not None:

@@ -135,8 +135,9 @@ class _Histories(PropagateUnbackedSymInts):
             return [self._hooked(args[0][0], call(target, args, kwargs)[0])]
         if target in _STRIDED:
             return self._strided(*args, **kwargs)
-        if target in _DROPOUTS and (same := _undropped(*args, **kwargs)) is not None:
-            return same
+        dropout = _Dropout(*args, **kwargs) if target in _DROPOUTS else None
+        if dropout is not None and dropout.drops_nothing:
+            return dropout.input
         if target in _LOOKUPS:
             args, kwargs = self._renormalized(_LOOKUPS[target], args, kwargs)
         self._note_reads(_tensors((args, kwargs)))
@@ -144,7 +145,7 @@ class _Histories(PropagateUnbackedSymInts):
         if not torch.is_grad_enabled() and target not in _TURNS:
             args, kwargs = pytree.tree_map_only(FunctionalTensor, partial(self._without_history, originals), (args, kwargs))
         result = self._followed(call, target, args, kwargs)
-        if target in _DROPOUTS and not _is_in_place(*args, **kwargs):
+        if dropout is not None and not dropout.inplace:
             return self._met(_new_root(result), _root(result) in self._recorded)
         return pytree.tree_map_only(FunctionalTensor, lambda x: originals.get(id(x), x), result)
 
@@ -357,11 +358,17 @@ def _recording() -> Iterator[None]:
         yield
 
 
-def _undropped(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True) -> Tensor | None:
-    """The operand of a dropout that drops nothing: it returns this very tensor, on one device too."""
-    return input if isinstance(input, Tensor) and (not (training and train) or p == 0) else None
+@dataclass(frozen=True, slots=True)
+class _Dropout:
+    """The arguments of `F.dropout` and `torch.dropout`; the latter calls its third `train`."""
 
+    input: Any
+    p: float = 0.5
+    training: bool = True
+    inplace: bool = False
+    train: bool = True
 
-def _is_in_place(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, train: bool = True) -> bool:
-    """Whether a dropout writes to its operand and returns it."""
-    return inplace
+    @property
+    def drops_nothing(self) -> bool:
+        """Then it returns its operand, this very tensor, on one device too."""
+        return isinstance(self.input, Tensor) and (not (self.training and self.train) or self.p == 0)

@@ -21,7 +21,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
 
 from autoseq.runtime.errors import NotSplitError
-from autoseq.watching_modes import hide_watchers, refuse_other_modes
+from autoseq.watching_modes import hide_watchers, nothing, refuse_other_modes
 
 _compiled: WeakSet[FunctionType] = WeakSet()
 """The functions that torch.compile made for this backend."""
@@ -115,7 +115,7 @@ def frame_is_idle() -> None:
 def _refuse_surroundings() -> Callable[[], None]:
     """What stands around a call, and would change what it computes or have Dynamo leave it, is an error before anything runs."""
     if _is_eager_wished():
-        return _nothing
+        return nothing
     if peek_interpreter_stack() is not None:
         raise NotSplitError(
             "a model that autoseq splits is called inside a transform of torch.func (grad, vmap, jvp, …), which Dynamo does not trace "
@@ -123,11 +123,7 @@ def _refuse_surroundings() -> Callable[[], None]:
             "model whole, once, call it under torch.compiler.set_stance('force_eager')."
         )
     refuse_other_modes()
-    return _nothing
-
-
-def _nothing() -> None:
-    pass
+    return nothing
 
 
 def _is_eager_wished() -> bool:

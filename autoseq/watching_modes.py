@@ -55,7 +55,7 @@ def refuse_fake_tensors(inputs: Sequence[object]) -> None:
 def hide_watchers() -> Callable[[], None]:
     """Have guards and traces be what they are without a mode; returns what undoes it."""
     if not _python_dispatch._is_in_any_mode_without_ignore_compile_internals:
-        return _nothing
+        return nothing
     kept = [dict(hooks) for hooks in _HOOKS]
     for hooks in _HOOKS:
         for key in [key for key, hook in hooks.items() if _is_of_a_watcher(hook)]:
@@ -72,8 +72,8 @@ def hide_watchers() -> Callable[[], None]:
     return show
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What undoes nothing."""
 
 
 def _is_of_a_watcher(hook: Callable[..., object]) -> bool:

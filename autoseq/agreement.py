@@ -11,7 +11,6 @@ import logging
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,22 +43,18 @@ def _meet_after_compiling(group: SequenceGroup, purpose: str, payload: bytes) ->
         raise RendezvousError(f"{error} {COMPILE_TIMEOUT_VARIABLE} sets how many seconds ranks wait for each other's compilers.") from error
 
 
-def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> str:
+def agree_on_program(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None, *, may_change: bool = False) -> str | None:
     """Compare this rank's program (its text, line by line) with the others'; raise on all ranks if any differs or failed.
 
-    Returns the program's digest.
+    Returns the program's digest; or None, on all ranks, where programs differ and every rank says that its own `may_change` before they
+    are compared again.
     """
-    digest = compare_programs(group, lines, failure)
-    return refuse_programs(group, lines) if digest is None else digest
-
-
-def compare_programs(group: SequenceGroup, lines: Sequence[str], failure: AutoSeqError | None) -> str | None:
-    """The digest of this rank's program; None, on all ranks, where each has one and they differ. Raises where another rank has none."""
     if group.size == 1:
         return ""
     text = "\n".join(lines)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    mine = {"digest": digest, "failure": None if failure is None else f"{type(failure).__name__}: {failure}"}
+    told = None if failure is None else f"{type(failure).__name__}: {failure}"
+    mine = {"digest": digest, "failure": told, "may_change": may_change}
     theirs = [json.loads(reply) for reply in _meet_after_compiling(group, "compiles a program", json.dumps(mine).encode())]
     failed = {rank: reply["failure"] for rank, reply in enumerate(theirs) if reply["failure"]}
     if failure is not None:
@@ -67,12 +62,10 @@ def compare_programs(group: SequenceGroup, lines: Sequence[str], failure: AutoSe
     if failed:
         rank, message = next(iter(failed.items()))
         raise RankMismatchError(f"rank {rank} of group {group.name!r} could not compile the program: {message}")
-    return digest if len({reply["digest"] for reply in theirs}) == 1 else None
-
-
-def refuse_programs(group: SequenceGroup, lines: Sequence[str]) -> NoReturn:
-    """Raise, on all ranks, where their programs differ first."""
-    text = "\n".join(lines)
+    if len({reply["digest"] for reply in theirs}) == 1:
+        return digest
+    if all(reply["may_change"] for reply in theirs):
+        return None
     texts = [zlib.decompress(t).decode() for t in _meet_after_compiling(group, "shows its program", zlib.compress(text.encode()))]
     raise RankMismatchError(_first_difference(group, texts))
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology, compare_programs, refuse_programs
+from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
 from autoseq.compiled_calls import program_runs, watch_calls
 from autoseq.drift import Drift
@@ -114,16 +114,16 @@ def _compile(
         failure.__cause__ = error
     lines = [*(program.fingerprint() if program is not None else []), repr(_comparable(options))]
     with progress.waiting():
-        digest = compare_programs(group, lines, failure)
+        digest = agree_on_program(group, lines, failure, may_change=not is_sorted)
     if digest is None:
         ordered = copied(gm)
-        order = None if is_sorted else sort_signature(ordered)
-        if order is None:
-            refuse_programs(group, lines)
-        return order.around(_compile(ordered, order.given(inputs), options, group, found, progress, is_sorted=True))
+        order = sort_signature(ordered)
+        if order is not None:
+            return order.around(_compile(ordered, order.given(inputs), options, group, found, progress, is_sorted=True))
+        digest = agree_on_program(group, lines, failure)
     if failure is not None:
         raise failure
-    assert program is not None
+    assert program is not None and digest is not None
     if is_sorted and program.whole and options.inner == "eager":
         options = replace(options, inner="aot_eager")  # one backward, where eagerly run operators have theirs in the order that was traced
     called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=is_part))

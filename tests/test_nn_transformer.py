@@ -228,6 +228,7 @@ def twice(m: Any, x: Tensor) -> Tensor:
 
 
 def test_weights_that_are_used_are_computed_whole() -> None:
-    for errors, lines in run_ranks(run_with_weights, 2):
-        assert max(errors) <= TOLERANCE, errors
-        assert any("runs on gathered values" in line and "test_nn_transformer.py" in line for line in lines), lines
+    (first, lines), (second, silent) = run_ranks(run_with_weights, 2)
+    assert max(*first, *second) <= TOLERANCE, (first, second)
+    assert not silent  # the first rank speaks for all
+    assert any("runs on gathered values" in line and "test_nn_transformer.py" in line for line in lines), lines

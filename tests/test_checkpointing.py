@@ -164,6 +164,10 @@ class Counted(TorchDispatchMode):
 
     products = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # it only watches
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.products += func in (aten.mm.default, aten.addmm.default)
         return func(*args, **(kwargs or {}))

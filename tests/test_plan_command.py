@@ -52,7 +52,7 @@ def test_json_is_the_documented_object(swept: tuple[dict, Path]) -> None:
     found, _ = swept
     assert list(found) == [
         "world_size", "batch", "sequence_length", "dtype", "topology", "memory_limit_bytes", "reserved_bytes", "warnings", "call", "lines",
-        "plans", "attention", "sweep",
+        "beside_one_device", "plans", "attention", "sweep",
     ]  # fmt: skip
     assert (found["world_size"], found["batch"], found["sequence_length"], found["topology"]) == (4, 2, 512, "4xA10")
     best, *others = found["plans"]

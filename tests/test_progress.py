@@ -48,6 +48,7 @@ class Heard(logging.Handler):
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.delenv("AUTOSEQ_LOG")
+    monkeypatch.setattr(notices.log, "level", logging.NOTSET)  # a command that ran in this process before has set one
     torch._dynamo.reset()
     with Heard() as handler:
         yield handler.lines
@@ -162,6 +163,8 @@ def unconfigured() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AUTOSEQ_LOG", raising=False)
         patch.setattr(logging.root, "handlers", [])
+        patch.setattr(notices.log, "handlers", [notices._handler])
+        patch.setattr(notices.log, "level", logging.NOTSET)
         yield patch
 
 

@@ -240,6 +240,7 @@ POINTWISE = [
     case(aten.where.ScalarOther, (x(6, 4) > 0, x(6, 4), 0.0), "rr, rr -> rr", "a number"),
     case(aten.to.dtype_layout, (x(6, 4),), "rr -> rr", "another dtype", dtype=torch.float32),
     case(aten.type_as.default, (x(6, 4), x(3).detach().float()), "rr, w -> rr", "another's dtype"),
+    case(torch.ops.autoseq.written.default, (x(6, 4), x(6, 4)), "rr, rr -> rr", "a write that autograd does not see"),
     case(aten.broadcast_tensors.default, ([x(6, 1), x(6, 4)],), "r., rr -> rr, rr", "all of one shape"),
     case(aten.mul.Tensor, (x(6, 1), x(4)), "r., r -> rr", "an outer product"),
     case(aten._to_copy.default, (x(6, 4),), "rr -> rr", "another dtype", dtype=torch.float32),

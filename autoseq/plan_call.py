@@ -1,6 +1,6 @@
 """The lines of Python that run a plan of `autoseq plan`: the mesh, the sampler, what sums gradients over the copies, and the compilation.
 
-A name is missing from none: `model`, `dataset` and the optimizer are the user's, all else is imported or spelled out.
+They are complete but for `model`, `dataset` and the optimizer, which are the user's.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def lines_of(best: Candidate, training: Training, topology: str) -> list[str]:
     compiled = f"model = {call_of(best, topology)}"
     if training.shard_parameters:
         sharded = f'model = fully_shard(model, mesh=autoseq.sequence_mesh({split.ranks})["sequence"], reshard_after_forward=True)'
-        imports, wrapped = "import autoseq; from torch.distributed.fsdp import fully_shard", [sharded, compiled]
+        imports, wrapped = "import autoseq, torch; from torch.distributed.fsdp import fully_shard", [sharded, compiled]
     elif split.data > 1:
         replicated = "torch.nn.parallel.DistributedDataParallel"
         copies = f'model = {replicated}(model, process_group=mesh["data"].get_group(), gradient_as_bucket_view=True)'
-        imports, wrapped = "import autoseq", [compiled, copies]
+        imports, wrapped = "import autoseq, torch", [compiled, copies]
     else:
-        imports, wrapped = "import autoseq", [compiled]
+        imports, wrapped = "import autoseq, torch", [compiled]
     return [
         imports, _mesh_line(split), f"sampler = torch.utils.data.DistributedSampler(dataset, {sampler})",
         f"loader = torch.utils.data.DataLoader(dataset, {rows}, sampler=sampler)", *wrapped,

@@ -45,7 +45,7 @@ def print_plan(out: Console, planned: Planned, *, given: str, formulas: bool) ->
     best_beside = _beside(planned)
     if best_beside is not None:
         print_beside(out, best_beside)
-    out.print("To run the first, on every rank after init_process_group, with a model of the same weights and your dataset:")
+    out.print("To run the first, on every rank after init_process_group; `model` has the same weights on all, `dataset` is yours:")
     out.print("\n".join(f"    {line}" for line in lines_of(best, training, given)))
     out.print(table("A step of the first", ["goes into", ":predicted", ":share"], _time_rows(best)))
     out.print(table("Memory of a rank, with the first", ["for", ":bytes", ":in short"], _memory_rows(best)))

@@ -70,7 +70,7 @@ def errors_after_training(rank: int, world_size: int, lines: list[str]) -> list[
     alone = copy.deepcopy(model)
     ids = torch.randint(0, 256, (BATCH * STEPS, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     dataset = TensorDataset(ids[:, :-1], ids[:, 1:])
-    names: dict[str, Any] = {"torch": torch, "model": model, "dataset": dataset}
+    names: dict[str, Any] = {"model": model, "dataset": dataset}
     with without_inductor():
         exec("\n".join(lines), names)
         train(names["model"], names["loader"])
@@ -96,7 +96,7 @@ def test_the_printed_lines_train_as_one_device(split: Split, strategy: str, shar
 
 def test_the_lines_name_the_mesh_the_sampler_ddp_and_the_compilation() -> None:
     assert printed_lines(Split(2, 2), "ring") == [
-        "import autoseq",
+        "import autoseq, torch",
         "mesh = autoseq.sequence_mesh(2)",
         'sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=mesh["data"].size(), rank=mesh["data"].get_local_rank())',
         "loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)",

@@ -6,6 +6,8 @@ out, with the scores of this rank's rows and all keys as one tensor, and every o
 
     out = strategy(q, k, v)      →      out = twice(strategy(q, k, v), q, k, v)
 
+It keeps q, k and v, as most strategies do anyhow; those that exchange heads (Ulysses, the hybrids) keep them besides. A traced program has
+none of it.
 Sends in such a backward the keys and values of all ranks to each rank, and their gradients home, besides what the strategy sends.
 """
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_job import Run, axes_of, call_keywords, shard
-from autoseq.runtime import stages, visit_op
+from autoseq.runtime import attention_call, stages, visit_op
 from autoseq.runtime.packed import Packed
 from autoseq.runtime.strategies import STRATEGIES
 from autoseq.runtime.visits import QUERIES
@@ -127,7 +127,9 @@ class Found:
 
     forward: int
     backward: int
-    kept: int
+    kept: int  # as a compiled program keeps it
+    kept_eagerly: int
+    inputs: int  # bytes of q, k and v
 
 
 def hold_on_rank(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ()) -> list[Found]:
@@ -138,16 +140,23 @@ def hold_on_rank(rank: int, P: int, runs: list[Run], mesh: tuple[int, ...] = ())
 def _held(rank: int, P: int, strategy: str, layout: Any, case: Any, axes: tuple[str, ...]) -> Found:
     *qkv, grad = (shard(x, rank, P, layout, padding="edge").contiguous() for x in case.tensors())
     leaves = [x.requires_grad_() for x in qkv]
-    saved: dict[int, int] = {}
 
-    def save(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    def attention() -> tuple[Tensor, int]:
+        saved: dict[int, int] = {}
 
-    with packed_rows() as held:
+        def save(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
         with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
             out = STRATEGIES[strategy].attention(*leaves, case.captures(), **call_keywords(case, layout), axes=axes)
-        forward, kept = held.most, sum(saved.values())
+        return out, sum(saved.values())
+
+    _, kept_eagerly = attention()
+    with packed_rows() as held, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_call, "twice_differentiable", lambda out, *_: out)
+        out, kept = attention()
+        forward = held.most
         held.start()
         torch.autograd.grad(out, leaves, grad)
-        return Found(forward, held.most, kept)
+        return Found(forward, held.most, kept, kept_eagerly, sum(x.untyped_storage().nbytes() for x in leaves))

@@ -64,7 +64,7 @@ def check_held(named: dict[str, Run], P: int, mesh: tuple[int, ...] = ()) -> Non
 
 @pytest.mark.parametrize(("P", "mesh"), [(2, ()), (3, ()), (4, (2, 2))], ids=str)
 def test_what_every_strategy_keeps(P: int, mesh: tuple[int, ...]) -> None:
-    """Also of uneven and missing heads, and of padded rows."""
+    """Also of uneven and missing heads, and of padded rows. Run eagerly, q, k and v are there for a second derivative at most."""
     cases = {
         "uneven heads": replace(FULL, heads=7, kv_heads=7),
         "some ranks without heads": replace(FULL, heads=2, kv_heads=1),
@@ -76,7 +76,7 @@ def test_what_every_strategy_keeps(P: int, mesh: tuple[int, ...]) -> None:
     runs = list(named.values())
     for rank, held in enumerate(run_ranks(hold_on_rank, P, runs, mesh)):
         for name, found, (*_, kept) in zip(named, held, told(runs, P, mesh, rank), strict=True):
-            assert found.kept == kept, (name, rank)
+            assert found.kept == kept <= found.kept_eagerly <= kept + found.inputs, (name, rank)
 
 
 @pytest.mark.parametrize("strategy", PACKED)

@@ -64,7 +64,8 @@ def test_the_collectives_are_those_of_a_real_step(name: str, world_size: int, ba
 def test_json_is_the_documented_object() -> None:
     found = inspect_model(partial(make_model, "mistral", 1, 32), seq_len=32, world_size=2, strategy="gather_kv", layout="contiguous")
     shown = json.loads(inspection_json(found))
-    assert list(shown) == ["world_size", "sequence_length", "attention", "collectives", "fallbacks", "largest_intermediate"]
+    names = ["world_size", "sequence_length", "attention", "collectives", "fallbacks", "largest_intermediate", "beside_one_device"]
+    assert list(shown) == names
     assert (shown["world_size"], shown["sequence_length"], len(shown["attention"])) == (2, 32, 2)
     site = shown["attention"][0]
     # K and V, 2 heads of 8 in float32, of those 7 rows that the window lets rank 1 see: sent twice. Rank 0 itself sees none of rank 1's.

@@ -53,7 +53,7 @@ FACTORIES = """
         return Model(), {"x": torch.randn(batch, seq_len, 8)}
 
     def another_on_each_rank(batch, seq_len):
-        return Model(), {"x": torch.randn(batch, seq_len, 8) + os.getpid()}
+        return Model(), {"x": torch.randn(batch, seq_len, 8) + torch.distributed.get_rank()}
 """
 
 

@@ -87,7 +87,7 @@ class OutputWatch:
         whole = grad.gathered if isinstance(grad, DeferredTensor) else grad  # another compiler wraps it again
         if self.is_read and whole is not None:
             with apart():
-                self._check.sketch_floats(self._name, whole)
+                self._check.sketch_floats(self._name, whole, whole.dtype)
             self._check.read_after_backward()
 
 
@@ -161,7 +161,7 @@ class GivenInputs:
             check.hash_integers(self._integer_names, [values[i] for i in kinds.integers])
         for i in kinds.floats:
             if not _is_made(given[i]):
-                check.sketch_floats(self._names[i], compressed(values[i].detach()))
+                check.sketch_floats(self._names[i], compressed(values[i].detach()), values[i].dtype)
         check.have_weights(self._weights(kinds, values), every=self._every)
 
     def _weights(self, kinds: _Kinds, values: Sequence[Any]) -> Weights:
@@ -188,8 +188,9 @@ class _Returned:
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         with apart():
             for place, name, taken in self.places:
-                if gradients[place] is not None and not taken[0]:
-                    self.check.sketch_floats(name, gradients[place])
+                gradient = gradients[place]
+                if gradient is not None and not taken[0]:
+                    self.check.sketch_floats(name, gradient, gradient.dtype)
         self.check.backward_of(self.call)
 
 

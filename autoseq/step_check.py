@@ -162,9 +162,9 @@ class StepCheck:
         for name, value in zip(names, values, strict=True):
             self._pending.hashed.append(([name], exact([value])))
 
-    def sketch_floats(self, name: str, value: Tensor) -> None:
-        """Floats, which are to be equal up to rounding."""
-        tolerance = RELATIVE_TOLERANCE.get(value.dtype, RELATIVE_TOLERANCE[torch.float32])
+    def sketch_floats(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
+        """Floats, which are to be equal up to rounding in `dtype`: `value` may be a wider form of them."""
+        tolerance = RELATIVE_TOLERANCE.get(dtype, RELATIVE_TOLERANCE[torch.float32])
         sketched = sketch(value)
         self._pending.sketched.append((name, tolerance, sketched if sketched.is_cuda else sketched.tolist()))
 

@@ -158,6 +158,20 @@ def test_floats_differ_by_rounding_alone() -> None:
         assert "different values of mask, by more than rounding" in said["another mask"]
 
 
+def bfloat16_inputs(rank: int, P: int) -> dict[str, str]:
+    torch.manual_seed(0)
+    call, x, mask = compiled(Floats().bfloat16()), torch.randn(1, 2, 8, 4, dtype=torch.bfloat16), torch.zeros(8, 8, dtype=torch.bfloat16)
+    one_bit = x.view(torch.int16).bitwise_xor(rank).view(torch.bfloat16)  # of each value, the last one
+    cases = {"equal": x, "other rounding": torch.where(torch.arange(4) == 0, one_bit, x), "other values": x * (1 + 0.1 * rank)}
+    return {name: told(lambda x=x: call(x, mask).backward()) for name, x in cases.items()}
+
+
+def test_floats_of_16_bits_differ_by_their_own_rounding() -> None:
+    for said in run_ranks(bfloat16_inputs, 2, timeout_s=60):
+        assert said["equal"] == said["other rounding"] == RIGHT, said
+        assert "different values of x, by more than rounding" in said["other values"]
+
+
 def write_differently(rank: int, P: int) -> list[int]:
     """Equal weights that one rank wrote to: a comparison more, of which there are fewer and fewer."""
     trainer, messages = Trainer(), []

@@ -395,7 +395,6 @@ def test_a_model_with_windows_trains_with_the_strategies_of_a_printed_call_and_o
     asked = options_of(call_of(mixed, "4xA10"))["strategy"]
     assert set(asked.values()) == {"halo", "ring"}
     for differences, said in run_ranks(train_and_listen, 2, "gemma3", asked):
-        worst = max(differences.items(), key=lambda item: item[1])
-        assert differences.pop("loss") <= LOSS_TOLERANCE and worst[1] <= GRADIENT_TOLERANCE, worst
+        assert differences.pop("loss") <= LOSS_TOLERANCE and max(differences.values()) <= GRADIENT_TOLERANCE, differences
         for planned in mixed.plan.sites:
             assert any(line.startswith(f"{planned.site.name}: {planned.strategy}, mask {planned.site.mask}") for line in said), said

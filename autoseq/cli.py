@@ -49,20 +49,25 @@ def verify(
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest relative L2 error that counts as equal.")] = 1e-5,
     inner: Inner = "aot_eager",
     show_all: Annotated[bool, typer.Option("--all", help="Print every parameter, not only the worst few.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead, with every parameter.")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a model on local ranks and on one device, and compare every output and every parameter's gradient."""
     with exit_codes(verbose):
         from autoseq.asked_strategies import parse_asked
-        from autoseq.printing import print_verification, results
+        from autoseq.printing import print_verification, results, verification_json
         from autoseq.target import load_target
         from autoseq.verify import Case, verify_target
 
         load_target(target)  # a mistake in it is found before any process starts
         options = {"strategy": parse_asked(strategy), "layout": layout, "ranks_per_node": ranks_per_node, "inner": inner}
         case = Case(target, batch, seq_len, options)
-        errors = verify_target(case, world_size)
-        ok = print_verification(results(), errors, world_size=world_size, tolerance=tolerance, show_all=show_all)
+        found = verify_target(case, world_size)
+        if as_json:
+            print(verification_json(found, tolerance=tolerance))
+        else:
+            print_verification(results(), found, tolerance=tolerance, show_all=show_all)
+        ok = not found.beyond(tolerance)
     raise typer.Exit(0 if ok else 1)
 
 

@@ -1,6 +1,7 @@
 """What the command line prints: tables for people, JSON for scripts."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from autoseq.planner import SitePlan
 from autoseq.planning.beside_one_device import Beside
 from autoseq.readable import readable_bytes
 from autoseq.tables import table
-from autoseq.verify import Difference
+from autoseq.verify import KINDS, Difference, Verification
 
 Graphs = Literal["none", "before", "after", "both"]
 _PIPE_WIDTH = 160
@@ -157,26 +158,40 @@ def _print_graph(console: Console, title: str, graph: Any) -> None:
 _WORST_SHOWN = 5
 
 
-def print_verification(console: Console, differences: Sequence[Difference], *, world_size: int, tolerance: float, show_all: bool) -> bool:
-    """The errors, largest first, and a verdict; returns whether all are within the tolerance."""
-    for kind in ("output", "gradient"):
-        found = [d for d in differences if d.kind == kind]
-        wrong = sum(not d.error <= tolerance for d in found)
-        shown = found if show_all or kind == "output" else found[: max(_WORST_SHOWN, wrong)]
-        left = f", the worst {len(shown)}" if len(shown) < len(found) else ""
-        rows = [(d.name, f"{d.error:.2e}", "" if d.error <= tolerance else "above the tolerance") for d in shown]
-        console.print(table(f"Relative L2 error of {len(found)} {kind}s{left}", [kind, ":error", ""], rows))
-    wrong = [d for d in differences if not d.error <= tolerance]
+def verification_json(found: Verification, *, tolerance: float) -> str:
+    """One object, as documented: scripts may rely on these names. An error is null where it is infinite or no number."""
+    values = {
+        f"{kind}s": [
+            {"name": d.name, "error": d.error if math.isfinite(d.error) else None, "ok": d.error <= tolerance}
+            for d in found.differences if d.kind == kind
+        ]
+        for kind in KINDS
+    }  # fmt: skip
+    return json.dumps({"ok": not found.beyond(tolerance), "tolerance": tolerance, **values, "report": found.report.as_dict()}, indent=2)
+
+
+def print_verification(console: Console, found: Verification, *, tolerance: float, show_all: bool) -> None:
+    """What was verified, the errors, largest first, and a verdict."""
+    console.print(str(found.report))
+    for kind in KINDS:
+        _print_errors(console, kind, [d for d in found.differences if d.kind == kind], tolerance, show_all=show_all)
+    wrong, count = found.beyond(tolerance), len(found.differences)
     if wrong:
         worst = wrong[0]
         console.print(
-            f"autoseq verify: FAILED, {len(wrong)} of {len(differences)} differ by more than {tolerance:g}; "
+            f"autoseq verify: FAILED, {len(wrong)} of {count} differ by more than {tolerance:g}; "
             f"the worst is the {worst.kind} {worst.name}, by {worst.error:.2e}"
         )
-    else:
-        largest = max((d.error for d in differences), default=0.0)
-        outputs = ", ".join(sorted(d.name for d in differences if d.kind == "output"))
-        values = f"{len(differences)} values on {world_size} ranks"
-        console.print(f"\nVerified: the outputs {outputs}, and the gradients of all parameters that have one")
-        console.print(f"autoseq verify: OK, {values}, largest error {largest:.2e} of {tolerance:g} allowed")
-    return not wrong
+        return
+    largest = max((d.error for d in found.differences), default=0.0)
+    outputs = ", ".join(sorted(d.name for d in found.differences if d.kind == "output"))
+    console.print(f"\nVerified: the outputs {outputs}, and the gradients of all parameters that have one")
+    console.print(f"autoseq verify: OK, {count} values on {found.report.ranks} ranks, largest error {largest:.2e} of {tolerance:g} allowed")
+
+
+def _print_errors(console: Console, kind: str, found: Sequence[Difference], tolerance: float, *, show_all: bool) -> None:
+    wrong = sum(not d.error <= tolerance for d in found)
+    shown = found if show_all or kind == "output" else found[: max(_WORST_SHOWN, wrong)]
+    left = f", the worst {len(shown)}" if len(shown) < len(found) else ""
+    rows = [(d.name, f"{d.error:.2e}", "" if d.error <= tolerance else "above the tolerance") for d in shown]
+    console.print(table(f"Relative L2 error of {len(found)} {kind}s{left}", [kind, ":error", ""], rows))

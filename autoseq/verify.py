@@ -8,9 +8,8 @@ Where a gradient is that small beside all others, float64 tells how much of it i
 """
 
 import logging
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,18 +17,19 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from autoseq.launch import Rank, run_ranks
+from autoseq.model_report import Report, report
+from autoseq.returned_names import named_tensors
 from autoseq.runtime.errors import AutoSeqError, TargetError
 from autoseq.target import brief, load_target
 
 log = logging.getLogger("autoseq")
 
 _SEED = 0
-_Kind = Literal["output", "gradient"]
-_KINDS: tuple[_Kind, ...] = get_args(_Kind)
-_Results = dict[_Kind, dict[str, Tensor | None]]
+Kind = Literal["output", "gradient"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_Results = dict[Kind, dict[str, Tensor | None]]
 """Kind -> name -> value."""
 
 _SMALL, _AS_MUCH = 10, 8
@@ -50,41 +50,54 @@ class Case:
 class Difference:
     """Relative L2 error of one output or gradient, the largest of all ranks. Infinite if it is missing or has another shape."""
 
-    kind: _Kind
+    kind: Kind
     name: str
     error: float
 
 
-def verify_target(case: Case, world_size: int) -> list[Difference]:
-    """Every output and gradient of the target on `world_size` ranks against one device, largest error first.
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared, largest error first, and what the model has become on rank 0."""
+
+    differences: list[Difference]
+    report: Report
+
+    def beyond(self, tolerance: float) -> list[Difference]:
+        """What differs by more than `tolerance`, NaN among it."""
+        return [each for each in self.differences if not each.error <= tolerance]
+
+
+def verify_target(case: Case, world_size: int) -> Verification:
+    """Every output and gradient of the target on `world_size` ranks against one device.
 
     Raises what the ranks raise, as `launch.run_ranks` says.
     """
     with tempfile.TemporaryDirectory(prefix="autoseq-verify-") as folder:
         by_rank = run_ranks(_compare, world_size, case, str(Path(folder) / "one-device.pt"))
-    worst = [max(same, key=_badness) for same in zip(*by_rank, strict=True)]
-    return sorted(worst, key=_badness, reverse=True)
+    worst = [max(same, key=_badness) for same in zip(*(found for found, _ in by_rank), strict=True)]
+    return Verification(sorted(worst, key=_badness, reverse=True), by_rank[0][1])
 
 
 def _badness(difference: Difference) -> float:
     return difference.error if difference.error == difference.error else float("inf")  # NaN is as bad as it gets
 
 
-def _compare(rank: Rank, case: Case, path: str) -> list[Difference]:
+def _compare(rank: Rank, case: Case, path: str) -> tuple[list[Difference], Report]:
     if rank.index == 0:
         _run_one_device(rank, case, path)
     dist.barrier()
     model, kwargs = _make(rank, case)
-    actual = _step(torch.compile(model, backend="autoseq", options=case.options), model, kwargs)
+    compiled = torch.compile(model, backend="autoseq", options=case.options)
+    actual = _step(compiled, model, kwargs)
     found = _errors(actual, *torch.load(path, mmap=True, weights_only=True))
-    return [Difference(kind, name, error) for (kind, name), error in found.items()]
+    return [Difference(kind, name, error) for (kind, name), error in found.items()], report(compiled)
 
 
-def _errors(actual: _Results, expected: _Results, rounding: Mapping[str, float]) -> dict[tuple[_Kind, str], float]:
+def _errors(actual: _Results, expected: _Results, rounding: Mapping[str, float]) -> dict[tuple[Kind, str], float]:
     """By kind and name; `rounding` is `_rounding` of the expected gradients."""
-    found: dict[tuple[_Kind, str], float] = {
+    found: dict[tuple[Kind, str], float] = {
         (kind, name): _relative(actual[kind].get(name), expected[kind].get(name))
-        for kind in _KINDS for name in sorted(expected[kind].keys() | actual[kind].keys())
+        for kind in KINDS for name in sorted(expected[kind].keys() | actual[kind].keys())
     }  # fmt: skip
     whole = _norm(expected["gradient"].values())
     for name, size in rounding.items():
@@ -144,7 +157,7 @@ def _step(call: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> _Results:
     """One forward and backward: what came out, and each parameter's gradient."""
     try:
         returned = call(**kwargs)
-        outputs = dict(_tensors(returned))
+        outputs = dict(named_tensors(returned, model))
         loss = _loss(returned, list(outputs.values()))
         if loss.requires_grad:
             loss.backward()
@@ -155,12 +168,6 @@ def _step(call: Any, model: nn.Module, kwargs: Mapping[str, Any]) -> _Results:
     gradients = {name: None if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()}
     # A deferred output gathers here: a plain copy, as the user of the output would see it.
     return {"output": {name: x.detach().clone().cpu() for name, x in outputs.items()}, "gradient": gradients}
-
-
-def _tensors(returned: Any) -> Iterator[tuple[str, Tensor]]:
-    for path, leaf in tree_flatten_with_path(returned)[0]:
-        if isinstance(leaf, Tensor):
-            yield re.sub(r"^\['?(\w+)'?\]$", r"\1", keystr(path)).strip(".") or "result", leaf
 
 
 def _loss(returned: Any, outputs: Sequence[Tensor]) -> Tensor:

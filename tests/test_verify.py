@@ -2,17 +2,23 @@
 
 import json
 import math
+import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from autoseq import verify
 from autoseq.cli import app
 from autoseq.launch import Rank
-from autoseq.verify import Case, Difference, _relative
+from autoseq.model_report import Report
+from autoseq.returned_names import named_tensors
+from autoseq.verify import Case, Difference, Verification, _relative
 
 EXAMPLE = "examples/plain_gpt.py:tiny"
 
@@ -72,12 +78,76 @@ def test_an_example_is_the_same_on_three_ranks_and_one() -> None:
     assert result.exit_code == 0, result.output
     assert "Relative L2 error of 2 outputs" in result.stdout
     assert "Relative L2 error of 29 gradients, the worst 5" in result.stdout
+    lines = result.stdout.splitlines()
+    assert re.fullmatch(r"GPT on 3 ranks: ring, \w+ rows, no fallbacks, 1 program", lines[0])
+    assert [line.split()[-1] for line in lines[2:6]] == ["exact", "predicted", "predicted", "predicted"]
+    assert "Verified: the outputs logits, loss, and the gradients of all parameters that have one" in lines
     assert result.stdout.splitlines()[-1].startswith("autoseq verify: OK, 31 values on 3 ranks, largest error ")
+
+
+def verified(differences: list[Difference]) -> Callable[[Case, int], Verification]:
+    """Stands in for `verify_target`, with nothing run."""
+    return lambda case, world_size: Verification(differences, Report("GPT", 2, "zigzag", (("ring", 2),), 1, 0, "found", 16, (), None))
+
+
+def test_scripts_get_every_value_and_the_report_by_names() -> None:
+    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", "--strategy", "ulysses", "--inner", "eager", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["ok"], found["tolerance"], len(found["gradients"])) == (True, 1e-5, 29)
+    assert sorted(each["name"] for each in found["outputs"]) == ["logits", "loss"]
+    assert found["report"]["strategies"] == {"ulysses": 2}
+    assert set(found["report"]["figures"]) == {"rows_of_a_sequence", "kept_for_the_backward", "sent", "seconds"}
+
+
+def test_scripts_see_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Difference("gradient", "head.weight", math.inf), Difference("output", "loss", 2e-7)]
+    monkeypatch.setattr("autoseq.verify.verify_target", verified(found))
+    result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", "--json")
+    shown = json.loads(result.stdout)
+    assert (result.exit_code, shown["ok"]) == (1, False)
+    assert shown["gradients"] == [{"name": "head.weight", "error": None, "ok": False}]
+    assert shown["outputs"] == [{"name": "loss", "error": 2e-7, "ok": True}]
+
+
+class Returns(nn.Module):
+    def forward(self, way: str) -> Any:
+        x, y = torch.zeros(1), torch.ones(1)
+        if way == "a dict":
+            return {"x": x, "y": [y]}
+        if way == "one tensor":
+            return x
+        return x, y
+
+
+class ReturnsOneTuple(nn.Module):
+    def forward(self, way: str) -> Any:
+        def nested() -> int:
+            return 1
+
+        logits, loss = torch.zeros(1), torch.ones(1) if nested() else None
+        if way == "early":
+            return logits, loss
+        return logits, loss
+
+
+@pytest.mark.parametrize(
+    ("model", "way", "names"),
+    [
+        pytest.param(Returns(), "a dict", ["x", "['y'][0]"], id="paths of what is not a tuple"),
+        pytest.param(Returns(), "one tensor", ["result"], id="a tensor alone"),
+        pytest.param(Returns(), "a tuple", ["0", "1"], id="numbers where returns differ"),
+        pytest.param(ReturnsOneTuple(), "", ["logits", "loss"], id="variables of a tuple"),
+        pytest.param(ReturnsOneTuple(), "early", ["logits", "loss"], id="variables of two alike returns"),
+    ],
+)
+def test_outputs_are_named_as_they_are_returned_or_numbered(model: nn.Module, way: str, names: list[str]) -> None:
+    assert [name for name, _ in named_tensors(model(way), model)] == names
 
 
 def test_what_differs_by_more_than_the_tolerance_is_named_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Difference("gradient", "head.weight", math.nan), Difference("output", "loss", 2e-3), Difference("gradient", "norm.bias", 1e-7)]
-    monkeypatch.setattr("autoseq.verify.verify_target", lambda case, world_size: found)
+    monkeypatch.setattr("autoseq.verify.verify_target", verified(found))
     result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", "--tolerance", "1e-4")
     assert result.exit_code == 1
     assert result.stdout.count("above the tolerance") == 2
@@ -91,7 +161,7 @@ def test_only_the_worst_gradients_are_shown_unless_all_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], shown: int
 ) -> None:
     found = [Difference("gradient", f"weight{i}", 1e-7 / (i + 1)) for i in range(9)]
-    monkeypatch.setattr("autoseq.verify.verify_target", lambda case, world_size: found)
+    monkeypatch.setattr("autoseq.verify.verify_target", verified(found))
     result = run(EXAMPLE, "--seq-len", "16", "--world-size", "2", *arguments)
     assert (result.exit_code, result.stdout.count("weight")) == (0, shown)
 

@@ -5,44 +5,37 @@ AOTAutograd, and wraps the outputs that are shards.
 """
 
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx
 
-from autoseq.agreement import agree_on_inputs, agree_on_program, agree_on_topology
+from autoseq.agreement import agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
-from autoseq.compiled_calls import program_runs, watch_calls
-from autoseq.drift import Drift
+from autoseq.compiled_calls import watch_calls
 from autoseq.dynamo_frames import keep_frames
+from autoseq.dynamo_stack import part_of
 from autoseq.foreign_programs import stay_apart
-from autoseq.given_inputs import GivenInputs, Part
+from autoseq.given_inputs import GivenInputs
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.canonical_order import sort_signature
-from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.passes.source import input_name, is_buffer
 from autoseq.passes.tidy import leave_gradients_unsummed
 from autoseq.passes.traceable_masks import let_masks_through
 from autoseq.peer_failures import name_failures
 from autoseq.planning.topology import Topology
 from autoseq.program import Program, build_program, mark_trainable, topology_of
+from autoseq.program_call import ProgramCall
 from autoseq.progress import Progress, progress_of
 from autoseq.random_state import drawing_devices
-from autoseq.runtime.deferred import DeferredTensor, defer
-from autoseq.runtime.errors import AutoSeqError, TopologyError, UnsupportedError
+from autoseq.runtime.errors import AutoSeqError, TopologyError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
-from autoseq.runtime.layout import Layout
-from autoseq.runtime.messages import connect
 from autoseq.runtime.nodes import on_nodes
-from autoseq.second_derivatives import refuse_second_derivatives
 from autoseq.structured_trace import trace_program
 from autoseq.views_of_outputs import describe_views_of_outputs
-from autoseq.watching_modes import refuse_fake_tensors
 from autoseq.whole_program import copied
 
 log = logging.getLogger("autoseq")
@@ -103,10 +96,10 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None, progress: Progress,
     is_sorted: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
-    program, failure, is_part = None, None, is_fragment(gm, inputs)
+    program, failure, part = None, None, part_of(gm, inputs)
     try:
         with progress.rewriting():
-            program = build_program(gm, inputs, options=options, group=group, is_fragment=is_part, is_sorted=is_sorted, found=found)
+            program = build_program(gm, inputs, options=options, group=group, is_fragment=part != "whole", is_sorted=is_sorted, found=found)
     except AutoSeqError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)
@@ -126,13 +119,13 @@ def _compile(
     assert program is not None and digest is not None
     if is_sorted and program.whole and options.inner == "eager":
         options = replace(options, inner="aot_eager")  # one backward, where eagerly run operators have theirs in the order that was traced
-    called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=is_part))
+    called = partial(progress.called, progress.add(program, topology=lambda: found or topology_of(options, group), is_part=part != "whole"))
     placeholders = gm.graph.find_nodes(op="placeholder")
     names, owned = [input_name(node) for node in placeholders], frozenset(i for i, node in enumerate(placeholders) if is_buffer(node))
-    check = GivenInputs(group, names, digest, owned, draws=drawing_devices(program), part=_part(is_part))
+    check = GivenInputs(group, names, digest, owned, draws=drawing_devices(program), part=part)
     trace_program(program)
     shapes = CallShapes(group, digest, names, program.inputs)
-    return _Runner(_compiled(gm, inputs, program, options, group, progress), program, names, group, options, shapes, called, check)
+    return ProgramCall(_compiled(gm, inputs, program, options, group, progress), program, names, group, options, shapes, called, check)
 
 
 def _compiled(
@@ -171,117 +164,3 @@ def _inner(gm: fx.GraphModule, fake: Sequence[object], options: Options, group: 
 
     named = name_failures(progress.of_compiler(compile_fx_inner), group)
     return compile_fx(gm, list(fake), inner_compile=named, config_patches=INDUCTOR)  # type: ignore[return-value, arg-type]
-
-
-def is_fragment(gm: fx.GraphModule, inputs: Sequence[object]) -> bool:
-    """Whether this graph is a part of a program that Dynamo traced in several parts."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is not None and reason.graph_break:
-        return True
-    if any(isinstance(x, DeferredTensor) for x in inputs):
-        return True
-    return not _called_from_outside()
-
-
-def _part(is_part: bool) -> Part:
-    if not is_part:
-        return "whole"
-    return "first" if _called_from_outside() else "later"
-
-
-_PASSED_OVER = (
-    "torch/_dynamo/", "torch/_inductor/", "torch/_functorch/", "torch/_compile.py", "torch/_utils_internal.py", "torch/utils/_",
-    "torch/_logging", "torch/_subclasses", "torch/__init__.py", "contextlib.py", "autoseq/backend.py", "autoseq/dynamo_frames.py",
-)  # fmt: skip
-
-
-def _called_from_outside() -> bool:
-    """Whether the frame being compiled is the one that was given to torch.compile: its caller is Dynamo's own wrapper."""
-    frame = sys._getframe()
-    seen_callback = False
-    while frame is not None:
-        name = frame.f_code.co_filename.replace("\\", "/")
-        if "torch/_dynamo/eval_frame.py" in name and frame.f_code.co_name in ("compile_wrapper", "_fn", "__call__"):
-            return True
-        inside = any(part in name for part in _PASSED_OVER)
-        seen_callback = seen_callback or "torch/_dynamo/convert_frame.py" in name
-        if seen_callback and not inside and "torch/nn/modules/module.py" not in name:
-            return False
-        frame = frame.f_back
-    return False
-
-
-class _Runner:
-    """The compiled program as Dynamo calls it: checks the first inputs, gathers deferred ones, wraps sharded outputs."""
-
-    def __init__(
-        self, compiled: Callable[..., Any], program: Program, names: Sequence[str], group: SequenceGroup, options: Options,
-        shapes: CallShapes, called: Callable[[Sequence[object]], None], check: GivenInputs,
-    ) -> None:  # fmt: skip
-        self._compiled, self._names, self._group, self._options = compiled, names, group, options
-        self._outputs = program.sharding.outputs
-        self._layout: Layout = program.plan.layout
-        self._floats, self._contents = program.floats, program.contents
-        self._versions: dict[int, tuple[int, int]] = {}
-        sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
-        self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        self._agreed, self._shapes, self._called, self._check = False, shapes, called, check
-        self._drift = Drift(group, strict=options.strict)
-
-    def __call__(self, *args: Any) -> Any:
-        program_runs()
-        if self._group.size > 1:
-            refuse_fake_tensors(args)
-        given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
-        self._shapes.agree(args)
-        if not self._agreed:
-            agree_on_inputs(self._group, self._names, args, draws=self._check.draws)
-            self._check.agreed(args)
-            connect(self._group, args)
-            self._agreed = True
-        self._drift.look(args)
-        self._check_floats(args)
-        self._check_contents(args)
-        self._check.take(given, args)
-        results = list(self._compiled(*args))
-        self._called(results)
-        if self._options.inner != "eager":
-            refuse_second_derivatives(results, self._options.inner)
-        shards = {out.index: results[out.index] for out in self._outputs}
-        wrapped = [(out.index, self._wrap(out, results)) for out in self._outputs]
-        for index, value in wrapped:
-            results[index] = value
-        self._check.watch(shards, results)
-        return [r for i, r in enumerate(results) if i not in self._size_outputs]
-
-    def _check_floats(self, args: Sequence[Any]) -> None:
-        for index, assumed in self._floats.items():
-            if args[index].item() != assumed:
-                raise UnsupportedError(
-                    f"the program was compiled for {self._names[index]} = {assumed:g} and is called with {args[index].item():g}. With "
-                    "dynamic=True Dynamo makes Python floats inputs; leave dynamic unset, or torch._dynamo.reset() and compile again."
-                )
-
-    def _check_contents(self, args: Sequence[Any]) -> None:
-        """A buffer that was read as a mask is still what it was. On a GPU it is looked at again only after torch wrote to it."""
-        for index, content in self._contents.items():
-            version = (id(args[index]), args[index]._version)
-            looked_at = content.device.type != "cpu" and self._versions.get(index) == version
-            if not looked_at and not torch.equal(args[index], content):
-                raise UnsupportedError(
-                    f"the buffer {self._names[index]} was read as a mask when the program was compiled, and holds other values now. "
-                    "Call torch._dynamo.reset() after changing it, or pass the mask as an input."
-                )
-            self._versions[index] = version
-
-    def _wrap(self, out: ShardedOutput, results: Sequence[Any]) -> torch.Tensor:
-        def size(of: RunTimeSize) -> int:
-            return int(results[of.index]) if isinstance(of, SizeOutput) else of
-
-        name = f"{out.name} ({out.source})"
-        deferred = defer(
-            results[out.index], name=name, shape=tuple(map(size, out.shape)), dim=out.dim, outer=size(out.outer),
-            length=size(out.length), local_length=size(out.local), layout=self._layout, group=self._group.name,
-            watch=self._check.output(name),
-        )  # fmt: skip
-        return deferred.local if self._options.outputs == "local" else deferred

@@ -10,13 +10,13 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from torch import fx, nn
 
+from autoseq.dynamo_stack import outermost_call
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
 
@@ -79,22 +79,17 @@ class CompiledModel:
 
 
 _models: weakref.WeakKeyDictionary[Any, CompiledModel] = weakref.WeakKeyDictionary()
-_nameless = CompiledModel("the compiled function")
+_kept_alive: dict[int, tuple[Any, CompiledModel]] = {}
+"""Of objects that cannot be referred to weakly, by their ids."""
 
 
 def model_being_compiled() -> CompiledModel:
     """The one whose call is on this thread's stack."""
-    target = None
-    for frame in _frames():
-        if frame.f_code.co_name in ("compile_wrapper", "_fn") and _file(frame).endswith("torch/_dynamo/eval_frame.py"):
-            target = frame.f_locals.get("fn", target)  # the outermost is the last
-    if target is None:
-        return _nameless
-    target = unwrapped(target)
+    target = unwrapped(outermost_call())
     try:
         return _models.setdefault(target, CompiledModel(name_of(target)))
-    except TypeError:  # an object of the user's that cannot be referred to weakly
-        return _nameless
+    except TypeError:
+        return _kept_alive.setdefault(id(target), (target, CompiledModel(name_of(target))))[1]
 
 
 def known_models() -> list[tuple[Any, CompiledModel]]:
@@ -104,6 +99,8 @@ def known_models() -> list[tuple[Any, CompiledModel]]:
 
 def name_of(target: Any) -> str:
     """`GPT`, `train_step`."""
+    if target is None:
+        return "the compiled function"
     return type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", type(target).__name__)
 
 
@@ -117,23 +114,3 @@ def unwrapped(compiled: Any) -> Any:
         if inner is None:
             return compiled
         compiled = inner
-
-
-def compilation_began_s() -> float:
-    """When Dynamo began with the frame that it now compiles, by `time.time`; now, if it does not say."""
-    for frame in _frames():
-        if frame.f_code.co_name == "_compile" and _file(frame).endswith("torch/_dynamo/convert_frame.py"):
-            began_ns = frame.f_locals.get("start_time_ns")
-            return began_ns / 1e9 if isinstance(began_ns, int) else time.time()
-    return time.time()
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _file(frame: FrameType) -> str:
-    return frame.f_code.co_filename.replace("\\", "/")

@@ -7,12 +7,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from autoseq.dynamo_stack import Part
 from autoseq.optimizer_steps import count_steps_of
 from autoseq.random_state import Draws, random_state
 from autoseq.runtime.deferred import DeferredTensor
@@ -25,9 +26,6 @@ from autoseq.steps_at_exit import read_at_exit
 EVERY_VARIABLE = "AUTOSEQ_CHECK_EVERY"
 DEFAULT_EVERY = 100
 """Steps after which whole parameters are compared again: a few microseconds a parameter and one reading of the weights, over 100 steps."""
-
-Part = Literal["whole", "first", "later"]
-"""Where a program stands in its model, of which Dynamo may have traced several parts."""
 
 _calls = count(1)
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # outputs of parts of models: their version, and whether a later part took them in

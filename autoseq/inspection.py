@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autoseq.asked_strategies import Asked, check_patterns
-from autoseq.backend import is_fragment
 from autoseq.dry_run import Counts, add_counts, step_traffic
+from autoseq.dynamo_stack import part_of
 from autoseq.graph_text import remember_global
 from autoseq.options import Options
 from autoseq.passes.attention_site import LeftWhole
@@ -239,7 +239,7 @@ class _CapturingBackend:
         self.is_in_parts = False
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
-        is_part = is_fragment(gm, inputs) or self.num_graphs > 0
+        is_part = part_of(gm, inputs) != "whole" or self.num_graphs > 0
         self.is_in_parts = self.is_in_parts or is_part
         self.num_graphs += 1
         try:

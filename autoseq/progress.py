@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from torch.autograd import Variable
 
 from autoseq import notices
-from autoseq.compiled_model import Compiled, CompiledModel, compilation_began_s, model_being_compiled
+from autoseq.compiled_model import Compiled, CompiledModel, model_being_compiled
+from autoseq.dynamo_stack import compilation_began_s
 from autoseq.options import Options
 from autoseq.planning.topology import Topology
 from autoseq.program import Program
@@ -113,7 +114,8 @@ class Progress:
         local = fx.Graph()
         local.output(local.graph_copy(program.gm.graph, {}))
         compiled = Compiled(program, local, self._ranks, topology, is_part)
-        self._programs().append(compiled)
+        if (model := self._model()) is not None:
+            model.programs.append(compiled)
         return compiled
 
     def called(self, compiled: Compiled, results: Sequence[object]) -> None:
@@ -144,7 +146,7 @@ class Progress:
 
     def _programs(self) -> list[Compiled]:
         model = self._model()
-        return [] if model is None else model.programs
+        return [] if model is None else [each for each in model.programs if each.ranks == self._ranks]
 
     def _say(self, text: str) -> None:
         if self._speaks:
@@ -172,15 +174,17 @@ class _Watch:
             self.has_woken = True
 
 
-_progress: weakref.WeakKeyDictionary[CompiledModel, Progress] = weakref.WeakKeyDictionary()
+_progress: weakref.WeakKeyDictionary[CompiledModel, dict[tuple[str, int, str], Progress]] = weakref.WeakKeyDictionary()
+"""By model, then by the group, its size and the inner compiler: a model may be compiled again for other ranks."""
 
 
 def progress_of(group: SequenceGroup, options: Options) -> Progress:
     """That of the model which is being compiled; of all ranks that run it one speaks."""
-    model = model_being_compiled()
-    if model not in _progress:
-        _progress[model] = Progress(model, group, options.inner, speaks=speaks_for_all(group, options.mesh))
-    return _progress[model]
+    model, key = model_being_compiled(), (group.name, group.size, options.inner)
+    of_model = _progress.setdefault(model, {})
+    if key not in of_model:
+        of_model[key] = Progress(model, group, options.inner, speaks=speaks_for_all(group, options.mesh))
+    return of_model[key]
 
 
 # What a model has become ----------------------------------------------------------------------------------------------

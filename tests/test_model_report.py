@@ -81,6 +81,14 @@ def test_one_rank_has_nothing_beside_one_device() -> None:
     assert str(found) == "Tiny on 1 rank: ulysses, no fallbacks, 1 program"
 
 
+def test_models_are_told_apart_under_a_function_that_dynamo_leaves_out() -> None:
+    fresh()
+    models = [by_compile(Tiny()), by_compile(Tiny(breaks=True))]
+    train = torch.compiler.disable(lambda: [step(model) for model in models])
+    train()
+    assert [(found.model, found.num_programs) for found in map(autoseq.report, models)] == [("Tiny", 1), ("Tiny", 2)]
+
+
 def report_each_way(rank: int, P: int) -> dict[str, dict[str, Any]]:
     found = {}
     for name, make in WAYS.items():

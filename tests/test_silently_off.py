@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autoseq
 from autoseq import backend
+from autoseq.program_call import ProgramCall
 from ranks import run_ranks
 
 # torch says that hooks of a FLOP counter for all modules fire for torch.compile's wrapper too.
@@ -62,13 +63,13 @@ class Calls(list[int]):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    made, call = Calls(), backend._Runner.__call__
+    made, call = Calls(), ProgramCall.__call__
 
     def counted(self: Any, *args: Any) -> Any:
         made.append(id(self))
         return call(self, *args)
 
-    monkeypatch.setattr(backend._Runner, "__call__", counted)
+    monkeypatch.setattr(ProgramCall, "__call__", counted)
     torch._dynamo.reset()
     yield made
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from autoseq.apart import apart
 from autoseq.given_differently import EQUAL_BATCHES, parameter_tolerance
 from autoseq.given_inputs import EVERY_VARIABLE, check_every
 from autoseq.meetings import meet
@@ -25,7 +26,7 @@ from autoseq.runtime.errors import AutoSeqError, RankMismatchError, RendezvousEr
 from autoseq.runtime.fingerprint import compressed, exact, far_apart
 from autoseq.runtime.groups import SequenceGroup, process_group
 from autoseq.runtime.rendezvous import timeout_s
-from autoseq.step_check import apart, whole_sketch
+from autoseq.seen_weights import whole_sketch
 
 log = logging.getLogger("autoseq")
 

@@ -6,7 +6,6 @@ Every rank has the same table, so every rank comes to the same end.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from autoseq.runtime.errors import OptionError
-from autoseq.runtime.fingerprint import RELATIVE_TOLERANCE, SKETCH, far_apart, far_apart_combined
+from autoseq.runtime.fingerprint import RELATIVE_TOLERANCE, far_apart, far_apart_combined
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.step_message import MESSAGE_BYTES
+from autoseq.step_words import Head, fits, hash_in, sketch_in
 
 TOLERANCE_VARIABLE = "AUTOSEQ_CHECK_TOLERANCE"
 
@@ -53,14 +52,18 @@ def tolerance_factor() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a rank's own message says, in words. `fits`: each tensor has its own numbers there; else there is one for all."""
+    """What a rank's own message says, in words."""
 
     number: int
     optimizer_steps: int
     calls: Sequence[str]
     integers: Sequence[str]
     floats: Sequence[tuple[str, float]]
-    fits: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether each tensor has its own numbers there; else there is one for all."""
+        return fits(len(self.integers), len(self.floats))
 
 
 @dataclass(frozen=True)
@@ -72,42 +75,33 @@ class Compared:
     expected: Expected
 
     @cached_property
-    def _heads(self) -> list[int]:
-        return [struct.unpack_from("<Q", row)[0] for row in self.rows]
-
-    @property
-    def logs(self) -> list[int]:
-        return [head & 0xFFFFFF for head in self._heads]
-
-    @property
-    def optimizer_steps(self) -> list[int]:
-        return [head >> 24 & 0xFFFF for head in self._heads]
+    def heads(self) -> list[Head]:
+        """Each rank's."""
+        return [Head.unpack(row) for row in self.rows]
 
     @property
     def writes_differ(self) -> bool:
         """Whether ranks have written to their parameters differently often."""
-        return len({head >> 40 & 0x7FF for head in self._heads}) > 1
+        return len({head.writes for head in self.heads}) > 1
 
     @property
     def a_habit_is_new(self) -> bool:
         """Whether a rank has written to its parameters as it did not before."""
-        return any(head >> 63 for head in self._heads)
+        return any(head.is_new_habit for head in self.heads)
 
     @property
     def due_differs(self) -> bool:
         """Whether ranks want different weights compared: they have not seen the same ones before."""
-        return len({head >> 51 & 0xFFF for head in self._heads}) > 1
+        return len({head.due for head in self.heads}) > 1
 
     def integers(self, place: int) -> list[int]:
         """Each rank's hash in the n-th place."""
-        return [struct.unpack_from("<q", row, 8 * (1 + place))[0] for row in self.rows]
+        return [hash_in(row, place) for row in self.rows]
 
     def floats(self, place: int) -> list[tuple[float, ...]]:
-        """Each rank's sketch in the n-th place, behind the hashes."""
+        """Each rank's sketch in the n-th place."""
         num_hashes = len(self.expected.integers) if self.expected.fits else min(1, len(self.expected.integers))
-        start = 8 * (1 + num_hashes) + 4 * SKETCH * place
-        assert start + 4 * SKETCH <= MESSAGE_BYTES
-        return [struct.unpack_from(f"<{SKETCH}f", row, start) for row in self.rows]
+        return [sketch_in(row, num_hashes, place) for row in self.rows]
 
     def where(self, values: Sequence[object]) -> str:
         """The ranks that differ from rank 0, and the step."""
@@ -127,14 +121,14 @@ class Compared:
 def first_difference(compared: Compared) -> str | None:
     """The error for what differs, if anything does."""
     expected = compared.expected
-    if len(set(compared.logs)) > 1:
+    logs, steps = [head.log for head in compared.heads], [head.optimizer_steps for head in compared.heads]
+    if len(set(logs)) > 1:
         return (
-            f"{compared.where(compared.logs)} made other calls, or were in other modes (gradients, random state) there. "
+            f"{compared.where(logs)} made other calls, or were in other modes (gradients, random state) there. "
             f"This is rank {compared.group.rank}, whose calls since the comparison before were: {'; '.join(expected.calls) or 'none'}. "
             f"A rank has left out or repeated a part of its loop. {compared.ending()}"
         )
-    if len(set(compared.optimizer_steps)) > 1:
-        steps = compared.optimizer_steps
+    if len(set(steps)) > 1:
         return (
             f"{compared.where(steps)} had made different numbers of optimizer steps: {', '.join(map(str, steps))}. A rank has left out or "
             f"repeated a step, such as one whose error was caught on this rank only. {compared.ending()}"

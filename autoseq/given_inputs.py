@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from autoseq.apart import apart
 from autoseq.dynamo_stack import Part
 from autoseq.optimizer_steps import count_steps_of
 from autoseq.random_state import Draws, random_state
@@ -20,7 +21,8 @@ from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.fingerprint import compressed
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.step_check import StepCheck, Weights, apart, step_check
+from autoseq.seen_weights import Weights
+from autoseq.step_check import StepCheck, step_check
 from autoseq.steps_at_exit import read_at_exit
 
 EVERY_VARIABLE = "AUTOSEQ_CHECK_EVERY"
@@ -77,7 +79,7 @@ class OutputWatch:
 
     def before_gather(self) -> None:
         """Its values are about to be read."""
-        if torch._C._current_graph_task_id() == -1:
+        if not _in_backward():
             self._check.read()
 
     def gradient(self, grad: Tensor) -> None:

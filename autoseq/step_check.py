@@ -8,8 +8,6 @@ is posted, before an output is gathered, or when the group is destroyed. All ran
 
 from __future__ import annotations
 
-import operator
-import struct
 import weakref
 import zlib
 from collections.abc import MutableMapping, Sequence
@@ -20,30 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from autoseq import optimizer_steps
+from autoseq.apart import apart
 from autoseq.given_differently import Compared, Expected, difference_of_parameters, first_difference
 from autoseq.runtime.errors import RankMismatchError
-from autoseq.runtime.fingerprint import RELATIVE_TOLERANCE, SKETCH, combined, exact, odd_integers, sketch
+from autoseq.runtime.fingerprint import RELATIVE_TOLERANCE, SKETCH, exact, sketch
 from autoseq.runtime.groups import SequenceGroup, process_group
 from autoseq.runtime.posted import Posted, post_all_gather
 from autoseq.runtime.step_message import StepMessage, counted_apart
-
-NAMED_WORDS = 14
-"""4-byte words of the message behind its first 8 bytes: 2 an integer tensor, 3 a float one."""
-
-Values = Tensor | list[int] | list[float]
-"""Fingerprints: on a device, or numbers of the host."""
+from autoseq.seen_weights import SeenWeights, Weights
+from autoseq.step_words import Head, Values, fill_on_device, fill_on_host
 
 CALLS_KEPT = 64
 """Calls with gradients that may wait for a backward; then their fingerprints are posted without one."""
 
 FIRST_BACKOFF = 2
-
-MOST_HABITS = 16
-"""Ways to write to weights between two calls that are each a reason to compare them; a program that has more is compared on schedule."""
 
 _checks: weakref.WeakKeyDictionary[dist.ProcessGroup, StepCheck] = weakref.WeakKeyDictionary()
 
@@ -62,56 +53,6 @@ def checks_of(group: object) -> list[StepCheck]:
     return [check for process, check in _checks.items() if group is None or process is group]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Weights:
-    """The whole parameters and buffers of one call of a program, and how often torch has counted a write to the parameters.
-
-    Layers may share a program, so what is known of weights is kept by the program and by one of the weights, the object. Ranks may throw
-    objects away at different times, and an id would then be another's.
-    """
-
-    program: int
-    owner: Tensor | None
-    names: Sequence[str]
-    values: Sequence[Tensor]
-    writes: int
-
-    def sketches(self, device: torch.device) -> Tensor:
-        """[n, 3] on `device`; the weights may be on several."""
-        return torch.stack([whole_sketch(x).to(device, non_blocking=True) for x in self.values])
-
-
-@dataclass(slots=True)
-class _Seen:
-    """Of weights: the writes to them when ranks were last seen to agree, and the number of the message that compared them.
-
-    `habits` are the writes of an optimizer's step, or without one, that lay between two calls: what is none, such as the loading of a
-    checkpoint, is a reason to compare.
-    """
-
-    writes: int
-    compared_at: int
-    before: tuple[int, int]  # writes and optimizer steps at the call before
-    habits: set[tuple[int, int]] = field(default_factory=lambda: {(0, 0)})
-
-    def is_new_habit(self, writes: int, steps: int) -> bool:
-        """Whether what was written since the call before is none of the habits. It is one from now on."""
-        more_writes, more_steps = writes - self.before[0], steps - self.before[1]
-        habit = divmod(more_writes, more_steps) if more_steps else (0, more_writes)
-        self.before = writes, steps
-        is_new = habit not in self.habits
-        if is_new and len(self.habits) < MOST_HABITS:
-            self.habits.add(habit)
-        return is_new and len(self.habits) < MOST_HABITS
-
-
-def whole_sketch(x: Tensor) -> Tensor:
-    """[3], also of one element; zeros for values that FSDP has freed."""
-    if x.untyped_storage().size() == 0:
-        return torch.zeros(SKETCH, device=x.device)
-    return sketch(x.detach()).float().expand(SKETCH)
-
-
 @dataclass(eq=False, slots=True)
 class _Pending:
     """What this rank was given since the last message."""
@@ -119,7 +60,7 @@ class _Pending:
     calls: list[str] = field(default_factory=list)
     hashed: list[tuple[Sequence[str], Tensor | list[int]]] = field(default_factory=list)
     sketched: list[tuple[str, float, Tensor | list[float]]] = field(default_factory=list)
-    weights: list[tuple[Weights, _Seen]] = field(default_factory=list)
+    weights: list[tuple[Weights, SeenWeights]] = field(default_factory=list)
     due: dict[int, Tensor] = field(default_factory=dict)  # sketches of those weights, by their places in `weights`
     is_new_habit: bool = False
 
@@ -141,7 +82,7 @@ class StepCheck:
         self._device, self._messages = torch.device("cpu"), dict[torch.device, StepMessage]()
         self._posted: tuple[_Pending, Expected, StepMessage] | None = None
         self._task = -1
-        self._seen: MutableMapping[Any, dict[int, _Seen]] = WeakIdKeyDictionary()  # of an owner: what is known by program
+        self._seen: MutableMapping[Any, dict[int, SeenWeights]] = WeakIdKeyDictionary()  # of an owner: what is known by program
         self._backoff, self._trusted_until = FIRST_BACKOFF, 0
 
     # What was given
@@ -176,11 +117,11 @@ class StepCheck:
         seen = by_program.get(weights.program)
         if seen is None or agreed:
             before = weights.writes, optimizer_steps.count()
-            by_program[weights.program] = seen = _Seen(weights.writes, self.number if agreed else -1, before)
+            by_program[weights.program] = seen = SeenWeights(weights.writes, self.number if agreed else -1, before)
         if agreed:
             return
         self._pending.weights.append((weights, seen))
-        self._pending.is_new_habit |= seen.is_new_habit(weights.writes, optimizer_steps.count())
+        self._pending.is_new_habit |= seen.note_habit(weights.writes, optimizer_steps.count())
         if seen.compared_at < 0 or (every and self.number - seen.compared_at >= every):
             seen.compared_at = self.number
             self._pending.due[len(self._pending.weights) - 1] = weights.sketches(self._device)
@@ -251,10 +192,6 @@ class StepCheck:
         if process is not None:
             _checks.pop(process, None)
 
-    def is_posted(self) -> bool:
-        """Whether a message was sent and not read."""
-        return self._posted is not None
-
     def has_arrived(self) -> bool:
         """Whether `read` would not wait."""
         return self._posted is None or self._posted[2].has_arrived()
@@ -295,15 +232,15 @@ class StepCheck:
         steps = optimizer_steps.count() - self._steps_before
         writes = sum(weights.writes - seen.writes for weights, seen in pending.weights)
         log = hash((self._log, len(names), len(floats))) & 0xFFFFFF
-        head = pending.is_new_habit << 63 | pending.due_bits() << 51 | (writes & 0x7FF) << 40 | (steps & 0xFFFF) << 24 | log
-        fits = 2 * len(names) + SKETCH * len(floats) <= NAMED_WORDS
+        head = Head(log, steps, writes, pending.due_bits(), pending.is_new_habit)
+        expected = Expected(self.number, steps, pending.calls, names, floats)
         hashes, sketches = [values for _, values in pending.hashed], [values for _, _, values in pending.sketched]
         message = self._message_for((*hashes, *sketches))
         if message.memory is None:
-            fill_on_device(message, head, hashes, sketches, fits)
+            fill_on_device(message, head, hashes, sketches, expected.fits)
         else:
-            fill_on_host(message, head, [each for values in hashes for each in values], sketches, fits)  # type: ignore[arg-type]
-        return Expected(self.number, steps, pending.calls, names, floats, fits), message
+            fill_on_host(message, head, [each for values in hashes for each in values], sketches, expected.fits)  # type: ignore[arg-type]
+        return expected, message
 
     def _message_for(self, values: Sequence[Values]) -> StepMessage:
         """On the device of the programs that were called, whether or not this step has fingerprints there, for NCCL sends nothing else."""
@@ -314,69 +251,6 @@ class StepCheck:
         return self._messages[device]
 
 
-def fill_on_device(message: StepMessage, head: int, hashed: Sequence[Values], sketched: Sequence[Values], fits: bool) -> None:
-    """Nothing waits for the device: numbers of the host travel with the kernels."""
-    device, end = message.device, 1
-    message.words[0].fill_(_signed(head))
-    if hashed:
-        hashes = torch.cat([on(device, x, torch.int64) for x in hashed])
-        hashes = hashes if fits else (hashes * odd_integers(len(hashes), device)).sum(0, keepdim=True)
-        end += len(hashes)
-        message.words[1:end].copy_(hashes)
-    sketches = [on(device, x, torch.float32) for x in sketched]
-    if not fits and len(sketches) > 1:
-        sketches = [combined(torch.stack([each.expand(SKETCH) for each in sketches]))]
-    for number, each in enumerate(sketches):
-        start = 2 * end + SKETCH * number
-        message.floats[start : start + SKETCH].copy_(each)
-
-
 def _gathered(group: SequenceGroup, sketches: Tensor) -> Posted:
     with counted_apart():
         return post_all_gather(group, sketches.contiguous().view(-1))
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def fill_on_host(message: StepMessage, head: int, hashes: Sequence[int], sketches: Sequence[Sequence[float]], fits: bool) -> None:
-    """As `fill_on_device`, where everything is a number."""
-    if not fits and hashes:
-        weights = odd_integers(len(hashes), message.device).tolist()
-        hashes = [_signed(sum(map(operator.mul, hashes, weights)) & (1 << 64) - 1)]
-    if not fits and len(sketches) > 1:
-        sketches = [combined(torch.tensor([each * (SKETCH // len(each)) for each in sketches])).tolist()]  # type: ignore[operator]
-    numbers = [number for each in sketches for number in (each if len(each) == SKETCH else each * SKETCH)]  # type: ignore[operator]
-    struct.pack_into(f"<Q{len(hashes)}q{len(numbers)}f", message.memory, 0, head, *hashes, *numbers)
-
-
-def on(device: torch.device, values: Values, dtype: torch.dtype) -> Tensor:
-    """Fingerprints as a tensor."""
-    if isinstance(values, Tensor):
-        return values.to(device, dtype, non_blocking=True)
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-
-class apart:
-    """For work that is no part of the user's program: no gradients, no autocast, and no mode that watches operations.
-
-    A context that is entered twice a step: contextlib's would take as long as what it is for.
-    """
-
-    __slots__ = ("_autocast", "_grad", "_modes")
-
-    def __enter__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        self._autocast = torch._C._DisableAutocast()
-        self._autocast.__enter__()
-        self._modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else None
-        if self._modes is not None:
-            self._modes.__enter__()
-
-    def __exit__(self, *raised: object) -> None:
-        if self._modes is not None:
-            self._modes.__exit__(*raised)  # type: ignore[arg-type]
-        self._autocast.__exit__(*raised)
-        torch._C._set_grad_enabled(self._grad)

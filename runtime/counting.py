@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoseq.runtime.step_message import is_posting
+from autoseq.runtime.step_message import posts_a_comparison
 from autoseq.runtime.traffic import (
     SILENT,
     Traffic,
@@ -31,8 +31,9 @@ from autoseq.runtime.traffic import (
 
 BACKEND = "autoseq_counted"
 
+_COMPARISON = "comparison of a step"
+
 _counts: dict[str, Traffic] = {}
-_of_checks = SILENT
 # Backward passes run on autograd's threads.
 _lock = Lock()
 
@@ -40,27 +41,20 @@ _lock = Lock()
 def counters() -> dict[str, tuple[int, int]]:
     """Op name -> (messages, bytes sent) of this process since the last reset; ops never called are absent."""
     with _lock:
-        return {op: (count.messages, count.bytes) for op, count in _counts.items()}
+        return {op: (count.messages, count.bytes) for op, count in _counts.items() if op != _COMPARISON}
 
 
 def check_counters() -> tuple[int, int]:
     """(messages, bytes sent) by which ranks compared what they were given; `counters` does not have them."""
     with _lock:
-        return _of_checks.messages, _of_checks.bytes
+        count = _counts.get(_COMPARISON, SILENT)
+        return count.messages, count.bytes
 
 
 def reset_counters() -> None:
     """Forget every count."""
-    global _of_checks
     with _lock:
         _counts.clear()
-        _of_checks = SILENT
-
-
-def _count_check(sent: Traffic) -> None:
-    global _of_checks
-    with _lock:
-        _of_checks += sent
 
 
 def _bytes(tensors: Tensor | list[Any]) -> int:
@@ -139,10 +133,7 @@ class CountedGroup(dist.ProcessGroup):
 def _counted(method: str, op: str, count: _Count) -> Callable[..., Any]:
     def call(self: CountedGroup, *args: Any, **kwargs: Any) -> Any:
         sent = count(self, *args, *kwargs.values())
-        if is_posting():
-            _count_check(sent)
-        else:
-            self.count(op, sent)
+        self.count(_COMPARISON if posts_a_comparison() else op, sent)
         return getattr(self._plain, method)(*args, **kwargs)
 
     call.__name__ = method

@@ -56,11 +56,11 @@ def odd_integers(length: int, device: torch.device) -> Tensor:
 
 
 def sketch(x: Tensor) -> Tensor:
-    """Two sums of x with random signs and its norm, [3] float32; of one or two elements, these. No copy of a contiguous x is made."""
+    """Two sums of x with random signs and its norm, [3] float32; of one element or two, these. No copy of a contiguous x is made."""
     x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     x = x if x.dtype in RELATIVE_TOLERANCE else x.float()
     if x.numel() == 1:
-        return x.reshape(1)
+        return x.reshape(1).float().expand(SKETCH)
     if x.numel() == 0:
         return torch.zeros(SKETCH, device=x.device)
     if x.numel() == 2:  # the two sums of two numbers may be the same one

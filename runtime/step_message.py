@@ -23,7 +23,7 @@ _WHAT = "the comparison of what ranks were given"
 _posting = threading.local()
 
 
-def is_posting() -> bool:
+def posts_a_comparison() -> bool:
     """Whether this thread posts a comparison, not a message of the program."""
     return getattr(_posting, "now", False)
 

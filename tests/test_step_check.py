@@ -23,7 +23,8 @@ from autoseq.runtime.counting import check_counters, reset_counters
 from autoseq.runtime.errors import OptionError
 from autoseq.runtime.groups import SequenceGroup
 from autoseq.runtime.step_message import MESSAGE_BYTES, StepMessage
-from autoseq.step_check import NAMED_WORDS, StepCheck, fill_on_device, fill_on_host
+from autoseq.step_check import StepCheck
+from autoseq.step_words import Head, fill_on_device, fill_on_host, fits
 from ranks import RankError, run_ranks
 from step_job import RIGHT, Tiny, Trainer, batch, compiled, loss_of, told
 
@@ -354,12 +355,13 @@ def test_a_device_fills_the_message_as_the_host_does(num_integers: int, num_floa
     """What a GPU has as tensors, on the CPU here, comes to the same bytes, also where tensors have to share a place."""
     hashes = [i * 0x123456789ABCDEF - (1 << 62) for i in range(num_integers)]
     sketches = [[1.5 * i, -0.25, 3.0 + i] for i in range(num_floats)]
-    fits = 2 * num_integers + 3 * num_floats <= NAMED_WORDS
+    each_fits = fits(num_integers, num_floats)
     device, host = (StepMessage(SequenceGroup("g", 2, 0), torch.device("cpu")) for _ in range(2))
-    head = 1 << 63 | 5 << 48 | 7 << 32 | 11
-    fill_on_device(device, head, [torch.tensor(hashes)] if hashes else [], [torch.tensor(each) for each in sketches], fits)
-    fill_on_host(host, head, hashes, sketches, fits)
+    head = Head(log=11, optimizer_steps=7, writes=5, due=3, is_new_habit=True)
+    fill_on_device(device, head, [torch.tensor(hashes)] if hashes else [], [torch.tensor(each) for each in sketches], each_fits)
+    fill_on_host(host, head, hashes, sketches, each_fits)
     assert torch.equal(host.words.view(torch.uint8), device.words.view(torch.uint8)), (host.floats, device.floats)
+    assert Head.unpack(host.memory.tobytes()) == head
 
 
 def test_a_step_without_fingerprints_of_a_device_has_its_message_there() -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autoseq.call_shapes import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE
 from autoseq.meetings import meet
 from autoseq.runtime.errors import OptionError, RankMismatchError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
@@ -34,7 +35,6 @@ log = logging.getLogger("autoseq")
 
 SWITCH = "AUTOSEQ_CHECK_COPIES"
 NUMBERS = 8
-TIMEOUT_S = 120.0
 # Copies without an average differ by a large part of what changes. Those whose averages are summed in another order differ by rounding.
 DIFFERENT = 0.01
 # Below this part of the parameters a change is rounding of the sums themselves.
@@ -63,7 +63,7 @@ class Drift:
 
     def __init__(self, group: SequenceGroup, *, strict: bool) -> None:
         self._group, self._strict = group, strict
-        self._copies = is_asked() and bool(group.name) and group.size < dist.get_world_size()
+        self._copies = is_enabled() and bool(group.name) and group.size < dist.get_world_size()
 
     def look(self, values: Sequence[object]) -> None:
         """To be called before each call. Under `strict` copies that drift are a RankMismatchError on all ranks of the sequence."""
@@ -97,10 +97,10 @@ class Drift:
     def _meet(self, purpose: str, said: str) -> list[bytes]:
         if self._group.size == 1:
             return [said.encode()]
-        return meet(self._group, purpose, said.encode(), timeout_s("AUTOSEQ_CALL_TIMEOUT_S", TIMEOUT_S))
+        return meet(self._group, purpose, said.encode(), timeout_s(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
 
 
-def is_asked() -> bool:
+def is_enabled() -> bool:
     """Whether copies are compared. Raises OptionError if AUTOSEQ_CHECK_COPIES is neither 0 nor 1."""
     text = os.environ.get(SWITCH, "1")
     if text not in ("0", "1"):

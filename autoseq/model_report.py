@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
+from textwrap import wrap
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -78,20 +79,20 @@ class Report:
         programs = "1 program" if self.num_programs == 1 else f"{self.num_programs} programs"
         rows = [("a step", "one device", "each rank", ""), *(each.cells() for each in self.figures)]
         lines = [f"  {what:<28}{one:>12}{rank:>12}  {how}".rstrip() for what, one, rank, how in rows]
-        return "\n".join([f"{head}, {fallbacks}, {programs}", *(lines if self.figures else []), *self.verdict()])
+        summary = f"{head}, {fallbacks}, {programs}"
+        if self.ranks == 1 or not self.figures:
+            return summary
+        pays = pays_sentence(self.seq_len, self.ranks, self.topology, self.pays_from)
+        return "\n".join([summary, *lines, *wrap(pays, 80)])
 
-    def verdict(self) -> list[str]:
-        """From which length on splitting pays, in lines of 80 columns."""
-        return [] if self.ranks == 1 or not self.figures else verdict(self.seq_len, self.ranks, self.topology, self.pays_from)
 
-
-def verdict(seq_len: int, ranks: int, topology: str, pays_from: int | None) -> list[str]:
-    """From which length on splitting pays, in lines of 80 columns."""
+def pays_sentence(seq_len: int, ranks: int, topology: str, pays_from: int | None) -> str:
+    """From which length on splitting pays."""
     if pays_from is None:
-        return [f"On {topology}, one device is predicted to be faster", "at every length that was tried; split for memory only."]
+        return f"On {topology}, one device is predicted to be faster at every length that was tried; split for memory only."
     shorter = f"with {seq_len:,}" if pays_from > seq_len else "below"
     splitting = f"On {topology}, splitting over {ranks:,} ranks is predicted to pay"
-    return [splitting, f"from about {pays_from:,} tokens on; {shorter}, one device is faster."]
+    return f"{splitting} from about {pays_from:,} tokens on; {shorter}, one device is faster."
 
 
 # A model that runs ----------------------------------------------------------------------------------------------------

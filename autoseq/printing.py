@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from autoseq.graph_folding import folded
 from autoseq.graph_text import graph_lines, short_source
 from autoseq.inspection import Inspection
-from autoseq.model_report import beside_json, figures_of, verdict
+from autoseq.model_report import beside_json, figures_of, pays_sentence
 from autoseq.planner import SitePlan
 from autoseq.planning.beside_one_device import Beside
 from autoseq.readable import readable_bytes
@@ -97,7 +97,7 @@ def print_inspection(console: Console, found: Inspection, graphs: Graphs) -> Non
 def print_beside(console: Console, beside: Beside) -> None:
     """A step of each rank beside one device, and from which length on splitting pays."""
     console.print(table("A step beside one device", ["", ":one device", ":each rank", ""], [each.cells() for each in figures_of(beside)]))
-    console.print(" ".join(verdict(beside.seq_len, beside.ranks, beside.topology, beside.pays_from)))
+    console.print(pays_sentence(beside.seq_len, beside.ranks, beside.topology, beside.pays_from))
 
 
 def plan_table(sites: Sequence[SitePlan]) -> Group:

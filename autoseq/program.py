@@ -44,9 +44,9 @@ from autoseq.whole_program import (
     NEEDS_VALUES,
     Whole,
     copied,
-    is_said_before,
     no_attention,
     no_rows_of_its_own,
+    say_once,
     too_short,
     untraceable,
 )
@@ -256,7 +256,7 @@ def _whole(
     sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
     fallbacks = [Fallback(why.what, first_source(gm.graph), why.reason, sent)] if group.size > 1 else []
     program = Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), (), whole=why.reason)
-    _tell(program, options, group, logging.DEBUG if is_said_before(why, group) else level)
+    _tell(program, options, group, level if say_once(why, group) else logging.DEBUG)
     return program
 
 

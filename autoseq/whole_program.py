@@ -106,11 +106,11 @@ def no_rows_of_its_own(short: ShortAttention) -> str:
 _said: weakref.WeakKeyDictionary[dist.ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
 
 
-def is_said_before(why: Whole, group: SequenceGroup) -> bool:
-    """Whether a program of this group ran whole for the same reason at another length: generation compiles several such programs."""
+def say_once(why: Whole, group: SequenceGroup) -> bool:
+    """True the first time that a program of this group runs whole for this reason: generation compiles several such programs."""
     if not group.name:
-        return False
+        return True
     said = _said.setdefault(process_group(group.name), set())
-    before = why.kind in said
+    is_new = why.kind not in said
     said.add(why.kind)
-    return before
+    return is_new

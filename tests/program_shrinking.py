@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from inspect import getsource
 
+from program_check import RATE, inputs_of, train
 from program_text import IMPORTS, RandomProgram, program_text
 
 Fails = Callable[[RandomProgram], bool]
@@ -40,35 +42,30 @@ def _simpler(program: RandomProgram) -> Iterator[RandomProgram]:
             yield replace(program, lines=(*lines[:at], replace(line, numbers=(0,) * len(line.numbers)), *lines[at + 1 :]))
 
 
+HEAD = """from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+"""
+
 MAIN = """
 
-def steps(model, run):
-    values = {{}}
-    for step in range({steps}):
-        drawn = torch.Generator().manual_seed(step)
-        ids = torch.randint(0, 16, ({batch}, {length}), generator=drawn)
-        rows = torch.randn({batch}, {length}, 8, generator=drawn, dtype={dtype}).requires_grad_()
-        others = torch.randn({batch}, {other_length}, 8, generator=drawn, dtype={dtype}).requires_grad_()
-        mask = torch.arange({length}) < torch.randint(1, {length} + 1, ({batch}, 1), generator=drawn)
-        outputs = tree_leaves(run(ids, rows, others, mask))
-        sum((out * torch.randn(out.shape, generator=drawn)).sum() for out in outputs if out.is_floating_point()).backward()
-        named = {{f"output {{i}}": out.detach() + 0 for i, out in enumerate(outputs)}}
-        named |= {{"gradient of rows": rows.grad, "gradient of others": others.grad}}
-        named |= {{f"gradient of {{name}}": parameter.grad for name, parameter in model.named_parameters()}}
-        values |= {{f"step {{step}}: {{name}}": value for name, value in named.items()}}
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.data.sub_(0.05 * parameter.grad)
-                parameter.grad = None
-    return values | {{f"at the end: {{name}}": value.clone() for name, value in model.state_dict().items()}}
+program = SimpleNamespace(seed={seed}, wide={wide}, batch={batch}, length={length}, other_length={other_length}, steps={steps})
+RATE = {rate}
 
+
+{inputs_of}
+
+{train}
 
 dist.init_process_group("gloo")
 torch.manual_seed({seed})
 model = Program().to({dtype})
 oracle = copy.deepcopy(model)
-expected = steps(oracle, oracle)
-actual = steps(model, torch.compile(model, backend="autoseq", options={options}))
+torch.manual_seed({seed})
+expected = train(oracle, oracle, program)
+torch.manual_seed({seed})
+actual = train(model, torch.compile(model, backend="autoseq", options={options}), program)
 for name, value in expected.items():
     if value is None or actual[name] is None:
         print(dist.get_rank(), name, "is" if value is actual[name] else "IS NOT", "None on both")
@@ -80,8 +77,9 @@ for name, value in expected.items():
 def script(program: RandomProgram) -> str:
     """A file for torchrun that prints how far every value is from one device's."""
     main = MAIN.format(
-        steps=program.steps, batch=program.batch, length=program.length, other_length=program.other_length, seed=program.seed,
-        dtype="torch.float64" if program.wide else "torch.float32", options=program.options,
+        seed=program.seed, wide=program.wide, batch=program.batch, length=program.length, other_length=program.other_length,
+        steps=program.steps, rate=RATE, dtype="torch.float64" if program.wide else "torch.float32", options=program.options,
+        inputs_of=getsource(inputs_of), train=getsource(train),
     )  # fmt: skip
-    imports = f"import copy\n\n{IMPORTS}import torch.distributed as dist\nfrom torch.utils._pytree import tree_leaves\n"
-    return f'"""torchrun --nproc-per-node {program.P} THIS.py"""\n{imports}\n{program_text(program)}{main}'
+    imports = f"{IMPORTS}import torch.distributed as dist\nfrom torch.utils._pytree import tree_flatten_with_path\n"
+    return f'"""torchrun --nproc-per-node {program.P} THIS.py"""\n{HEAD}\n{imports}\n{program_text(program)}{main}'

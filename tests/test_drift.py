@@ -144,4 +144,4 @@ def test_strict_ends_all_ranks_of_a_copy_that_has_drifted() -> None:
 def test_a_switch_that_is_neither_on_nor_off_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOSEQ_CHECK_COPIES", "no")
     with pytest.raises(OptionError, match="AUTOSEQ_CHECK_COPIES must be 0 or 1, got 'no'"):
-        drift.is_asked()
+        drift.is_enabled()

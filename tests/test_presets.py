@@ -139,6 +139,6 @@ def test_a_record_is_held_to_what_a_file_is(changes: dict[str, Any], message: st
 
 
 def test_this_machine_is_no_preset_and_in_options_the_default() -> None:
-    with pytest.raises(TopologyError, match=r"topology 'here' is this machine, .*; in options leave topology out"):
+    with pytest.raises(TopologyError, match=r"topology 'here' is this machine, .*: no file has it"):
         load_topology("here")
     assert Options(topology="here").topology is None

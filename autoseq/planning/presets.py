@@ -37,7 +37,7 @@ def load_topology(given: str | os.PathLike[str] | Topology) -> Topology:
         return given
     text = os.fspath(given)
     if text == HERE:
-        raise TopologyError("topology 'here' is this machine, which `autoseq plan` and `inspect` look at; in options leave topology out")
+        raise TopologyError("topology 'here' is this machine, for `autoseq plan` and `inspect` and the option topology: no file has it")
     if isinstance(given, str) and (parts := _NAME.fullmatch(text)):
         return _preset(text, **parts.groupdict())
     try:

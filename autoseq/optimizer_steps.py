@@ -35,7 +35,7 @@ def count_steps_of(parameters: Sequence[Tensor]) -> None:
 
 def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _steps
-    if _is_nested():
+    if is_nested():
         return
     # An optimizer that has none of them is looked at again when there are more of them.
     if _optimizers.get(optimizer, 0) != -1 and _optimizers.get(optimizer, 0) < len(_parameters):
@@ -44,7 +44,7 @@ def _count_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _steps += _optimizers.get(optimizer, 0) == -1
 
 
-def _is_nested() -> bool:
+def is_nested() -> bool:
     """Whether the running step is a part of another's: ranks may split an optimizer differently, such as ZeroRedundancyOptimizer.
 
     The stack of calls says it also after a step that raised, which torch's hooks do not hear of.

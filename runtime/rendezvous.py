@@ -15,6 +15,8 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,19 @@ def exchange(group: SequenceGroup, topic: str, payload: bytes, *, timeout_s: flo
         raise RendezvousError(
             f"Rank {group.rank} lost the store while meeting its group {group.name!r} for {topic!r}: {error}. {_STORE_ADVICE}"
         ) from error
+
+
+_ending_keys: list[str] = []
+
+
+@contextmanager
+def ended_by(key: str) -> Iterator[None]:
+    """Within it, a meeting for which this rank waits is given up as soon as the store has `key`, and raises RendezvousError."""
+    _ending_keys.append(key)
+    try:
+        yield
+    finally:
+        _ending_keys.remove(key)
 
 
 def first_word(group: SequenceGroup, topic: str, word: str, *, instead_of: str) -> str:
@@ -102,6 +117,8 @@ class _Round:
         start, has_told = time.monotonic(), False
         while not self.store.check([f"{self.prefix}/decision"]):
             waited_s = time.monotonic() - start
+            if any(self.store.check([key]) for key in _ending_keys):
+                return self._decide(f"{_GIVEN_UP} by rank {self.group.rank}, as another rank ended what it was for")
             if waited_s > timeout_s:
                 return self._decide(f"{_GIVEN_UP} by rank {self.group.rank} after {timeout_s:g} s")
             if waited_s > TOLD_AFTER_S and not has_told:

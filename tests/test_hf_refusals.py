@@ -78,7 +78,18 @@ CASES = [
     pytest.param(lambda t: t.model.compile(backend="eager"), {}, "a model that is compiled already", id="compiled"),
     pytest.param(lambda t: setattr(t.model, "_tp_size", 2), {}, "a model with tensor parallelism", id="tensor parallelism"),
     pytest.param(lambda t: t.accelerator.prepare(t.model), {}, "comes before accelerator.prepare", id="prepared"),
-    pytest.param(lambda t: None, {"auto_find_batch_size": True}, "auto_find_batch_size: a rank that runs out", id="auto_find_batch_size"),
+    pytest.param(
+        lambda t: setattr(t, "accelerator", SimpleNamespace(device=SimpleNamespace(type="cuda"))),
+        {"auto_find_batch_size": True},
+        "auto_find_batch_size on GPUs: .* inside a kernel of NCCL",
+        id="auto_find_batch_size on GPUs",
+    ),
+    pytest.param(
+        lambda t: setattr(t.args, "generation_batch_size", 4),
+        {"auto_find_batch_size": True},
+        "auto_find_batch_size in a trainer that generates",
+        id="auto_find_batch_size and generation",
+    ),
     pytest.param(lambda t: None, {"torch_compile": True}, r"torch_compile \(accelerate's dynamo_backend\)", id="torch_compile"),
 ]
 
@@ -114,6 +125,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         autoseq.hf.attach(made, sequence=2, grad_sync="none")
     with pytest.raises(OptionError, match="attach cannot take outputs='local': losses, metrics and predictions"):
         autoseq.hf.attach(made, sequence=2, outputs="local")
+    with pytest.raises(OptionError, match="cannot take ranks_per_node where auto_find_batch_size is set"):
+        autoseq.hf.attach(trainer(tmp_path, auto_find_batch_size=True), sequence=4, ranks_per_node=2)
     with pytest.raises(OptionError, match="a Trainer has its model already"):
         autoseq.hf.attach(made, made.model, sequence=2)
     with pytest.raises(OptionError, match=r"attach takes a Trainer of transformers or TRL, .*not Linear"):

@@ -14,7 +14,7 @@ from autoseq.hf.same_start import share_generators_after
 
 def adapt_accelerator(accelerator: Any, replicas: Replicas) -> None:
     """Change two methods of one accelerator, on the object itself."""
-    accelerator.load_state = share_generators_after(accelerator.load_state, replicas.mesh["sequence"])
+    accelerator.load_state = share_generators_after(accelerator.load_state, replicas)
     plain = accelerator.check_trigger
 
     @functools.wraps(plain)

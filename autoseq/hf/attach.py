@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from autoseq.api import parallelize
 from autoseq.hf.accelerate_loops import adapt_accelerator
 from autoseq.hf.comparison import compare_first_steps
 from autoseq.hf.data_parallel import reduce_over_copies
 from autoseq.hf.generation import generate_unsplit
+from autoseq.hf.out_of_memory import mesh_of_own_groups, try_again_together
 from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
-from autoseq.hf.reporting import any_rank_reports, counted_mesh, report_traffic
+from autoseq.hf.reporting import any_rank_reports, counted_mesh, counting_backend, report_traffic
 from autoseq.hf.same_start import share_generators, share_weights
 from autoseq.mesh import sequence_mesh
 from autoseq.runtime.errors import OptionError
@@ -39,7 +42,7 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
     `autoseq.Options`, without `mesh`.
 
     Raises OptionError for a wrong argument, MeshError where the ranks cannot be divided, and UnsupportedError for what would not be exact:
-    DeepSpeed, Megatron-LM, XLA, FSDP, another parallelism, DataParallel, torch_compile, auto_find_batch_size, vLLM.
+    DeepSpeed, Megatron-LM, XLA, FSDP, another parallelism, DataParallel, torch_compile, vLLM.
     """
     check_ranks(sequence)
     _check_options(options)
@@ -49,15 +52,24 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
         if verify:
             raise OptionError("verify=... compares the training steps of a Trainer; beside an Accelerator run `autoseq verify`")
         check_accelerator(target, [model])
-        adapt_accelerator(target, _split(target, [model], sequence, options, is_counted=False))
+        adapt_accelerator(target, _split(target, [model], sequence_mesh(sequence, device_type=target.device.type), options))
     elif _is_a("transformers", "Trainer", target):
         if model is not None:
             raise OptionError("a Trainer has its model already: attach(trainer, sequence=...)")
         from autoseq.hf.trainers import adapt_trainer, models_of
 
         check_trainer(target, models_of(target), sequence)
-        replicas = _split(target.accelerator, models_of(target), sequence, options, is_counted=any_rank_reports(target))
-        adapt_trainer(target, replicas, options | {"mesh": replicas.mesh["sequence"]})
+        if target.args.auto_find_batch_size and options.get("ranks_per_node") is not None:
+            raise OptionError(
+                "attach cannot take ranks_per_node where auto_find_batch_size is set: the groups of nodes could not be made again after a "
+                "rank ran out of memory. Leave one of them out."
+            )
+        is_counted, may_retry = any_rank_reports(target), target.args.auto_find_batch_size
+        make_mesh = functools.partial(_mesh, sequence, target.accelerator.device.type, is_counted, may_retry)
+        replicas = _split(target.accelerator, models_of(target), make_mesh(), options)
+        adapt_trainer(target, replicas, options)
+        if may_retry:
+            try_again_together(target, replicas, lambda: _split_again(models_of(target), replicas, make_mesh(), options))
         if target.args.report_to:
             report_traffic(target)
         if verify:
@@ -83,9 +95,20 @@ def _is_a(package: str, name: str, target: Any) -> bool:
     return kind is not None and isinstance(target, kind)
 
 
-def _split(accelerator: Any, models: list[nn.Module], sequence: int, options: dict[str, Any], *, is_counted: bool) -> Replicas:
-    make_mesh = counted_mesh if is_counted else sequence_mesh
-    mesh = make_mesh(sequence, device_type=accelerator.device.type)
+def _mesh(sequence: int, device_type: str, is_counted: bool, may_retry: bool) -> DeviceMesh:
+    if may_retry:
+        return mesh_of_own_groups(sequence, device_type, counting_backend() if is_counted else "gloo")
+    return (counted_mesh if is_counted else sequence_mesh)(sequence, device_type=device_type)
+
+
+def _split_again(models: list[nn.Module], replicas: Replicas, mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    replicas.mesh = mesh
+    for model in models:
+        parallelize(model, **options, mesh=mesh["sequence"])
+    show_replicas(replicas)
+
+
+def _split(accelerator: Any, models: list[nn.Module], mesh: DeviceMesh, options: dict[str, Any]) -> Replicas:
     replicas = Replicas(mesh)
     for model in models:
         parallelize(model, **options, mesh=mesh["sequence"])

@@ -15,8 +15,12 @@ def reduce_over_copies(accelerator: Any, replicas: Replicas) -> None:
     from accelerate.utils import DistributedDataParallelKwargs
 
     handler: Any = copy.copy(accelerator.ddp_handler) or DistributedDataParallelKwargs()
-    kind, group = type(handler), replicas.mesh["data"].get_group()
-    handler.__class__ = type(kind.__name__, (kind,), {"to_kwargs": lambda self: kind.to_kwargs(self) | {"process_group": group}})
+    kind: Any = type(handler)
+
+    def to_kwargs(self: Any) -> dict[str, Any]:
+        return kind.to_kwargs(self) | {"process_group": replicas.mesh["data"].get_group()}
+
+    handler.__class__ = type(kind.__name__, (kind,), {"to_kwargs": to_kwargs})
     accelerator.ddp_handler = handler
 
 

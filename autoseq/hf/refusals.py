@@ -140,9 +140,14 @@ _OF_TRAINER = (
         "its model is split already", "Call it once.",
     ),
     Refusal(
-        "auto_find_batch_size", lambda t: t.args.auto_find_batch_size,
-        "a rank that runs out of memory alone would leave the others waiting inside a message",
+        "auto_find_batch_size on GPUs", lambda t: t.args.auto_find_batch_size and t.accelerator.device.type != "cpu",
+        "where one rank runs out of memory the others wait for it inside a kernel of NCCL, which cannot be ended from outside safely",
         "Set per_device_train_batch_size by hand; `autoseq plan` says what fits.",
+    ),
+    Refusal(
+        "auto_find_batch_size in a trainer that generates",
+        lambda t: t.args.auto_find_batch_size and getattr(t.args, "generation_batch_size", None) is not None,
+        "its generation batches keep the size that they had at first", "Set per_device_train_batch_size by hand.",
     ),
     Refusal(
         "use_vllm", lambda t: getattr(t, "use_vllm", False), "its engine divides the ranks in a way of its own",

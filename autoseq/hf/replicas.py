@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 _KEY = "autoseq_replicas"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Replicas:
-    """The mesh of copies × ranks of a sequence, as this rank sees it."""
+    """The mesh of copies × ranks of a sequence, as this rank sees it; another one after a rank ran out of memory (`out_of_memory`)."""
 
     mesh: DeviceMesh
 
@@ -41,9 +41,16 @@ class Replicas:
         """Whether this rank is the first of its sequence: of the ranks that do the same, the one that writes."""
         return self.mesh["sequence"].get_local_rank() == 0
 
-    def first_rank(self, copy: int) -> int:
-        """The global rank that stands for a copy of the data."""
-        return int(self.mesh.mesh[copy, 0])
+    def meet(self) -> None:
+        """All ranks wait for each other: those of a sequence, and then their copies."""
+        device_ids = [torch.cuda.current_device()] if self.mesh.device_type == "cuda" else None
+        for dim in ("sequence", "data"):
+            dist.barrier(group=self.mesh[dim].get_group(), device_ids=device_ids)
+
+    def send_from_copy(self, function: Callable[..., None], sent: Any, src: int = 0) -> None:
+        """A broadcast from the rank that stands for a copy of the data: to the other copies, and then along each sequence."""
+        for dim, source in ("data", src), ("sequence", 0):
+            function(sent, group=self.mesh[dim].get_group(), group_src=source)
 
 
 def show_replicas(replicas: Replicas) -> None:
@@ -103,10 +110,11 @@ def _meet_all(plain: Callable[[Any], None]) -> Callable[[Any], None]:
 
     @functools.wraps(plain)
     def wait_for_everyone(state: Any) -> None:
-        if shown() is None:
+        replicas = shown()
+        if replicas is None:
             plain(state)
         else:
-            dist.barrier(device_ids=[state.local_process_index] if state.device.type == "cuda" else None)
+            replicas.meet()
 
     return wait_for_everyone
 
@@ -137,7 +145,7 @@ class _Collectives:
         if replicas is not None and name in self._OVER_COPIES:
             return functools.partial(function, group=replicas.mesh["data"].get_group())
         if replicas is not None and name in self._FROM_A_COPY:
-            return lambda sent, src=0: function(sent, src=replicas.first_rank(src))
+            return functools.partial(replicas.send_from_copy, function)
         return function
 
 

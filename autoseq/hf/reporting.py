@@ -26,11 +26,15 @@ def any_rank_reports(trainer: Any) -> bool:
     return any(answer[0] for answer in answers)
 
 
+def counting_backend() -> str:
+    """The backend of torch.distributed whose groups count their messages."""
+    return importlib.import_module(_COUNTED).BACKEND
+
+
 def counted_mesh(sequence: int, device_type: str) -> DeviceMesh:
     """As `autoseq.sequence_mesh`, of which the sequence's groups count their messages."""
-    backend = importlib.import_module(_COUNTED).BACKEND
     shape = dist.get_world_size() // sequence, sequence
-    return init_device_mesh(device_type, shape, mesh_dim_names=DIMS, backend_override={DIMS[1]: backend})
+    return init_device_mesh(device_type, shape, mesh_dim_names=DIMS, backend_override={DIMS[1]: counting_backend()})
 
 
 def report_traffic(trainer: Any) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.utils import _sync_module_states
 
+from autoseq.hf.replicas import Replicas
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.rendezvous import exchange, timeout_s
 
@@ -23,29 +24,29 @@ _BUCKET_BYTES = 64 << 20
 _TIMEOUT_VARIABLE, _TIMEOUT_S = "AUTOSEQ_COMPILE_TIMEOUT_S", 600.0
 
 
-def share_generators(sequence: DeviceMesh) -> None:
-    """Python's, NumPy's and torch's generators continue from where those of the first rank of the sequence are."""
+def share_generators(sequence: DeviceMesh, *, first: int = 0) -> None:
+    """Python's, NumPy's and torch's generators continue from where those of the `first` rank of the sequence are."""
     import numpy as np
 
     states: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     sent = exchange(group_from_mesh(sequence), "hf: generators", pickle.dumps(states), timeout_s=timeout_s(_TIMEOUT_VARIABLE, _TIMEOUT_S))
-    first = pickle.loads(sent[0])
-    random.setstate(first["python"])
-    np.random.set_state(first["numpy"])
-    torch.set_rng_state(first["torch"])
-    if "cuda" in first:
-        torch.cuda.set_rng_state(first["cuda"])
+    shared = pickle.loads(sent[first])
+    random.setstate(shared["python"])
+    np.random.set_state(shared["numpy"])
+    torch.set_rng_state(shared["torch"])
+    if "cuda" in shared:
+        torch.cuda.set_rng_state(shared["cuda"])
 
 
-def share_generators_after(load: Callable[..., Any], sequence: DeviceMesh) -> Callable[..., Any]:
+def share_generators_after(load: Callable[..., Any], replicas: Replicas) -> Callable[..., Any]:
     """A checkpoint has the generators of a sequence's first process, whose list of GPUs' generators is right for its own GPU alone."""
 
     @functools.wraps(load)
     def load_and_share(*args: Any, **kwargs: Any) -> Any:
         result = load(*args, **kwargs)
-        share_generators(sequence)
+        share_generators(replicas.mesh["sequence"])
         return result
 
     return load_and_share

@@ -33,7 +33,7 @@ def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any]) -> 
     if replicas.num_copies > 1:
         expect_all_gradients(trainer)
     draw_by_copy(trainer, replicas)
-    trainer._load_rng_state = share_generators_after(trainer._load_rng_state, replicas.mesh["sequence"])
+    trainer._load_rng_state = share_generators_after(trainer._load_rng_state, replicas)
     trainer.hyperparameter_search = _no_search
     for name in ("train", "evaluate", "predict"):
         setattr(trainer, name, _after_showing(replicas, getattr(trainer, name)))
@@ -99,7 +99,7 @@ def _split_new_models(trainer: Any, replicas: Replicas, options: dict[str, Any])
 
     @functools.wraps(plain)
     def call_model_init(*args: Any, **kwargs: Any) -> nn.Module:
-        model = parallelize(plain(*args, **kwargs), **options)
+        model = parallelize(plain(*args, **kwargs), **options, mesh=replicas.mesh["sequence"])
         share_weights(model, replicas.mesh["sequence"])
         return model
 

@@ -31,6 +31,7 @@ from autoseq.program import Program, build_program, mark_trainable, topology_of
 from autoseq.program_call import ProgramCall
 from autoseq.progress import Progress, progress_of
 from autoseq.random_state import drawing_devices
+from autoseq.runtime.data_of_plain_tensors import give_whole_data
 from autoseq.runtime.errors import AutoSeqError, TopologyError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import on_nodes
@@ -42,6 +43,7 @@ log = logging.getLogger("autoseq")
 
 let_masks_through()
 describe_views_of_outputs()
+give_whole_data()
 show_by_default()
 watch_calls()
 keep_frames()

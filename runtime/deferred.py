@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.autograd import Function
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
 from autoseq.runtime.errors import RankMismatchError, RendezvousError, UnsupportedError
@@ -36,8 +37,10 @@ DEFAULT_TIMEOUT_S = 60.0
 # These give an alias of the whole output, so they need no values yet.
 _STILL_DEFERRED = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
-# Methods that read memory without going through the dispatcher.
-_READ_MEMORY = ("numpy", "tolist", "cpu", "data_ptr", "storage", "__array__", "__dlpack__")
+# Methods that read memory without going through the dispatcher, or give it to somebody who may write into it unseen.
+_READ_MEMORY = (
+    "numpy", "tolist", "cpu", "data_ptr", "storage", "__array__", "__dlpack__", "apply_", "map_", "map2_", "as_subclass",
+)  # fmt: skip
 
 
 def defer(
@@ -88,6 +91,7 @@ class DeferredTensor(Tensor):
             DeferredTensor, shard.shape, dtype=shard.dtype, device=shard.device, requires_grad=False
         )
         wrapper._shard = shard
+        torch._C._set_throw_on_mutable_data_ptr(wrapper)  # it has no memory: whatever reads some gets an error
         return wrapper
 
     @property
@@ -115,6 +119,18 @@ class DeferredTensor(Tensor):
     def full(self) -> Tensor:
         """The whole value as a plain tensor: gathered if it has not been yet. Differentiable."""
         return self.view(self.shape)
+
+    @torch._disable_dynamo
+    def given_away(self) -> Tensor:
+        """The memory of the whole value, without history, for a tensor that is to share it."""
+        self._shard.is_written = True  # by that tensor, perhaps, whose version is its own
+        return self._full.detach()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The memory of the whole value; in a trace the wrapper's own, which only tells tensors apart."""
+        if TracingContext.try_get() is not None:
+            return Tensor.untyped_storage(self)
+        return self.given_away().untyped_storage()
 
     def taken_in(self) -> Tensor:
         """`full`, for a compiled part of the program that has this output among its inputs."""
@@ -164,9 +180,11 @@ class DeferredTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _STILL_DEFERRED:
             return cls.wrap(args[0]._shard)
-        if torch.Tag.inplace_view in func.tags:
-            raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
         kwargs = kwargs or {}
+        if torch.Tag.inplace_view in func.tags:
+            if isinstance(args[0], DeferredTensor):
+                raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
+            args = args[0], *tree_map_only(DeferredTensor, lambda x: x.given_away(), args[1:])  # set_ shares the memory
         plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._full, given) for given in (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
@@ -180,7 +198,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[i
     """The deferred tensors that an operation writes into, by the identity of their values."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     targets = [named.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
-    outputs = [target for target in targets if isinstance(target, DeferredTensor)]
+    outputs = [target for target in tree_leaves(targets) if isinstance(target, DeferredTensor)]
     for output in outputs:
         output._shard.is_written = True
     return {id(output._full): output for output in outputs}
@@ -188,7 +206,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[i
 
 def _on_full(name: str) -> Any:
     def call(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.full(), name)(*args, **kwargs)
+        full = self.full()
+        self._shard.is_written = True
+        return getattr(full, name)(*args, **kwargs)
 
     call.__name__ = name
     return call

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakSet
@@ -54,7 +54,9 @@ def _with_hooks(init: Callable[..., None]) -> Callable[..., None]:
         if is_ours(self.callback):
             # Dynamo undoes no hook that was entered before one that raises, and none after one that raises while it is undone.
             self.enter_exit_hooks.insert(0, _refuse_surroundings)
-            self.enter_exit_hooks += [hide_watchers, _watch]
+            # With fullgraph=True torch itself counts the compiled frames of each call, those that compute nothing too.
+            is_counted = hasattr(eval_frame, "set_fullgraph_compiled_frame_count") and self.fullgraph
+            self.enter_exit_hooks += [hide_watchers, partial(_watch, is_counted=is_counted)]
 
     return __init__
 
@@ -130,8 +132,8 @@ def _is_eager_wished() -> bool:
     return eval_frame._stance.stance != "default" or eval_frame._stance.backend is not None or torch._dynamo.config.disable
 
 
-def _watch() -> Callable[[], None]:
-    """Begin a call, and return its end, where a call that has come to no program is an error."""
+def _watch(*, is_counted: bool) -> Callable[[], None]:
+    """Begin a call, and return its end, where a call that has come to no program is an error, if torch has not counted its frames."""
     before = _calls.programs, _calls.left, _calls.is_idle
     raised_before = sys.exception()
     _calls.programs, _calls.left, _calls.is_idle = 0, [], False
@@ -139,7 +141,7 @@ def _watch() -> Callable[[], None]:
     def end() -> None:
         programs, left, is_idle = _calls.programs, _calls.left, _calls.is_idle
         _calls.programs, _calls.left, _calls.is_idle = before[0] + programs, before[1], before[2]
-        if programs or is_idle or sys.exception() is not raised_before or _is_eager_wished():
+        if programs or is_idle or is_counted or sys.exception() is not raised_before or _is_eager_wished():
             return
         reasons = "".join(f"\n  {each}" for each in dict.fromkeys(left)) or (
             "\n  It had skipped the function before: for good, when another compilation of the same code failed, or when another "

@@ -61,6 +61,9 @@ def _for_ours(convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Conve
             raise
         if result.guarded_code is None:
             return _left(frame, result, is_complete=counters["frames"]["ok"] > completed)
+        if not _is_full_graph(self) and _computes_nothing(result.guarded_code.code):
+            frame_is_idle()
+            return _AS_IT_IS
         compiled[frame.f_code] += 1
         return result
 
@@ -83,6 +86,20 @@ def _compilations_for(frame: Any) -> Counter[CodeType]:
     if not _debug_get_cache_entry_list(frame.f_code):
         del counted[frame.f_code]
     return counted
+
+
+_AS_IT_IS = ConvertFrameReturn(frame_exec_strategy=_FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.SKIP), apply_to_code=False)
+"""This call of a frame runs as it is written, and what it calls too."""
+
+
+def _is_full_graph(convert: CatchErrorsWrapper) -> bool:
+    """Whether `fullgraph=True` was given; then torch itself counts the calls of compiled frames."""
+    return getattr(convert._torchdynamo_orig_backend, "_one_graph", False)
+
+
+def _computes_nothing(code: CodeType) -> bool:
+    """Whether what Dynamo made of a frame calls neither a program nor a rest of the frame. Kept, nothing would tell of its later calls."""
+    return not any(name.startswith(("__compiled_fn", "__resume_at")) for name in code.co_names)
 
 
 def _limit_reached(frame: Any, limit: str) -> NotSplitError:

@@ -254,7 +254,8 @@ def _whole(
 ) -> Program:  # fmt: skip
     """A program that every rank runs whole; `gm` is for reports."""
     sent = sum(each.bytes_per_rank for each in _gathered_inputs(inputs, group))
-    fallbacks = [Fallback(why.what, first_source(gm.graph), why.reason, sent)] if group.size > 1 else []
+    computes = any(node.op.startswith("call") for node in gm.graph.nodes)
+    fallbacks = [Fallback(why.what, first_source(gm.graph), why.reason, sent)] if group.size > 1 and (computes or sent) else []
     program = Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), (), whole=why.reason)
     _tell(program, options, group, level if say_once(why, group) else logging.DEBUG)
     return program

@@ -155,6 +155,38 @@ def test_a_call_that_computes_nothing_switches_nothing_off(way: Any, calls: Call
     assert len(calls) == 1
 
 
+class Counting(nn.Module):
+    """Branches that compute nothing: without any tensor, with one that passes through, and with an attribute that is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.count = Attention(), 0
+
+    def forward(self, x: Tensor | None = None, key: str | None = None) -> Any:
+        if x is None:
+            self.count += 1
+            return key
+        if key is not None:
+            self.count += 1
+            return {key: self.passed(x)}
+        return self.inner(x)
+
+    def passed(self, x: Tensor) -> list[Tensor]:
+        return [x] * 2
+
+
+@pytest.mark.parametrize(("fullgraph", "raises"), [(False, False), (False, True), (True, False)], ids=["breaks", "errors", "full"])
+def test_branches_that_compute_nothing_are_no_unsplit_calls(fullgraph: bool, raises: bool, calls: Calls) -> None:
+    model = Counting()
+    compiled = torch.compile(model, backend="autoseq", options={"inner": "eager"}, fullgraph=fullgraph)
+    with torch._dynamo.error_on_graph_break(raises):
+        for number in range(1, 4):
+            assert compiled() is None
+            assert compiled(X, "a")["a"][1] is X and model.count == 2 * number
+            compiled(X)
+    assert len(calls) == 3 and calls.programs == 1
+
+
 @WAYS
 def test_an_explicit_wish_for_eager_mode_holds_for_its_calls_only(way: Any, calls: Calls) -> None:
     model = way(Attention())
@@ -284,3 +316,16 @@ def test_one_rank_alone_may_count_and_fake_tensors_are_refused() -> None:
     for error, said in run_ranks(under_modes, 2, timeout_s=60):
         assert error <= 1e-6  # float32 rounding of values around 1
         assert "called with fake tensors, or under FakeTensorMode" in said
+
+
+def strict_without_operations(rank: int, world_size: int) -> None:
+    torch.manual_seed(0)
+    for fullgraph in (True, False):
+        torch._dynamo.reset()
+        model = torch.compile(Attention(), backend="autoseq", options={"inner": "eager", "strict": True}, fullgraph=fullgraph)
+        for early in (True, False, True):
+            model(X, early=early)
+
+
+def test_a_program_without_operations_is_no_fallback() -> None:
+    run_ranks(strict_without_operations, 2, timeout_s=60)

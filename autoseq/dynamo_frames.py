@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, _FrameAction, _FrameExecStrategy
 from torch._dynamo import config, decorators
-from torch._dynamo.convert_frame import CatchErrorsWrapper
+from torch._dynamo.convert_frame import CatchErrorsWrapper, _get_error_on_graph_break
 from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
 from torch._dynamo.guards import get_and_maybe_log_recompilation_reasons
 from torch._dynamo.types import ConvertFrameReturn
@@ -61,7 +61,7 @@ def _for_ours(convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Conve
             raise
         if result.guarded_code is None:
             return _left(frame, result, is_complete=counters["frames"]["ok"] > completed)
-        if not _is_full_graph(self) and _computes_nothing(result.guarded_code.code):
+        if _traces_all_or_raises(self) and _computes_nothing(result.guarded_code.code):
             frame_is_idle()
             return _AS_IT_IS
         compiled[frame.f_code] += 1
@@ -88,18 +88,18 @@ def _compilations_for(frame: Any) -> Counter[CodeType]:
     return counted
 
 
-_AS_IT_IS = ConvertFrameReturn(frame_exec_strategy=_FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.SKIP), apply_to_code=False)
-"""This call of a frame runs as it is written, and what it calls too."""
+_AS_IT_IS = ConvertFrameReturn(frame_exec_strategy=_FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT), apply_to_code=False)
+"""This call of a frame runs as it is written; Dynamo sees the next one again."""
 
 
-def _is_full_graph(convert: CatchErrorsWrapper) -> bool:
-    """Whether `fullgraph=True` was given; then torch itself counts the calls of compiled frames."""
-    return getattr(convert._torchdynamo_orig_backend, "_one_graph", False)
+def _traces_all_or_raises(convert: CatchErrorsWrapper) -> bool:
+    """Whether a graph break is an error here; not with `fullgraph=True`, where torch itself counts the calls of compiled frames."""
+    return _get_error_on_graph_break() and not getattr(convert._torchdynamo_orig_backend, "_one_graph", False)
 
 
 def _computes_nothing(code: CodeType) -> bool:
-    """Whether what Dynamo made of a frame calls neither a program nor a rest of the frame. Kept, nothing would tell of its later calls."""
-    return not any(name.startswith(("__compiled_fn", "__resume_at")) for name in code.co_names)
+    """Whether what Dynamo made of a whole frame calls no program. Kept, nothing would tell of its later calls."""
+    return not any(name.startswith("__compiled_fn") for name in code.co_names)
 
 
 def _limit_reached(frame: Any, limit: str) -> NotSplitError:
@@ -124,4 +124,4 @@ def _left(frame: Any, result: ConvertFrameReturn, *, is_complete: bool) -> Conve
         frame_is_left(frame.f_code, getattr(result, "skip_reason", None) or "Dynamo does not say why")
     if has_reached_a_program() or not (is_complete or config.disable):
         return result  # code between or after the programs, or code that Dynamo cannot trace: it would try again in each call
-    return ConvertFrameReturn(frame_exec_strategy=_FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT), apply_to_code=False)
+    return _AS_IT_IS

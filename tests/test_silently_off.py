@@ -187,6 +187,25 @@ def test_branches_that_compute_nothing_are_no_unsplit_calls(fullgraph: bool, rai
     assert len(calls) == 3 and calls.programs == 1
 
 
+class Broken(Attention):
+    """A break inside a call whose result is returned: of the outer frame Dynamo keeps code that calls neither a program nor a rest."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.part(x)
+
+    def part(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+@WAYS
+def test_what_a_frame_without_operations_calls_is_split(way: Any, calls: Calls) -> None:
+    model = way(Broken())
+    for _ in range(2):
+        model(X)
+    assert len(calls) == 2 and calls.programs == 1
+
+
 @WAYS
 def test_an_explicit_wish_for_eager_mode_holds_for_its_calls_only(way: Any, calls: Calls) -> None:
     model = way(Attention())

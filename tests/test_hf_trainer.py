@@ -142,8 +142,21 @@ def encoder_and_decoder(folder: Path, attach: Callable[[Any], None]) -> Any:
     return {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model)}
 
 
+def encoder_and_decoder_evaluated(folder: Path, attach: Callable[[Any], None]) -> Any:
+    """By loss and by what T5 generates, with a short last batch."""
+    from transformers import Seq2SeqTrainer
+
+    pairs = [{"input_ids": row["input_ids"][:16], "labels": row["labels"][16:28]} for row in hf_job.rows(3)]
+    args = arguments(folder, "Seq2SeqTrainingArguments", predict_with_generate=True, generation_max_length=8)
+    trainer = Seq2SeqTrainer(hf_job.t5(), args, eval_dataset=pairs)
+    attach(trainer)
+    predicted: Any = trainer.predict(pairs)
+    return {"evaluated": trainer.evaluate()["eval_loss"], "predictions": predicted.predictions, "loss": predicted.metrics["test_loss"]}
+
+
 SCENARIOS = {
     "encoder and decoder": (encoder_and_decoder, hf_job.SGD_TOLERANCE, {"strict": True}),
+    "encoder and decoder evaluated": (encoder_and_decoder_evaluated, hf_job.SGD_TOLERANCE, {}),
     "generation": (predicted_by_generation, hf_job.SGD_TOLERANCE, {}),
     "checkpoints": (checkpoint_best_and_resume, hf_job.ADAMW_TOLERANCE, {}),
     "stream": (stream_with_smoothed_labels, hf_job.SGD_TOLERANCE, {"inner": "aot_eager"}),

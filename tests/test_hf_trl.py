@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import hf_job
 from ranks import run_ranks
+from test_hf_trainer import arguments
 
 Attach = Callable[..., None]
 _WORDS = [f"w{number}" for number in range(hf_job.VOCABULARY - 4)]
@@ -66,6 +68,18 @@ def packed(folder: Path, attach: Attach) -> Any:
     return fine_tuned(folder, attach, texts(), packing=True, max_length=32, gradient_accumulation_steps=2)
 
 
+def without_padding(folder: Path, attach: Attach) -> Any:
+    """Batches of several texts in one row, by their positions: TRL's collator, and transformers' in a plain Trainer."""
+    from transformers import DataCollatorWithFlattening, Trainer
+
+    found = {"trl": fine_tuned(folder, attach, texts(), padding_free=True, max_length=None)}
+    rows = [{name: value.tolist() for name, value in row.items()} for length in (9, 14) for row in hf_job.rows(4, length=length)]
+    args = arguments(folder, max_steps=2)
+    collator: Any = DataCollatorWithFlattening()
+    trainer = Trainer(model=hf_job.llama(), args=args, train_dataset=rows, data_collator=collator)
+    return found | {"transformers": run(trainer, attach)}
+
+
 def adapted(folder: Path, attach: Attach) -> Any:
     """An adapter alone is trained, on a stream."""
     from peft import LoraConfig
@@ -112,11 +126,16 @@ def generated(folder: Path, attach: Attach) -> Any:
     return run(trainer, attach)
 
 
-SCENARIOS = {"packed": packed, "adapted": adapted, "preferences": preferences, "generated": generated}
+SCENARIOS = {"packed": packed, "without padding": without_padding, "adapted": adapted, "preferences": preferences, "generated": generated}
 
 
 def job(rank: int, world_size: int, name: str, folder: str) -> None:
-    hf_job.compare(rank, world_size, SCENARIOS[name], folder, hf_job.SGD_TOLERANCE)
+    """TRL's own head, in chunks, runs whole: a warning says so, with its source line."""
+    with hf_job.warnings_of("autoseq") as warned:
+        hf_job.compare(rank, world_size, SCENARIOS[name], folder, hf_job.SGD_TOLERANCE)
+    told = r"a part of the program at kernels/chunked_logprob\.py:\d+ in \w+: .* runs whole on every rank"
+    if name != "generated":
+        assert any(re.search(told, each) for each in warned) == (rank == 0), warned
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

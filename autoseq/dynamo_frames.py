@@ -81,7 +81,9 @@ def _settings() -> dict[str, Any]:
 
 def _compilations_for(frame: Any) -> Counter[CodeType]:
     """Of each code for the module that this frame belongs to; anew after torch._dynamo.reset()."""
-    owner = next((value for value in frame.f_locals.values() if isinstance(value, torch.nn.Module)), _no_module)
+    values = frame.f_locals.values()
+    first_arguments = (each for value in values if isinstance(value, tuple) for each in value[:1])  # a decorator's *args
+    owner = next((value for value in (*values, *first_arguments) if isinstance(value, torch.nn.Module)), _no_module)
     counted = _compilations.setdefault(owner, Counter())
     if not _debug_get_cache_entry_list(frame.f_code):
         del counted[frame.f_code]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -255,6 +256,24 @@ def test_blocks_that_need_a_program_each_are_all_split(way: Any, calls: Calls) -
         for block in blocks:
             block(X)
     assert len(calls) == 20 and calls.programs == 10
+
+
+def passed_on(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Attention):
+    forward = passed_on(Attention.forward)  # type: ignore[assignment]
+
+
+def test_blocks_behind_a_decorator_are_all_split(calls: Calls) -> None:
+    for number in range(10):
+        torch.compile(Decorated(number).forward, backend="autoseq", options={"inner": "eager"})(X)
+    assert len(calls) == 10
 
 
 @WAYS

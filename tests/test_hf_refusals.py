@@ -63,7 +63,13 @@ CASES = [
     pytest.param(runs_as("DEEPSPEED"), {}, "does not serve DeepSpeed: its engine steps", id="DeepSpeed"),
     pytest.param(runs_as("MEGATRON_LM"), {}, "does not serve Megatron-LM", id="Megatron-LM"),
     pytest.param(runs_as("XLA"), {}, "does not serve XLA devices", id="XLA"),
-    pytest.param(runs_as("FSDP"), {}, r"serve FSDP: .* Leave FSDP out; .* fully_shard \(docs/planner.md\)", id="FSDP"),
+    pytest.param(runs_as("FSDP"), {}, "serve FSDP1: .* Set fsdp_version to 2", id="FSDP1"),
+    pytest.param(
+        runs_as("FSDP", fsdp_plugin=SimpleNamespace(fsdp_version=2, state_dict_type="StateDictType.FULL_STATE_DICT")),
+        {},
+        "serve FSDP with FULL_STATE_DICT: .* Set state_dict_type to SHARDED_STATE_DICT",
+        id="full state dicts",
+    ),
     pytest.param(lambda t: setattr(t.model, "hf_device_map", {"model": 0, "lm_head": 1}), {}, "on several devices", id="device_map"),
     pytest.param(
         lambda t: setattr(t.args, "use_transformers_continuous_batching", True),

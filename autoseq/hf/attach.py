@@ -19,6 +19,7 @@ from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
 from autoseq.hf.reporting import any_rank_reports, counted_mesh, counting_backend, report_traffic
 from autoseq.hf.same_start import share_generators, share_weights
+from autoseq.hf.sharded import refuse_comparison, save_over_all_ranks
 from autoseq.mesh import sequence_mesh
 from autoseq.runtime.errors import OptionError
 
@@ -42,7 +43,7 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
     `autoseq.Options`, without `mesh`.
 
     Raises OptionError for a wrong argument, MeshError where the ranks cannot be divided, and UnsupportedError for what would not be exact:
-    DeepSpeed, Megatron-LM, XLA, FSDP, another parallelism, DataParallel, torch_compile, vLLM.
+    DeepSpeed, Megatron-LM, XLA, FSDP1, another parallelism, DataParallel, torch_compile, vLLM.
     """
     check_ranks(sequence)
     _check_options(options)
@@ -59,6 +60,7 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
         from autoseq.hf.trainers import adapt_trainer, models_of
 
         check_trainer(target, models_of(target), sequence)
+        refuse_comparison(target.accelerator, verify)
         if target.args.auto_find_batch_size and options.get("ranks_per_node") is not None:
             raise OptionError(
                 "attach cannot take ranks_per_node where auto_find_batch_size is set: the groups of nodes could not be made again after a "
@@ -115,6 +117,7 @@ def _split(accelerator: Any, models: list[nn.Module], mesh: DeviceMesh, options:
         share_weights(model, mesh["sequence"])
     share_generators(mesh["sequence"])
     show_replicas(replicas)
+    save_over_all_ranks("accelerate.accelerator")
     if "transformers" in sys.modules:
         generate_unsplit()
     reduce_over_copies(accelerator, replicas)

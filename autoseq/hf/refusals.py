@@ -95,9 +95,16 @@ _OF_ACCELERATOR = (
     Refusal("Megatron-LM", lambda a: _type(a) == "MEGATRON_LM", "its engine splits and steps the model by itself", _BESIDE),
     Refusal("XLA devices", lambda a: _type(a) == "XLA", "torch.compile's backends do not run there", "Use CPU or CUDA devices."),
     Refusal(
-        "FSDP", lambda a: _type(a) == "FSDP",
-        "accelerate shards block by block, so the program falls into parts that autoseq cannot see as a whole",
-        "Leave FSDP out; a loop of your own can use fully_shard (docs/planner.md).",
+        "FSDP1",
+        lambda a: _type(a) == "FSDP" and getattr(getattr(a.state, "fsdp_plugin", None), "fsdp_version", 1) != 2,
+        "its parameters are views of flat ones that it swaps behind the program",
+        "Set fsdp_version to 2, in fsdp_config or the FSDP plugin.",
+    ),
+    Refusal(
+        "FSDP with FULL_STATE_DICT",
+        lambda a: "FULL" in str(getattr(getattr(a.state, "fsdp_plugin", None), "state_dict_type", "")),
+        "what it gathers for a file was not compared yet",
+        "Set state_dict_type to SHARDED_STATE_DICT; `accelerate merge-weights` makes one file of a checkpoint.",
     ),
     Refusal(
         "another parallelism (parallelism_config)", lambda a: bool([*_parallelisms(a)]),

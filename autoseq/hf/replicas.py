@@ -60,7 +60,8 @@ def show_replicas(replicas: Replicas) -> None:
     _redirect()
     seen = {"num_processes": replicas.num_copies, "process_index": replicas.copy, _KEY: replicas}
     for state in (PartialState, AcceleratorState):
-        state._shared_state.update(seen | ({"distributed_type": DistributedType.NO} if replicas.num_copies == 1 else {}))
+        is_alone = replicas.num_copies == 1 and state._shared_state.get("distributed_type") != DistributedType.FSDP
+        state._shared_state.update(seen | ({"distributed_type": DistributedType.NO} if is_alone else {}))
 
 
 def shown() -> Replicas | None:

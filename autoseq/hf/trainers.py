@@ -16,6 +16,7 @@ from autoseq.hf.data_parallel import expect_all_gradients
 from autoseq.hf.generation import draw_by_copy
 from autoseq.hf.replicas import Replicas, count_copies_in_trainers, show_replicas
 from autoseq.hf.same_start import share_generators_after, share_weights
+from autoseq.hf.sharded import save_over_all_ranks
 from autoseq.runtime.errors import UnsupportedError
 
 
@@ -29,6 +30,7 @@ def adapt_trainer(trainer: Any, replicas: Replicas, options: dict[str, Any]) -> 
     """Change the decisions of one trainer, on the object itself."""
     trainer._is_split_by_autoseq = True
     count_copies_in_trainers()
+    save_over_all_ranks("transformers.trainer")
     _write_on_first_ranks(trainer, replicas)
     if replicas.num_copies > 1:
         expect_all_gradients(trainer)

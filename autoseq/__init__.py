@@ -18,6 +18,7 @@ from autoseq.options import Options
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import (
     AutoSeqError,
+    CompilerError,
     FallbackError,
     MeshError,
     MessageError,
@@ -37,8 +38,9 @@ from autoseq.runtime.errors import (
 )
 
 __all__ = [
-    "AutoSeqError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError", "NotSplitError",
-    "OptionError", "Options", "PlanError", "RankMismatchError", "RendezvousError", "ReportError", "StrategyError", "TargetError",
-    "TopologyError", "UnsupportedError", "VerificationError", "hf", "parallelize", "report", "sequence_mesh", "sequence_parallel",
+    "AutoSeqError", "CompilerError", "DeferredTensor", "FallbackError", "MeshError", "MessageError", "NoAttentionError", "NoSequenceError",
+    "NotSplitError", "OptionError", "Options", "PlanError", "RankMismatchError", "RendezvousError", "ReportError", "StrategyError",
+    "TargetError", "TopologyError", "UnsupportedError", "VerificationError", "hf", "parallelize", "report", "sequence_mesh",
+    "sequence_parallel",
 ]  # fmt: skip
 __version__ = "0.1.0"

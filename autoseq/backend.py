@@ -15,6 +15,7 @@ from torch import fx
 from autoseq.agreement import agree_on_program, agree_on_topology
 from autoseq.call_shapes import CallShapes
 from autoseq.compiled_calls import watch_calls
+from autoseq.cxx import refuse_missing_cxx
 from autoseq.dynamo_frames import keep_frames
 from autoseq.dynamo_stack import part_of
 from autoseq.foreign_programs import stay_apart
@@ -102,6 +103,8 @@ def _compile(
     try:
         with progress.rewriting():
             program = build_program(gm, inputs, options=options, group=group, is_fragment=part != "whole", is_sorted=is_sorted, found=found)
+        if options.inner == "inductor" and not (program.whole and program.is_untraced):
+            refuse_missing_cxx(program.inputs)
     except AutoSeqError as error:
         failure = error
     except Exception as error:  # noqa: BLE001 (whatever it is, the other ranks are told and the caller sees it)

@@ -17,6 +17,7 @@ import torch.cuda.nccl
 import torch.distributed
 from rich.console import Console
 
+from autoseq import cxx
 from autoseq.planning.links import Card, network_cards, nvlinks
 from autoseq.readable import readable_bytes
 from autoseq.runtime import fused
@@ -24,11 +25,6 @@ from autoseq.runtime.kernel_call import BlockCall, Kernel
 from autoseq.runtime.kernels import KERNELS
 from autoseq.tables import table
 
-CXX = "C++ compiler"
-_NO_CXX = (
-    "none is found; install one (apt-get install g++), name it in the variable CXX, or compile with "
-    'options={"inner": "aot_eager"}, which needs none'
-)
 _PACKAGES = ("torch", "triton", "flash-attn", "transformers")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -108,7 +104,7 @@ def _finding_row(each: Finding, *, is_needed: bool) -> tuple[str, str, str, str]
     return each.name, each.about, there, reason
 
 
-_WITHOUT_CUDA = ("gloo", "cpu", "reference", CXX)
+_WITHOUT_CUDA = ("gloo", "cpu", "reference", cxx.NAME)
 _FOR_SEVERAL_DEVICES = ("nvlink", "peer access")
 
 
@@ -139,14 +135,8 @@ def verdict(found: Checkup) -> list[str]:
 
 
 def _cxx() -> Finding:
-    """What Inductor compiles CPU code with, as Inductor itself looks for it."""
-    from torch._inductor import exc
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return Finding(CXX, f"for Inductor, the default inner compiler, on CPUs: {get_cpp_compiler()}", "")
-    except exc.InvalidCxxCompiler:
-        return Finding(CXX, "for Inductor, the default inner compiler, on CPUs", _NO_CXX)
+    about, found = "for Inductor, the default inner compiler, on CPUs", cxx.find_cxx()
+    return Finding(cxx.NAME, f"{about}: {found}", "") if found else Finding(cxx.NAME, about, cxx.why_not())
 
 
 def _versions() -> dict[str, str | None]:

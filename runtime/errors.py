@@ -69,6 +69,10 @@ class NotSplitError(AutoSeqError):
     """A call of a compiled model ran whole, or would have, because Dynamo did not compile it."""
 
 
+class CompilerError(AutoSeqError):
+    """A compiler that the chosen `inner` needs is not there."""
+
+
 class UnsupportedError(AutoSeqError):
     """The program uses a feature that autoseq cannot yet keep exact."""
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from autoseq import doctor
+from autoseq import cxx, doctor
 from autoseq.cli import app
-from autoseq.doctor import CXX, Checkup, Device, Finding, checkup, matters, verdict
+from autoseq.doctor import Checkup, Device, Finding, checkup, matters, verdict
 from autoseq.planning.links import Card, NVLinks
 from autoseq.runtime import flash_attn_kernel, fused
 from autoseq.runtime.kernels import KERNELS
@@ -63,9 +63,9 @@ def test_a_cpu_build_says_what_it_lacks() -> None:
 
 
 def test_a_missing_compiler_is_in_the_verdict_with_its_cure() -> None:
-    lacking = replace(checkup(), devices=[Device("CPU", "cpu", None, 1)], compilers=[Finding(CXX, "", doctor._NO_CXX)])
+    lacking = replace(checkup(), devices=[Device("CPU", "cpu", None, 1)], compilers=[Finding(cxx.NAME, "", cxx.why_not())])
     lines = verdict(lacking)
-    assert re.search(r"not all .* C\+\+ compiler: none is found; install one .*CXX.*aot_eager", " ".join(lines))
+    assert re.search(r"not all .* C\+\+ compiler: \S+ cannot be run; install one .*CXX.*aot_eager", " ".join(lines))
     assert max(map(len, lines)) <= 80
 
 

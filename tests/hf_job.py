@@ -155,3 +155,15 @@ def compare(rank: int, world_size: int, scenario: Scenario, folder: str, toleran
     with processes(rank, world_size):
         found = scenario(path / "split", lambda *target: autoseq.hf.attach(*target, sequence=world_size, **{"inner": "eager"} | options))
     check_alike(found, expected, tolerance)
+
+
+def compare_accumulated(rank: int, world_size: int, scenario: Callable[[Path, Callable[..., None], int], Any], folder: str) -> None:
+    """2 × 2 ranks beside one process that accumulates the two copies' batches, in float64."""
+    import autoseq
+
+    with processes(None, 1):
+        expected = scenario(Path(folder) / "alone", lambda *target: None, 2)
+    torch._dynamo.reset()
+    with processes(rank, world_size):
+        found = scenario(Path(folder) / "split", lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager"), 1)
+    check_alike(found, expected, 1e-12)

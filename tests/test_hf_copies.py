@@ -12,7 +12,6 @@ import hf_job
 from ranks import run_ranks
 from test_hf_accelerate import loop
 from test_hf_trainer import Stream, arguments
-from test_hf_trl import packed
 
 
 def trainer_and_loop(folder: Path, attach: Callable[..., None]) -> Any:
@@ -68,50 +67,6 @@ def test_two_by_two_is_two_processes(tmp_path: Path) -> None:
     run_ranks(two_by_two, 4, str(tmp_path), timeout_s=240)
 
 
-def adapter_bfloat16_and_packing(folder: Path, attach: Callable[..., None]) -> dict[str, tuple[Any, float]]:
-    """What is compared, and its tolerance."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import Trainer
-
-    found: dict[str, tuple[Any, float]] = {}
-    torch.manual_seed(0)
-    lora = get_peft_model(hf_job.llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))  # type: ignore[arg-type]
-    for name, model, args, tolerance in (
-        ("adapter", lora, {"learning_rate": 1.0}, hf_job.SGD_TOLERANCE),
-        ("bfloat16", hf_job.llama(), {"bf16": True}, hf_job.BFLOAT16_TOLERANCE),
-    ):
-        made = arguments(folder, max_steps=2, gradient_accumulation_steps=2, **args)
-        trainer = Trainer(model=model, args=made, train_dataset=hf_job.rows(14))
-        attach(trainer)
-        trainer.train()
-        found[name] = {"log": hf_job.logged(trainer), "weights": hf_job.weights(trainer.model)}, tolerance
-        hf_job.forget_accelerator()
-    return found | {"packed": (packed(folder, attach), hf_job.SGD_TOLERANCE)}
-
-
-def two_processes_adapt(rank: int, world_size: int, folder: str) -> None:
-    with hf_job.processes(rank, world_size):
-        found = adapter_bfloat16_and_packing(Path(folder) / "plain", lambda *target: None)
-    if rank == 0:
-        torch.save(found, Path(folder) / "plain.pt")
-
-
-def two_by_two_adapt(rank: int, world_size: int, folder: str) -> None:
-    import autoseq
-
-    expected = torch.load(Path(folder) / "plain.pt", weights_only=False)
-    with hf_job.processes(rank, world_size):
-        attach = lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager")  # noqa: E731
-        found = adapter_bfloat16_and_packing(Path(folder) / "split", attach)
-    for name, (value, tolerance) in expected.items():
-        hf_job.check_alike(found[name][0], value, tolerance, name)
-
-
-def test_adapters_bfloat16_and_packing_are_those_of_two_processes(tmp_path: Path) -> None:
-    run_ranks(two_processes_adapt, 2, str(tmp_path), timeout_s=240)
-    run_ranks(two_by_two_adapt, 4, str(tmp_path), timeout_s=240)
-
-
 def in_float64(folder: Path, attach: Callable[..., None], accumulated: int) -> Any:
     from transformers import Trainer
 
@@ -124,13 +79,7 @@ def in_float64(folder: Path, attach: Callable[..., None], accumulated: int) -> A
 
 
 def copies_beside_accumulation(rank: int, world_size: int, folder: str) -> None:
-    import autoseq
-
-    with hf_job.processes(None, 1):
-        expected = in_float64(Path(folder) / "alone", lambda *target: None, 2)
-    with hf_job.processes(rank, world_size):
-        found = in_float64(Path(folder) / "split", lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager"), 1)
-    hf_job.check_alike(found, expected, 1e-12)
+    hf_job.compare_accumulated(rank, world_size, in_float64, folder)
     assert torch._dynamo.config.optimize_ddp is True
 
 

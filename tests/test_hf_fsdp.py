@@ -68,6 +68,7 @@ def two_ranks(rank: int, world_size: int, folder: str) -> None:
             torch.save(trained_and_resumed(path / "alone", lambda *target: None), path / "alone.pt")
     dist.barrier()
     expected = torch.load(path / "alone.pt", weights_only=False)
+    torch._dynamo.reset()
     with hf_job.processes(rank, world_size):
         attach = lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager")  # noqa: E731
         found = trained_and_resumed(path / "split", attach, is_sharded=True)
@@ -92,13 +93,7 @@ def in_float64(folder: Path, attach: Callable[..., None], accumulated: int) -> A
 
 
 def two_by_two(rank: int, world_size: int, folder: str) -> None:
-    import autoseq
-
-    with hf_job.processes(None, 1):
-        expected = in_float64(Path(folder) / "alone", lambda *target: None, 2)
-    with hf_job.processes(rank, world_size):
-        found = in_float64(Path(folder) / "split", lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager"), 1)
-    hf_job.check_alike(found, expected, 1e-12)
+    hf_job.compare_accumulated(rank, world_size, in_float64, folder)
 
 
 def test_two_copies_are_two_accumulated_batches(tmp_path: Path) -> None:

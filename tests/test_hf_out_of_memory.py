@@ -117,13 +117,7 @@ def in_float64(folder: Path, attach: Callable[..., None], accumulated: int) -> A
 
 
 def two_by_two(rank: int, world_size: int, folder: str) -> None:
-    import autoseq
-
-    with hf_job.processes(None, 1):
-        expected = in_float64(Path(folder) / "alone", lambda *target: None, 2)
-    with hf_job.processes(rank, world_size):
-        found = in_float64(Path(folder) / "split", lambda *target: autoseq.hf.attach(*target, sequence=2, inner="eager"), 1)
-    hf_job.check_alike(found, expected, 1e-12)
+    hf_job.compare_accumulated(rank, world_size, in_float64, folder)
 
 
 def test_copies_of_the_data_try_again_too(tmp_path: Path) -> None:

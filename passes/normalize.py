@@ -164,13 +164,19 @@ def drop_noops(gm: fx.GraphModule) -> int:
 
         y = aten.slice.Tensor(x, 1, 0, S) where x has S rows      →      x
 
-    Legal because the graph is functional (an alias cannot be told from its base) and the shapes are equal.
+    Legal because the graph is functional (an alias cannot be told from its base) and the shapes are equal. Where no gradients are recorded
+    such an operator still cuts its result off from the operand's history, so it becomes `detach`.
     """
-    dropped = 0
+    dropped, records = 0, True
     for node in list(gm.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            records = bool(node.args[0])
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
         elif (same := _unchanged_operand(node)) is not None:
+            if not records and same.meta["val"].is_floating_point():
+                node.target, node.args, node.kwargs = aten.detach.default, (same,), {}
+                continue
             node.replace_all_uses_with(same)
             gm.graph.erase_node(node)
         else:

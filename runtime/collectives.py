@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function
 
 from autoseq.runtime.groups import SequenceGroup, group_of
@@ -191,7 +192,7 @@ class _AllGather(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: ShardedRows) -> Tensor:
         ctx.rows = rows
-        return rows.gather(x).detach()  # no view to autograd, which would forbid to write into it
+        return _of_its_own(rows.gather(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -202,7 +203,7 @@ class _AllGatherVarying(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: ShardedRows) -> Tensor:
         ctx.rows = rows
-        return rows.gather(x).detach()  # no view to autograd, which would forbid to write into it
+        return _of_its_own(rows.gather(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -298,6 +299,12 @@ def _recorded_sums(grads: list[Tensor], group: str) -> list[Tensor]:
 def _all_reduce_sum(x: Tensor, group: str) -> Tensor:
     with Described("all_reduce", group_of(group)):
         return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group))
+
+
+def _of_its_own(x: Tensor) -> Tensor:
+    """x as no view: autograd would forbid to write into it, and AOTAutograd would take views of it anew from what x is a view of."""
+    x = x.detach()
+    return FunctionalTensor.to_functional(x.from_functional()) if isinstance(x, FunctionalTensor) else x
 
 
 def _packed(x: Tensor) -> Tensor:

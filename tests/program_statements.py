@@ -247,8 +247,8 @@ WRITES: dict[str, Statement] = {
 
 BREAKS: dict[str, Statement] = {
     "graph break": _writes("torch._dynamo.graph_break()"),
-    "a value asked for": _writes("{o} = {x} * (0.5 if {y}.sum().item() > 0 else 0.6)", "x"),
-    "a branch on data": _writes("if {y}.mean() > 0:\n    {o} = {x} + self.lin({x})\nelse:\n    {o} = {x} - self.lin2({x})", "x"),
+    "a value asked for": _writes("{o} = {x} * (0.5 if {y}.sum().item() > 0.01 else 0.6)", "x"),
+    "a branch on data": _writes("if {y}.mean() > 0.01:\n    {o} = {x} + self.lin({x})\nelse:\n    {o} = {x} - self.lin2({x})", "x"),
     "a size asked for": _writes("n = int({m}.sum(1).min())\n{o} = {x} + {x}[:, :n].mean(1, keepdim=True)", "x"),
     "rows chosen by a mask": _writes("t = {x}[{m}]\n{o} = {x} + self.lin(t).mean(0)", "x"),
     "nonzero": _writes("at = {m}[0].nonzero().flatten()\n{o} = {x} + {x}[:, at].mean(1, keepdim=True)", "x"),

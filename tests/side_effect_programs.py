@@ -321,3 +321,12 @@ def writes_to_a_strided_view_and_its_base(m: Any, x: Tensor) -> Any:
 def a_branch_on_contiguity(m: Any, x: Tensor) -> Any:
     y = m.f(m.attend(x)).transpose(1, 2)
     return y.reshape(len(y), -1).cumsum(1) if not y.is_contiguous() else y * 0
+
+
+@program
+def what_changes_nothing_under_no_grad(m: Any, x: Tensor) -> Any:
+    y = m.attend(x)
+    found = []
+    with torch.no_grad():
+        found += [y[:, 0:], torch.cat([y[:, :0], y], 1), y.view(y.shape), y.expand(y.shape), y.contiguous(), y.to(y.dtype)]
+    return sum(m.f(each) * weight for weight, each in enumerate(found)), y

@@ -86,12 +86,14 @@ def _pays_from(whole: Training, shared: Training, split: Split, topology: Topolo
     of_copy, length = max(1, shared.batch // split.data), shared.seq_len
     if not is_faster:
         return next((length << k for k in range(1, _DOUBLINGS + 1) if pays(length << k)), None)
-    shortest = length
-    for shorter in (length >> k for k in range(1, _DOUBLINGS + 1)):
-        if shorter < 1 or shared.at(seq_len=shorter).shortest < split.sequence or not pays(shorter):
-            break
-        shortest = shorter
-    return shortest
+    # What pays at a length pays at longer ones, so the shortest is found by halving how often the length is halved.
+    halved, too_often = 0, _DOUBLINGS + 1
+    while too_often - halved > 1:
+        middle = (halved + too_often) // 2
+        shorter = length >> middle
+        fits = shorter >= 1 and shared.at(seq_len=shorter).shortest >= split.sequence
+        halved, too_often = (middle, too_often) if fits and pays(shorter) else (halved, middle)
+    return length >> halved
 
 
 def _on_one_device(program: Program) -> Program:

@@ -56,9 +56,15 @@ def sequence_mesh(ranks: int, *, device_type: str | None = None) -> DeviceMesh:
     owner, mesh = _made.get(asked, (None, None))
     if mesh is None or owner is None or owner() is not world:
         _agree(asked)
-        mesh = init_device_mesh(asked[1], (world.size() // ranks, ranks), mesh_dim_names=DIMS)
+        mesh = make_mesh(ranks, asked[1])
         _made[asked] = weakref.ref(world), mesh
     return mesh
+
+
+def make_mesh(ranks: int, device_type: str, backends: dict[str, str] | None = None) -> DeviceMesh:
+    """The mesh of `sequence_mesh`, with new groups: all ranks call it alike. `backends` are those of dims that have not torch's default."""
+    copies = dist.get_world_size() // ranks
+    return init_device_mesh(device_type, (copies, ranks), mesh_dim_names=DIMS, backend_override=backends)  # type: ignore[arg-type]
 
 
 def _device_type(world: dist.ProcessGroup) -> str:

@@ -14,13 +14,13 @@ from autoseq.hf.accelerate_loops import adapt_accelerator
 from autoseq.hf.comparison import compare_first_steps
 from autoseq.hf.data_parallel import reduce_over_copies
 from autoseq.hf.generation import generate_unsplit
-from autoseq.hf.out_of_memory import mesh_of_own_groups, try_again_together
+from autoseq.hf.out_of_memory import try_again_together
 from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
-from autoseq.hf.reporting import any_rank_reports, counted_mesh, counting_backend, report_traffic
+from autoseq.hf.reporting import any_rank_reports, counting_backend, report_traffic
 from autoseq.hf.same_start import share_generators, share_weights
 from autoseq.hf.sharded import refuse_comparison, save_over_all_ranks
-from autoseq.mesh import sequence_mesh
+from autoseq.mesh import DIMS, make_mesh, sequence_mesh
 from autoseq.runtime.errors import OptionError
 
 _INEXACT = {
@@ -67,11 +67,11 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
                 "rank ran out of memory. Leave one of them out."
             )
         is_counted, may_retry = any_rank_reports(target), target.args.auto_find_batch_size
-        make_mesh = functools.partial(_mesh, sequence, target.accelerator.device.type, is_counted, may_retry)
-        replicas = _split(target.accelerator, models_of(target), make_mesh(), options)
+        new_mesh = functools.partial(_mesh, sequence, target.accelerator.device.type, is_counted, may_retry)
+        replicas = _split(target.accelerator, models_of(target), new_mesh(), options)
         adapt_trainer(target, replicas, options)
         if may_retry:
-            try_again_together(target, replicas, lambda: _split_again(models_of(target), replicas, make_mesh(), options))
+            try_again_together(target, replicas, lambda: _split_again(models_of(target), replicas, new_mesh(), options))
         if target.args.report_to:
             report_traffic(target)
         if verify:
@@ -98,9 +98,11 @@ def _is_a(package: str, name: str, target: Any) -> bool:
 
 
 def _mesh(sequence: int, device_type: str, is_counted: bool, may_retry: bool) -> DeviceMesh:
-    if may_retry:
-        return mesh_of_own_groups(sequence, device_type, counting_backend() if is_counted else "gloo")
-    return (counted_mesh if is_counted else sequence_mesh)(sequence, device_type=device_type)
+    """As `sequence_mesh`; its sequences count their messages, and all its groups are its own and can be dropped, where that is asked."""
+    backends = dict.fromkeys(DIMS, "gloo") if may_retry else {}
+    if is_counted:
+        backends[DIMS[1]] = counting_backend()
+    return make_mesh(sequence, device_type, backends) if backends else sequence_mesh(sequence, device_type=device_type)
 
 
 def _split_again(models: list[nn.Module], replicas: Replicas, mesh: DeviceMesh, options: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store
 
 from autoseq.hf.replicas import Replicas
@@ -36,12 +35,6 @@ MEETING_S = 600.0
 
 _COUNTED = "current_flos", "_metrics", "_total_train_tokens"
 """What a trainer counts within a step, and keeps from one attempt to the next."""
-
-
-def mesh_of_own_groups(sequence: int, device_type: str, backend: str) -> DeviceMesh:
-    """As `autoseq.sequence_mesh`, without torch's default group: its groups can be dropped. `backend` is that of the sequence."""
-    shape = dist.get_world_size() // sequence, sequence
-    return init_device_mesh(device_type, shape, mesh_dim_names=DIMS, backend_override={DIMS[0]: "gloo", DIMS[1]: backend})
 
 
 def try_again_together(trainer: Any, replicas: Replicas, split_again: Callable[[], None]) -> None:

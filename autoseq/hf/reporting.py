@@ -9,10 +9,7 @@ import functools
 import importlib
 from typing import Any
 
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from autoseq.mesh import DIMS, TIMEOUT_S, TIMEOUT_VARIABLE
+from autoseq.mesh import TIMEOUT_S, TIMEOUT_VARIABLE
 from autoseq.runtime.groups import group_from_mesh
 from autoseq.runtime.rendezvous import exchange, timeout_s
 
@@ -29,12 +26,6 @@ def any_rank_reports(trainer: Any) -> bool:
 def counting_backend() -> str:
     """The backend of torch.distributed whose groups count their messages."""
     return importlib.import_module(_COUNTED).BACKEND
-
-
-def counted_mesh(sequence: int, device_type: str) -> DeviceMesh:
-    """As `autoseq.sequence_mesh`, of which the sequence's groups count their messages."""
-    shape = dist.get_world_size() // sequence, sequence
-    return init_device_mesh(device_type, shape, mesh_dim_names=DIMS, backend_override={DIMS[1]: counting_backend()})
 
 
 def report_traffic(trainer: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch._guards
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from autoseq.passes.sizes import num_bytes
 from autoseq.runtime import collectives
@@ -127,7 +128,8 @@ def refresh_values(gm: fx.GraphModule) -> int:
     fake_mode = torch._guards.detect_fake_mode(placeholders)
     assert fake_mode is not None
     interpreter.fake_mode = fake_mode
-    with fake_mode, torch.no_grad():
+    # Torch 2.11's own decompositions of composite operators ask for sizes as numbers; those in Python keep symbols.
+    with fake_mode, torch.no_grad(), enable_python_dispatcher():
         interpreter.run(*placeholders)
     return len(gm.graph.nodes)
 

@@ -23,6 +23,9 @@ from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
 from autoseq.runtime.errors import NotSplitError
 from autoseq.watching_modes import hide_watchers, nothing, refuse_other_modes
 
+TORCH_COUNTS = hasattr(eval_frame, "set_fullgraph_compiled_frame_count")
+"""Whether torch itself counts the compiled frames of a call with `fullgraph=True`, those that compute nothing too (not torch 2.11)."""
+
 _compiled: WeakSet[FunctionType] = WeakSet()
 """The functions that torch.compile made for this backend."""
 
@@ -54,9 +57,7 @@ def _with_hooks(init: Callable[..., None]) -> Callable[..., None]:
         if is_ours(self.callback):
             # Dynamo undoes no hook that was entered before one that raises, and none after one that raises while it is undone.
             self.enter_exit_hooks.insert(0, _refuse_surroundings)
-            # With fullgraph=True torch itself counts the compiled frames of each call, those that compute nothing too.
-            is_counted = hasattr(eval_frame, "set_fullgraph_compiled_frame_count") and self.fullgraph
-            self.enter_exit_hooks += [hide_watchers, partial(_watch, is_counted=is_counted)]
+            self.enter_exit_hooks += [hide_watchers, partial(_watch, is_counted=TORCH_COUNTS and self.fullgraph)]
 
     return __init__
 

@@ -19,12 +19,12 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, _FrameActio
 from torch._dynamo import config, decorators
 from torch._dynamo.convert_frame import CatchErrorsWrapper, _get_error_on_graph_break
 from torch._dynamo.exc import FailOnRecompileLimitHit, InternalTorchDynamoError
-from torch._dynamo.guards import get_and_maybe_log_recompilation_reasons
+from torch._dynamo.guards import get_guard_fail_reason
 from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autoseq.compiled_calls import frame_is_idle, frame_is_left, has_reached_a_program, is_ours
+from autoseq.compiled_calls import TORCH_COUNTS, frame_is_idle, frame_is_left, has_reached_a_program, is_ours
 from autoseq.runtime.errors import AutoSeqError, NotSplitError
 
 _compilations: WeakKeyDictionary[torch.nn.Module, Counter[CodeType]] = WeakKeyDictionary()
@@ -95,8 +95,9 @@ _AS_IT_IS = ConvertFrameReturn(frame_exec_strategy=_FrameExecStrategy(_FrameActi
 
 
 def _traces_all_or_raises(convert: CatchErrorsWrapper) -> bool:
-    """Whether a graph break is an error here; not with `fullgraph=True`, where torch itself counts the calls of compiled frames."""
-    return _get_error_on_graph_break() and not getattr(convert._torchdynamo_orig_backend, "_one_graph", False)
+    """Whether a graph break is an error here, and torch itself does not count the calls of compiled frames."""
+    is_full_graph = getattr(convert._torchdynamo_orig_backend, "_one_graph", False)
+    return not TORCH_COUNTS if is_full_graph else _get_error_on_graph_break()
 
 
 def _computes_nothing(code: CodeType) -> bool:
@@ -106,9 +107,11 @@ def _computes_nothing(code: CodeType) -> bool:
 
 def _limit_reached(frame: Any, limit: str) -> NotSplitError:
     code = frame.f_code
-    reasons = get_and_maybe_log_recompilation_reasons(_debug_get_cache_entry_list(code), frame, None, skip_logging=True)
+    entries = _debug_get_cache_entry_list(code)
+    reasons = (get_guard_fail_reason(each.guard_manager, code, frame.f_locals, each.compile_id, None, True) for each in entries)  # pyright: ignore[reportArgumentType]
     # "0/7: scale == 'b'      # return x * len(scale)  # model.py:6 in forward", and a stack behind it
-    failed = reasons[0].splitlines()[0].partition("  #")[0].partition(": ")[2].strip() if reasons else ""
+    reason = next(filter(None, reasons), "")
+    failed = reason.partition("\n")[0].partition("  #")[0].partition(": ")[2].strip()
     last = f" The last program serves only where {failed}." if failed else ""
     return NotSplitError(
         f"{code.co_qualname} ({code.co_filename}:{code.co_firstlineno}) was compiled as often as {limit} allows, and would run whole from "

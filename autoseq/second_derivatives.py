@@ -22,7 +22,8 @@ def refuse_second_derivatives(results: Sequence[Any], inner: str) -> None:
     def refuse(gradients: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...] | None:
         if not torch.is_grad_enabled():
             return None
-        return tuple(x if x is None or not x.requires_grad else _Refusing.apply(x, inner) for x in gradients)
+        # Torch 2.11 hands out gradients that need none, whose second derivatives would be missing without a word.
+        return tuple(None if x is None else _Refusing.apply(x.detach().requires_grad_(), inner) for x in gradients)
 
     for node in {node for result in results if isinstance(result, Tensor) for node in _compiled(result.grad_fn)}:
         node.register_hook(refuse)

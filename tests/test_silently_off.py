@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -291,10 +292,17 @@ def test_past_the_recompile_limit_each_new_call_is_an_error_that_names_the_cause
     model(X, "a" * 9)
 
 
-def test_a_limit_of_torch_compile_is_an_error_too(calls: Calls) -> None:
-    model = torch.compile(Attention(), backend="autoseq", options={"inner": "eager"}, recompile_limit=1)
+@pytest.mark.parametrize("of", ["torch.compile", "the configuration"])
+def test_a_limit_of_torch_compile_is_an_error_too(of: str, calls: Calls) -> None:
+    keywords: Any = {"recompile_limit": 1} if of == "torch.compile" else {}
+    if keywords and "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("torch.compile takes no recompile_limit in torch 2.11")
+    model = torch.compile(Attention(), backend="autoseq", options={"inner": "eager"}, **keywords)
     model(X)
-    with pytest.raises(autoseq.NotSplitError, match="was compiled as often as a limit of Dynamo's configuration or"):
+    with (
+        torch._dynamo.config.patch({} if keywords else {"accumulated_recompile_limit": 1}),
+        pytest.raises(autoseq.NotSplitError, match="was compiled as often as a limit of Dynamo's configuration or"),
+    ):
         model(X, "aa")
 
 

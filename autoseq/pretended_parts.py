@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from autoseq.passes.shard import ShardedOutput
 from autoseq.passes.sizes import hint, num_bytes
 from autoseq.passes.source import first_source
 from autoseq.program import Gathered, Program
-from autoseq.runtime.deferred import DeferredTensor
+from autoseq.runtime.deferred import DeferredTensor, WholeValue
 from autoseq.runtime.layout import local_length
 
 log = logging.getLogger("autoseq")
@@ -38,6 +38,7 @@ class _PretendedShard:
     is_gathered: bool = False
     is_taken_in: bool = False
     watch: None = None
+    whole: WholeValue = field(default_factory=WholeValue)  # what is written is not looked at
 
     @property
     def shape(self) -> torch.Size:

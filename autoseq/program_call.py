@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from autoseq.compiled_calls import program_runs
 from autoseq.drift import Drift
 from autoseq.given_inputs import GivenInputs
 from autoseq.options import Options
+from autoseq.passes.late_writes import Kept
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.program import Program
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.kept_memory import KeptMemory
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
 from autoseq.second_derivatives import refuse_second_derivatives
@@ -29,7 +31,7 @@ class ProgramCall:
 
     def __init__(
         self, compiled: Callable[..., Any], program: Program, names: Sequence[str], group: SequenceGroup, options: Options,
-        shapes: CallShapes, called: Callable[[Sequence[object]], None], check: GivenInputs,
+        shapes: CallShapes, called: Callable[[Sequence[object]], None], check: GivenInputs, kept: Kept,
     ) -> None:  # fmt: skip
         self._compiled, self._names, self._group, self._options = compiled, names, group, options
         self._outputs = program.sharding.outputs
@@ -38,7 +40,7 @@ class ProgramCall:
         self._versions: dict[int, tuple[int, int]] = {}
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        self._agreed, self._shapes, self._called, self._check = False, shapes, called, check
+        self._agreed, self._shapes, self._called, self._check, self._kept = False, shapes, called, check, kept
         self._drift = Drift(group, strict=options.strict)
 
     def __call__(self, *args: Any) -> Any:
@@ -57,6 +59,9 @@ class ProgramCall:
         self._check_contents(args)
         self._check.take(given, args)
         results = list(self._compiled(*args))
+        for x in given:
+            if isinstance(x, DeferredTensor):
+                x.given_back()
         self._called(results)
         if self._options.inner != "eager":
             refuse_second_derivatives(results, self._options.inner)
@@ -65,7 +70,18 @@ class ProgramCall:
         for index, value in wrapped:
             results[index] = value
         self._check.watch(shards, results)
+        self._guard_kept(given, shards, results)
         return [r for i, r in enumerate(results) if i not in self._size_outputs]
+
+    def _guard_kept(self, given: Sequence[Any], shards: Mapping[int, torch.Tensor], results: Sequence[Any]) -> None:
+        """What is written to from now on, and kept for the backward, is an error of the backward."""
+        memory = KeptMemory(shards.get(i, result) for i, result in enumerate(results))
+        for index, keeper in self._kept.inputs.items():
+            if isinstance(given[index], DeferredTensor):
+                memory.keep(given[index].name, given[index], keeper)
+        for index, keeper in self._kept.outputs.items():
+            value = results[index]
+            memory.keep(value.name if isinstance(value, DeferredTensor) else f"output {index}", value, keeper)
 
     def _check_floats(self, args: Sequence[Any]) -> None:
         for index, assumed in self._floats.items():

@@ -3,29 +3,73 @@
     z = y * y                        # keeps y for its backward
     y.data.mul_(2)                   # changes what is kept, and no version counter tells
 
-A functional graph keeps the values that were read. That backward is another one, so `hidden_writes` refuses such a program by name.
+A functional graph keeps the values that were read, so that its backward is another one. `hidden_writes` refuses such a program by name;
+a write behind the program is refused when the backward begins (`runtime.kept_memory`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from autoseq.passes.source import source_line
+from autoseq.runtime.deferred import DeferredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Inputs and outputs, by their numbers, whose memory a program's backward keeps, each with the source line that keeps it."""
+
+    inputs: Mapping[int, str] = field(default_factory=dict)
+    outputs: Mapping[int, str] = field(default_factory=dict)
+
+
+def kept_by(gm: fx.GraphModule) -> Kept:
+    """What the backward of a graph keeps, as Dynamo ran it on fake tensors."""
+    keepers = _keepers(gm.graph)
+    outputs = pytree.arg_tree_leaves(gm.graph.output_node().args[0])
+
+    def lines(nodes: Sequence[Any]) -> dict[int, str]:
+        found = [(i, keepers.get(_memory(node))) for i, node in enumerate(nodes) if isinstance(node, fx.Node)]
+        return {i: source_line(keeper) for i, keeper in found if keeper is not None}
+
+    return Kept(lines(gm.graph.find_nodes(op="placeholder")), lines(outputs))
+
 
 def keeper_of(write: fx.Node, written: Sequence[fx.Node]) -> fx.Node | None:
-    """The first node before the write whose result's history keeps memory that is written, as Dynamo ran it on fake tensors."""
-    targets = [node.meta.get("example_value") for node in written]
-    memory = {target.untyped_storage()._cdata for target in targets if isinstance(target, Tensor)}
+    """The first node before the write whose result's history keeps memory that is written."""
+    memory = {_memory(node) for node in written}
+    return next((keeper for kept, keeper in _keepers(write.graph, write).items() if kept in memory), None)
+
+
+def _keepers(graph: fx.Graph, end: fx.Node | None = None) -> dict[int, fx.Node]:
+    """For each storage that is kept, by its number, the first node that does so; `end` and what follows are left out."""
+    keepers: dict[int, fx.Node] = {}
     seen: set[Any] = set()
     with _disable_current_modes():  # Dynamo's fake tensors are not this trace's
-        for node in write.graph.nodes:
-            if node is write:
-                return None
-            result = node.meta.get("example_value")
-            if node.op.startswith("call") and isinstance(result, Tensor) and _keeps(_history(result), memory, seen):
-                return node
-    return None
+        for node in graph.nodes:
+            if node is end:
+                break
+            result = node.meta.get("example_value") if node.op.startswith("call") else None
+            for x in pytree.tree_leaves(result):
+                for kept in _kept_by_history(_history(x), seen) if isinstance(x, Tensor) else ():
+                    keepers.setdefault(_storage(kept), node)
+    return keepers
+
+
+def _memory(node: fx.Node) -> int:
+    """The number of a node's storage; 0 if it has none."""
+    value = node.meta.get("example_value")
+    return _storage(value) if isinstance(value, Tensor) else 0
+
+
+def _storage(x: Tensor) -> int:
+    whole = x.gathered if isinstance(x, DeferredTensor) else None  # a wrapper has no memory of its own
+    return (x if whole is None else whole).untyped_storage()._cdata
 
 
 def _history(x: Tensor) -> Any:
@@ -35,27 +79,30 @@ def _history(x: Tensor) -> Any:
         return None
 
 
-def _keeps(history: Any, memory: set[int], seen: set[Any]) -> bool:
-    """Whether a part of an autograd graph that was not seen yet keeps a tensor of some memory."""
-    waiting = [history]
+def _kept_by_history(history: Any, seen: set[Any]) -> list[Tensor]:
+    """What the part of an autograd graph that was not seen yet keeps."""
+    waiting, found = [history], []
     while waiting:
         function = waiting.pop()
         if function is None or function in seen:
             continue
         seen.add(function)
-        if any(x.untyped_storage()._cdata in memory for x in _kept(function)):
-            return True
+        found += _kept(function)
         waiting += [following for following, _ in function.next_functions]
-    return False
+    return found
 
 
 def _kept(function: Any) -> list[Tensor]:
     found: list[Any] = []
-    for name in dir(function):
-        if name.startswith("_saved_"):
-            try:
-                value = getattr(function, name)
-            except RuntimeError:  # its version says that it was written later, which autograd reports itself
-                continue
-            found += value if isinstance(value, (list, tuple)) else [value]
+    for name in _names_of_kept(type(function)):
+        try:
+            value = getattr(function, name)
+        except RuntimeError:  # its version says that it was written later, which autograd reports itself
+            continue
+        found += value if isinstance(value, (list, tuple)) else [value]
     return [x for x in found if isinstance(x, Tensor)]
+
+
+@cache
+def _names_of_kept(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_saved_")]

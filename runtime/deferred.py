@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any, Protocol
 
@@ -26,6 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
 from autoseq.runtime.errors import RankMismatchError, RendezvousError, UnsupportedError
+from autoseq.runtime.fingerprint import same_bits
 from autoseq.runtime.groups import process_group
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.rendezvous import exchange, timeout_s
@@ -101,9 +105,24 @@ class DeferredTensor(Tensor):
         return rows.trim(own_rows(self.full(), rows) if self.may_be_written else self._shard.padded)
 
     @property
+    def name(self) -> str:
+        """Of the output, with the source line that made it."""
+        return self._shard.name
+
+    def watch_memory(self) -> Callable[[], bool]:
+        """Returns a function that says whether the whole value was written to since. Holds no history; sends nothing."""
+        whole, rows = self._shard.whole, self._shard.rows
+        before = self.local.detach().clone() if self.may_be_written else self.local.detach()
+        def is_written() -> bool:
+            may_be = whole.value is not None and (whole.is_written or whole.is_shared)
+            return may_be and not same_bits(rows.trim(own_rows(whole.value, rows)), before)
+
+        return is_written
+
+    @property
     def may_be_written(self) -> bool:
         """Whether something may have been written into the whole value: then the shard it came from is out of date."""
-        return self._shard.is_gathered and (self._shard.is_written or self.is_inference() or self._version > 0)
+        return self._shard.is_gathered and (self._shard.whole.is_written or self.is_inference() or self._version > 0)
 
     @property
     def data(self) -> Tensor:
@@ -123,7 +142,7 @@ class DeferredTensor(Tensor):
     @torch._disable_dynamo
     def given_away(self) -> Tensor:
         """The memory of the whole value, without history, for a tensor that is to share it."""
-        self._shard.is_written = True  # by that tensor, perhaps, whose version is its own
+        self._shard.whole.is_written = True  # by that tensor, perhaps, whose version is its own
         return self._full.detach()
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -135,12 +154,17 @@ class DeferredTensor(Tensor):
     def taken_in(self) -> Tensor:
         """`full`, for a compiled part of the program that has this output among its inputs."""
         self._shard.is_taken_in = True
-        watch = self._shard.watch
-        was_read = watch is not None and watch.is_read
+        watch, whole = self._shard.watch, self._shard.whole
+        was_read, was_shared = watch is not None and watch.is_read, whole.is_shared
         full = self.full()
+        whole.is_shared = was_shared
         if watch is not None:
             watch.is_read = was_read
         return full
+
+    def given_back(self) -> None:
+        """The part that took it in has returned. What the part wrote is known by this tensor's version only."""
+        self._shard.whole.is_written = self.may_be_written
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
@@ -185,6 +209,10 @@ class DeferredTensor(Tensor):
             if isinstance(args[0], DeferredTensor):
                 raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
             args = args[0], *tree_map_only(DeferredTensor, lambda x: x.given_away(), args[1:])  # set_ shares the memory
+        if _gives_view(func):
+            for x in tree_leaves((args, kwargs)):
+                if isinstance(x, DeferredTensor):
+                    x._shard.whole.is_shared = True
         plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._full, given) for given in (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
@@ -194,20 +222,25 @@ class DeferredTensor(Tensor):
         return tree_map_only(Tensor, lambda out: written.get(id(out), out), result)
 
 
+@cache
+def _gives_view(func: Any) -> bool:
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, DeferredTensor]:
     """The deferred tensors that an operation writes into, by the identity of their values."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     targets = [named.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
     outputs = [target for target in tree_leaves(targets) if isinstance(target, DeferredTensor)]
     for output in outputs:
-        output._shard.is_written = True
+        output._shard.whole.is_written = True
     return {id(output._full): output for output in outputs}
 
 
 def _on_full(name: str) -> Any:
     def call(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
         full = self.full()
-        self._shard.is_written = True
+        self._shard.whole.is_written = True
         return getattr(full, name)(*args, **kwargs)
 
     call.__name__ = name
@@ -218,6 +251,15 @@ for _name in _READ_MEMORY:
     setattr(DeferredTensor, _name, _on_full(_name))
 
 
+@dataclass(eq=False, slots=True)
+class WholeValue:
+    """The whole value of a shard, once it is gathered; in an object of its own, which knows no history."""
+
+    value: Tensor | None = None
+    is_written: bool = False  # perhaps, through the tensor or an alias with a version of its own
+    is_shared: bool = False  # with a plain tensor, a view
+
+
 class _Shard:
     """What a deferred tensor and its aliases share: this rank's rows and, once it is needed, the whole value."""
 
@@ -225,33 +267,32 @@ class _Shard:
         self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
         self.padded, self._rows, self.watch = local, rows, watch
         self.is_taken_in = False  # by a part of the program, which warned of the gather
-        self.is_written = False  # through this tensor or an alias with a version of its own
-        self._value: Tensor | None = None
+        self.whole = WholeValue()
         self._serial = _next_serial(rows.group.name) if rows else 0
 
     @classmethod
     def gathered(cls, value: Tensor) -> _Shard:
         """A whole value, as a compiled function gets it."""
         shard = cls("compiled input", tuple(value.shape), value, None)
-        shard._value = value
+        shard.whole.value = value
         return shard
 
     def replaced(self, value: Tensor) -> _Shard:
         """Another value in this one's place, of which every rank has the whole."""
         shard = _Shard(self.name, tuple(value.shape), value, None)
         shard._rows = self._rows if shard.shape == self.shape else None
-        shard._value, shard.is_written, shard.is_taken_in = value.detach(), True, True
+        shard.whole, shard.is_taken_in = WholeValue(value.detach(), is_written=True), True
         return shard
 
     def full(self) -> Tensor:
         """The whole value, without gradient. Gathered by the first call."""
-        if self._value is None:
-            self._value = self._gather()
-        return self._value
+        if self.whole.value is None:
+            self.whole.value = self._gather()
+        return self.whole.value
 
     @property
     def is_gathered(self) -> bool:
-        return self._value is not None
+        return self.whole.value is not None
 
     @property
     def rows(self) -> ShardedRows:

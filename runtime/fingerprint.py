@@ -50,6 +50,20 @@ def exact_on_device(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x.reshape(-1) * odd_integers(x.numel(), device)).sum() for x in tensors])
 
 
+def exact_bits(x: Tensor) -> int:
+    """One hash of a tensor of any dtype. Waits for a device."""
+    return int(exact([_as_bits(x)])[0])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same, a NaN like itself. Waits for a device."""
+    return torch.equal(_as_bits(a), _as_bits(b))
+
+
+def _as_bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)
+
+
 def odd_integers(length: int, device: torch.device) -> Tensor:
     """[length] int64, random and odd, the same on every rank."""
     return _table("odd integers", length, device, torch.int64, _odd_integers)

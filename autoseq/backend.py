@@ -17,6 +17,7 @@ from autoseq.call_shapes import CallShapes
 from autoseq.compiled_calls import watch_calls
 from autoseq.cxx import refuse_missing_cxx
 from autoseq.dynamo_frames import keep_frames
+from autoseq.dynamo_hooks import trace_hooks
 from autoseq.dynamo_stack import part_of
 from autoseq.foreign_programs import stay_apart
 from autoseq.given_inputs import GivenInputs
@@ -49,6 +50,7 @@ give_whole_data()
 show_by_default()
 watch_calls()
 keep_frames()
+trace_hooks()
 stay_apart()
 
 

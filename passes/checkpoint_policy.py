@@ -9,6 +9,7 @@ runs is to be saved. Legal because a tag decides when a value is computed, never
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from autoseq.passes.autocast import ENTER, EXIT
 from autoseq.passes.inline import example, example_mode
 
 _STATE = (torch._C._set_grad_enabled, ENTER, EXIT)
+_SHOWS_OUTPUTS = "op_output" in signature(SelectiveCheckpointContext).parameters  # not in torch 2.11
 _STRONGEST_FIRST = (
     CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE
 )  # fmt: skip
@@ -84,7 +86,8 @@ class _Listener(TorchDispatchMode):
         return out
 
     def ask(self, func: Any, out: Any, args: Any, kwargs: Any) -> None:
-        answer = self.policy(SelectiveCheckpointContext(is_recompute=False, op_output=out), func, *args, **kwargs)
+        context = SelectiveCheckpointContext(is_recompute=False, **({"op_output": out} if _SHOWS_OUTPUTS else {}))
+        answer = self.policy(context, func, *args, **kwargs)
         if isinstance(answer, bool):
             answer = CheckpointPolicy.MUST_SAVE if answer else CheckpointPolicy.PREFER_RECOMPUTE
         self.answers.append(answer)

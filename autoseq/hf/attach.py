@@ -18,6 +18,7 @@ from autoseq.hf.out_of_memory import try_again_together
 from autoseq.hf.refusals import check_accelerator, check_ranks, check_trainer
 from autoseq.hf.replicas import Replicas, show_replicas
 from autoseq.hf.reporting import any_rank_reports, counting_backend, report_traffic
+from autoseq.hf.retries import refuse_retries, refuse_retries_in
 from autoseq.hf.same_start import share_generators, share_weights
 from autoseq.hf.sharded import refuse_comparison, save_over_all_ranks
 from autoseq.mesh import DIMS, make_mesh, sequence_mesh
@@ -43,10 +44,11 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
     `autoseq.Options`, without `mesh`.
 
     Raises OptionError for a wrong argument, MeshError where the ranks cannot be divided, and UnsupportedError for what would not be exact:
-    DeepSpeed, Megatron-LM, XLA, FSDP1, another parallelism, DataParallel, torch_compile, vLLM.
+    DeepSpeed, Megatron-LM, XLA, FSDP1, another parallelism, DataParallel, torch_compile, vLLM, find_executable_batch_size.
     """
     check_ranks(sequence)
     _check_options(options)
+    refuse_retries()
     if _is_a("accelerate", "Accelerator", target):
         if not isinstance(model, nn.Module):
             raise OptionError("attach(accelerator, model, sequence=...) needs the model, before accelerator.prepare(model, ...)")
@@ -54,6 +56,7 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
             raise OptionError("verify=... compares the training steps of a Trainer; beside an Accelerator run `autoseq verify`")
         check_accelerator(target, [model])
         adapt_accelerator(target, _split(target, [model], sequence_mesh(sequence, device_type=target.device.type), options))
+        refuse_retries_in(target, "prepare", "backward")
     elif _is_a("transformers", "Trainer", target):
         if model is not None:
             raise OptionError("a Trainer has its model already: attach(trainer, sequence=...)")
@@ -70,6 +73,7 @@ def attach(target: Any, model: nn.Module | None = None, *, sequence: int, verify
         new_mesh = functools.partial(_mesh, sequence, target.accelerator.device.type, is_counted, may_retry)
         replicas = _split(target.accelerator, models_of(target), new_mesh(), options)
         adapt_trainer(target, replicas, options)
+        refuse_retries_in(target, "train")
         if may_retry:
             try_again_together(target, replicas, lambda: _split_again(models_of(target), replicas, new_mesh(), options))
         if target.args.report_to:

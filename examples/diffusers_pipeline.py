@@ -52,11 +52,11 @@ def draw(pipe, steps=3):
     """Two images."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    usual = {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
+    usual = {"num_inference_steps": steps, "generator": generator, "output_type": "pt", "return_dict": False}
     if isinstance(pipe, DiTPipeline):
-        return pipe(class_labels=[1, 2], **usual).images
+        return pipe(class_labels=[1, 2], **usual)[0]
     text, pooled = torch.randn(2, 7, 32, generator=generator), torch.randn(2, 32, generator=generator)
-    return pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, height=32, width=32, **usual).images
+    return pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, height=32, width=32, **usual)[0]
 
 
 if __name__ == "__main__":

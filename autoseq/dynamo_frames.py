@@ -45,7 +45,7 @@ def _for_ours(convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Conve
             return convert(self, frame, cache_entry, frame_state)
         if sys._getframe(1).f_code is decorators._nonrecursive_disable_wrapper_code:
             # Dynamo looks for this caller itself, but only just behind frames of its own, of which this one is none.
-            return ConvertFrameReturn(apply_to_code=False, skip_reason="tracing is non-recursively disabled for this frame")
+            return ConvertFrameReturn(apply_to_code=False)
         compiled = _compilations_for(frame)
         if compiled[frame.f_code] >= config.recompile_limit:
             raise _limit_reached(frame, f"recompile_limit ({config.recompile_limit})")

@@ -154,8 +154,11 @@ def encoder_and_decoder_evaluated(folder: Path, attach: Callable[[Any], None]) -
     return {"evaluated": trainer.evaluate()["eval_loss"], "predictions": predicted.predictions, "loss": predicted.metrics["test_loss"]}
 
 
+# Of T5 torch 2.11 traces two parts, because its Dynamo stops at the copy.deepcopy of the decoder's configuration.
+IS_ONE_PROGRAM = not torch.__version__.startswith("2.11.")
+
 SCENARIOS = {
-    "encoder and decoder": (encoder_and_decoder, hf_job.SGD_TOLERANCE, {"strict": True}),
+    "encoder and decoder": (encoder_and_decoder, hf_job.SGD_TOLERANCE, {"strict": IS_ONE_PROGRAM}),
     "encoder and decoder evaluated": (encoder_and_decoder_evaluated, hf_job.SGD_TOLERANCE, {}),
     "generation": (predicted_by_generation, hf_job.SGD_TOLERANCE, {}),
     "checkpoints": (checkpoint_best_and_resume, hf_job.ADAMW_TOLERANCE, {}),

@@ -24,7 +24,7 @@ from autoseq.given_inputs import GivenInputs
 from autoseq.notices import show_by_default
 from autoseq.options import Options, parse_options
 from autoseq.passes.canonical_order import sort_signature
-from autoseq.passes.late_writes import Kept, kept_by
+from autoseq.passes.reached_memory import ReachedMemory, reached_memory
 from autoseq.passes.source import input_name, is_buffer
 from autoseq.passes.tidy import leave_gradients_unsummed
 from autoseq.passes.traceable_masks import let_masks_through
@@ -133,8 +133,8 @@ def _compile(
     check = GivenInputs(group, names, digest, owned, draws=drawing_devices(program), part=part)
     trace_program(program)
     shapes = CallShapes(group, digest, names, program.inputs)
-    run, kept = _compiled(gm, inputs, program, options, group, progress), Kept() if program.whole else kept_by(gm)
-    return ProgramCall(run, program, names, group, options, shapes, called, check, kept)
+    run, memory = _compiled(gm, inputs, program, options, group, progress), ReachedMemory() if program.whole else reached_memory(gm)
+    return ProgramCall(run, program, names, group, options, shapes, called, check, memory)
 
 
 def _compiled(

@@ -21,8 +21,9 @@ from autoseq.passes.shard import ShardedOutput
 from autoseq.passes.sizes import hint, num_bytes
 from autoseq.passes.source import first_source
 from autoseq.program import Gathered, Program
-from autoseq.runtime.deferred import DeferredTensor, WholeValue
+from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.layout import local_length
+from autoseq.runtime.whole_value import WholeValue
 
 log = logging.getLogger("autoseq")
 
@@ -38,7 +39,7 @@ class _PretendedShard:
     is_gathered: bool = False
     is_taken_in: bool = False
     watch: None = None
-    whole: WholeValue = field(default_factory=WholeValue)  # what is written is not looked at
+    whole: WholeValue = field(default_factory=lambda: WholeValue(""))  # what is written is not looked at
 
     @property
     def shape(self) -> torch.Size:

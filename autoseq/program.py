@@ -25,6 +25,7 @@ from autoseq.passes.keep_meaning import keep_meaning
 from autoseq.passes.lower import lower
 from autoseq.passes.normalize import drop_noops, normalize
 from autoseq.passes.open_regions import open_regions
+from autoseq.passes.reached_memory import writes_overlapping_input
 from autoseq.passes.read_masks import DenseMask, read_masks
 from autoseq.passes.runner import Pass, run_passes
 from autoseq.passes.shard import Fallback, Sharding, shard
@@ -49,6 +50,7 @@ from autoseq.whole_program import (
     say_once,
     too_short,
     untraceable,
+    writes_shared_inputs,
 )
 
 log = logging.getLogger("autoseq")
@@ -157,10 +159,9 @@ def build_program(
     keep_meaning(gm)
     floats = specialize_floats(gm, inputs)
     fake = fake_inputs(gm, inputs)
-    try:
-        normal = normalize(gm, fake)
-    except NEEDS_VALUES as error:
-        return _whole(untraceable(traced, error, is_part=is_fragment), traced, fake, inputs, options, group, level)
+    normal = _normalized(gm, fake, traced, is_part=is_fragment)
+    if isinstance(normal, Whole):
+        return _whole(normal, traced, fake, inputs, options, group, level)
     if is_sorted:
         sort_nodes(normal)
     mark_trainable(normal, inputs)
@@ -194,6 +195,18 @@ def build_program(
     program = Program(normal, before, fake, floats, contents, plan, sharding, dense_masks, tuple(left_whole))
     _tell(program, options, group, level)
     return program
+
+
+def _normalized(gm: fx.GraphModule, fake: Sequence[object], traced: fx.GraphModule, *, is_part: bool) -> fx.GraphModule | Whole:
+    """The graph in functional ATen, or why it has no such form."""
+    try:
+        return normalize(gm, fake)
+    except NEEDS_VALUES as error:
+        return untraceable(traced, error, is_part=is_part)
+    except (RuntimeError, AssertionError):  # what aot_export_module raises of inputs that overlap
+        if writes_overlapping_input(traced):
+            return writes_shared_inputs(traced, is_part=is_part)
+        raise
 
 
 _READ = (

@@ -13,7 +13,7 @@ from autoseq.compiled_calls import program_runs
 from autoseq.drift import Drift
 from autoseq.given_inputs import GivenInputs
 from autoseq.options import Options
-from autoseq.passes.late_writes import Kept
+from autoseq.passes.reached_memory import ReachedMemory
 from autoseq.passes.shard import RunTimeSize, ShardedOutput, SizeOutput
 from autoseq.program import Program
 from autoseq.runtime.deferred import DeferredTensor, defer
@@ -31,7 +31,7 @@ class ProgramCall:
 
     def __init__(
         self, compiled: Callable[..., Any], program: Program, names: Sequence[str], group: SequenceGroup, options: Options,
-        shapes: CallShapes, called: Callable[[Sequence[object]], None], check: GivenInputs, kept: Kept,
+        shapes: CallShapes, called: Callable[[Sequence[object]], None], check: GivenInputs, memory: ReachedMemory,
     ) -> None:  # fmt: skip
         self._compiled, self._names, self._group, self._options = compiled, names, group, options
         self._outputs = program.sharding.outputs
@@ -40,13 +40,14 @@ class ProgramCall:
         self._versions: dict[int, tuple[int, int]] = {}
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
-        self._agreed, self._shapes, self._called, self._check, self._kept = False, shapes, called, check, kept
+        self._agreed, self._shapes, self._called, self._check, self._memory = False, shapes, called, check, memory
         self._drift = Drift(group, strict=options.strict)
 
     def __call__(self, *args: Any) -> Any:
         program_runs()
         if self._group.size > 1:
             refuse_fake_tensors(args)
+        taken = [(x, x.is_shared) for x in args if isinstance(x, DeferredTensor)]
         given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
         self._shapes.agree(args)
         if not self._agreed:
@@ -59,9 +60,10 @@ class ProgramCall:
         self._check_contents(args)
         self._check.take(given, args)
         results = list(self._compiled(*args))
-        for x in given:
-            if isinstance(x, DeferredTensor):
-                x.given_back()
+        for x, was_shared in taken:
+            x.given_back(was_shared)
+        for x, _ in taken:
+            x.check_aliases()
         self._called(results)
         if self._options.inner != "eager":
             refuse_second_derivatives(results, self._options.inner)
@@ -70,18 +72,25 @@ class ProgramCall:
         for index, value in wrapped:
             results[index] = value
         self._check.watch(shards, results)
-        self._guard_kept(given, shards, results)
+        self._watch_memory(given, shards, results)
         return [r for i, r in enumerate(results) if i not in self._size_outputs]
 
-    def _guard_kept(self, given: Sequence[Any], shards: Mapping[int, torch.Tensor], results: Sequence[Any]) -> None:
-        """What is written to from now on, and kept for the backward, is an error of the backward."""
-        memory = KeptMemory(shards.get(i, result) for i, result in enumerate(results))
-        for index, keeper in self._kept.inputs.items():
+    def _watch_memory(self, given: Sequence[Any], shards: Mapping[int, torch.Tensor], results: Sequence[Any]) -> None:
+        """Writes from now on are refused where one device's would reach other tensors, or what the backward keeps."""
+        for each in self._memory.overlaps:
+            output, other = results[each.output], (given if each.is_input else results)[each.other]
+            name = self._names[each.other] if each.is_input else f"output {each.other}"
+            if isinstance(output, DeferredTensor):
+                output.share_memory_with(other, name)
+            elif isinstance(other, DeferredTensor):
+                other.share_memory_with(output, f"output {each.output}")
+        kept = KeptMemory(shards.get(i, result) for i, result in enumerate(results))
+        for index, keeper in self._memory.kept_inputs.items():
             if isinstance(given[index], DeferredTensor):
-                memory.keep(given[index].name, given[index], keeper)
-        for index, keeper in self._kept.outputs.items():
+                kept.keep(self._names[index], given[index], keeper)
+        for index, keeper in self._memory.kept_outputs.items():
             value = results[index]
-            memory.keep(value.name if isinstance(value, DeferredTensor) else f"output {index}", value, keeper)
+            kept.keep(value.name if isinstance(value, DeferredTensor) else f"output {index}", value, keeper)
 
     def _check_floats(self, args: Sequence[Any]) -> None:
         for index, assumed in self._floats.items():

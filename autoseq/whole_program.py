@@ -1,6 +1,7 @@
 """Programs that every rank runs whole: what Dynamo traced, on full inputs, with full outputs.
 
     no attention can be split · fewer tokens than ranks (a step of one token) · a size that only a tensor's value tells
+    a write to an input that shares memory with another one
 
 Legal because nothing is rewritten and every rank is given the same: outputs and gradients are one device's on each, so nothing is
 summed, and random numbers are alike as the ranks' generators are. What an earlier program handed on as shards is gathered first.
@@ -90,6 +91,12 @@ def untraceable(gm: fx.GraphModule, error: Exception, *, is_part: bool) -> Whole
     """A size of a program is a tensor's value, which a trace does not know."""
     reason = f"a size in it depends on the values of a tensor ({type(error).__name__}: {str(error).splitlines()[0]})"
     return Whole(_named(is_part), reason, f"values {first_source(gm.graph)}")
+
+
+def writes_shared_inputs(gm: fx.GraphModule, *, is_part: bool) -> Whole:
+    """Two inputs of a program overlap in memory, and the program writes to one of them; torch has no functional form of that."""
+    reason = "two of its inputs share memory, and it writes to one of them (clone one of them first, and the program is split)"
+    return Whole(_named(is_part), reason, f"shared inputs {first_source(gm.graph)}")
 
 
 def no_rows_of_its_own(short: ShortAttention) -> str:

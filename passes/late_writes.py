@@ -7,8 +7,7 @@ A functional graph keeps the values that were read, so that its backward is anot
 a write behind the program is refused when the backward begins (`runtime.kept_memory`).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,39 +15,18 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autoseq.passes.source import source_line
 from autoseq.runtime.deferred import DeferredTensor
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Inputs and outputs, by their numbers, whose memory a program's backward keeps, each with the source line that keeps it."""
-
-    inputs: Mapping[int, str] = field(default_factory=dict)
-    outputs: Mapping[int, str] = field(default_factory=dict)
-
-
-def kept_by(gm: fx.GraphModule) -> Kept:
-    """What the backward of a graph keeps, as Dynamo ran it on fake tensors."""
-    keepers = _keepers(gm.graph)
-    outputs = pytree.arg_tree_leaves(gm.graph.output_node().args[0])
-
-    def lines(nodes: Sequence[Any]) -> dict[int, str]:
-        found = [(i, keepers.get(_memory(node))) for i, node in enumerate(nodes) if isinstance(node, fx.Node)]
-        return {i: source_line(keeper) for i, keeper in found if keeper is not None}
-
-    return Kept(lines(gm.graph.find_nodes(op="placeholder")), lines(outputs))
 
 
 def keeper_of(write: fx.Node, written: Sequence[fx.Node]) -> fx.Node | None:
     """The first node before the write whose result's history keeps memory that is written."""
-    memory = {_memory(node) for node in written}
-    return next((keeper for kept, keeper in _keepers(write.graph, write).items() if kept in memory), None)
+    memory = {memory_of(node) for node in written}
+    return next((keeper for kept, keeper in keepers(write.graph, write).items() if kept in memory), None)
 
 
-def _keepers(graph: fx.Graph, end: fx.Node | None = None) -> dict[int, fx.Node]:
+def keepers(graph: fx.Graph, end: fx.Node | None = None) -> dict[int, fx.Node]:
     """For each storage that is kept, by its number, the first node that does so; `end` and what follows are left out."""
-    keepers: dict[int, fx.Node] = {}
+    found: dict[int, fx.Node] = {}
     seen: set[Any] = set()
     with _disable_current_modes():  # Dynamo's fake tensors are not this trace's
         for node in graph.nodes:
@@ -57,17 +35,18 @@ def _keepers(graph: fx.Graph, end: fx.Node | None = None) -> dict[int, fx.Node]:
             result = node.meta.get("example_value") if node.op.startswith("call") else None
             for x in pytree.tree_leaves(result):
                 for kept in _kept_by_history(_history(x), seen) if isinstance(x, Tensor) else ():
-                    keepers.setdefault(_storage(kept), node)
-    return keepers
+                    found.setdefault(storage_of(kept), node)
+    return found
 
 
-def _memory(node: fx.Node) -> int:
+def memory_of(node: fx.Node) -> int:
     """The number of a node's storage; 0 if it has none."""
     value = node.meta.get("example_value")
-    return _storage(value) if isinstance(value, Tensor) else 0
+    return storage_of(value) if isinstance(value, Tensor) else 0
 
 
-def _storage(x: Tensor) -> int:
+def storage_of(x: Tensor) -> int:
+    """The number of a tensor's storage."""
     whole = x.gathered if isinstance(x, DeferredTensor) else None  # a wrapper has no memory of its own
     return (x if whole is None else whole).untyped_storage()._cdata
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from typing import Any, Protocol
@@ -33,6 +32,7 @@ from autoseq.runtime.fingerprint import same_bits
 from autoseq.runtime.groups import process_group
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.rendezvous import exchange, timeout_s
+from autoseq.runtime.whole_value import Alias, WholeValue
 
 TIMEOUT_VARIABLE = "AUTOSEQ_GATHER_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = 60.0
@@ -101,8 +101,9 @@ class DeferredTensor(Tensor):
     @property
     def local(self) -> Tensor:
         """This rank's valid rows, in its local order, without padding. Differentiable; sends nothing."""
+        self._shard.whole.check_aliases()
         rows = self._shard.rows
-        return rows.trim(own_rows(self.full(), rows) if self.may_be_written else self._shard.padded)
+        return rows.trim(own_rows(self._full_unseen(), rows) if self.may_be_written else self._shard.padded)
 
     @property
     def name(self) -> str:
@@ -154,17 +155,43 @@ class DeferredTensor(Tensor):
     def taken_in(self) -> Tensor:
         """`full`, for a compiled part of the program that has this output among its inputs."""
         self._shard.is_taken_in = True
-        watch, whole = self._shard.watch, self._shard.whole
-        was_read, was_shared = watch is not None and watch.is_read, whole.is_shared
-        full = self.full()
-        whole.is_shared = was_shared
+        watch = self._shard.watch
+        was_read = watch is not None and watch.is_read
+        full = self._full_unseen()
         if watch is not None:
             watch.is_read = was_read
         return full
 
-    def given_back(self) -> None:
-        """The part that took it in has returned. What the part wrote is known by this tensor's version only."""
-        self._shard.whole.is_written = self.may_be_written
+    def _full_unseen(self) -> Tensor:
+        """`full`, for what does not write to it unnoticed."""
+        was_shared, full = self._shard.whole.is_shared, self.full()
+        self._shard.whole.is_shared = was_shared
+        return full
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a plain tensor may have the memory of the whole value."""
+        return self._shard.whole.is_shared
+
+    def given_back(self, was_shared: bool) -> None:
+        """The part that took it in has returned. What the part wrote is known by this tensor's version only; views of it are gone."""
+        self._shard.whole.is_shared = was_shared
+        if self.may_be_written and not self._shard.whole.is_written:
+            self._shard.whole.note_write()
+
+    def check_aliases(self) -> None:
+        """Raises UnsupportedError if something wrote to memory that this output has too, on one device."""
+        self._shard.whole.check_aliases()
+
+    def share_memory_with(self, other: Tensor, name: str) -> None:
+        """On one device `other`, called `name`, has memory of this output: a write to one is refused where it would show in the other."""
+        if isinstance(other, DeferredTensor):
+            mine, theirs = self._shard.whole, other._shard.whole
+            theirs.aliases.append(Alias(self.name, self.watch_memory(), lambda: mine.is_shared))
+            mine.aliases.append(Alias(name, other.watch_memory(), lambda: theirs.is_shared))
+        else:
+            plain, values, version = weakref.ref(other), other.detach(), other._version  # the detached tensor counts the writes too
+            self._shard.whole.aliases.append(Alias(name, lambda: values._version != version, lambda: plain() is not None))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
@@ -233,7 +260,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[i
     targets = [named.get(each.name) for each in func._schema.arguments if each.alias_info and each.alias_info.is_write]
     outputs = [target for target in tree_leaves(targets) if isinstance(target, DeferredTensor)]
     for output in outputs:
-        output._shard.whole.is_written = True
+        output._shard.whole.note_write()
     return {id(output._full): output for output in outputs}
 
 
@@ -251,15 +278,6 @@ for _name in _READ_MEMORY:
     setattr(DeferredTensor, _name, _on_full(_name))
 
 
-@dataclass(eq=False, slots=True)
-class WholeValue:
-    """The whole value of a shard, once it is gathered; in an object of its own, which knows no history."""
-
-    value: Tensor | None = None
-    is_written: bool = False  # perhaps, through the tensor or an alias with a version of its own
-    is_shared: bool = False  # with a plain tensor, a view
-
-
 class _Shard:
     """What a deferred tensor and its aliases share: this rank's rows and, once it is needed, the whole value."""
 
@@ -267,7 +285,7 @@ class _Shard:
         self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
         self.padded, self._rows, self.watch = local, rows, watch
         self.is_taken_in = False  # by a part of the program, which warned of the gather
-        self.whole = WholeValue()
+        self.whole = WholeValue(name)
         self._serial = _next_serial(rows.group.name) if rows else 0
 
     @classmethod
@@ -281,11 +299,12 @@ class _Shard:
         """Another value in this one's place, of which every rank has the whole."""
         shard = _Shard(self.name, tuple(value.shape), value, None)
         shard._rows = self._rows if shard.shape == self.shape else None
-        shard.whole, shard.is_taken_in = WholeValue(value.detach(), is_written=True), True
+        shard.whole, shard.is_taken_in = WholeValue(self.name, value.detach(), is_written=True), True
         return shard
 
     def full(self) -> Tensor:
         """The whole value, without gradient. Gathered by the first call."""
+        self.whole.check_aliases()
         if self.whole.value is None:
             self.whole.value = self._gather()
         return self.whole.value

@@ -33,6 +33,7 @@ _compiled: WeakSet[FunctionType] = WeakSet()
 class _Calls(threading.local):
     """A thread's calls: what happened since its outermost one began."""
 
+    is_open: bool = False
     programs: int = 0
     left: list[str]
     is_idle: bool = False
@@ -100,6 +101,11 @@ def program_runs() -> None:
     _calls.programs += 1
 
 
+def is_in_a_call() -> bool:
+    """Whether this thread is in a call of what torch.compile made for this backend."""
+    return _calls.is_open
+
+
 def has_reached_a_program() -> bool:
     """Whether this thread's current call has come to a program of ours; before, a frame is still one that a user called."""
     return _calls.programs > 0
@@ -136,11 +142,11 @@ def _is_eager_wished() -> bool:
 def _watch(*, is_counted: bool) -> Callable[[], None]:
     """Begin a call, and return its end, where a call that has come to no program is an error, if torch has not counted its frames."""
     before = _calls.programs, _calls.left, _calls.is_idle
-    raised_before = sys.exception()
-    _calls.programs, _calls.left, _calls.is_idle = 0, [], False
+    was_open, raised_before = _calls.is_open, sys.exception()
+    _calls.is_open, _calls.programs, _calls.left, _calls.is_idle = True, 0, [], False
 
     def end() -> None:
-        programs, left, is_idle = _calls.programs, _calls.left, _calls.is_idle
+        programs, left, is_idle, _calls.is_open = _calls.programs, _calls.left, _calls.is_idle, was_open
         _calls.programs, _calls.left, _calls.is_idle = before[0] + programs, before[1], before[2]
         if programs or is_idle or is_counted or sys.exception() is not raised_before or _is_eager_wished():
             return

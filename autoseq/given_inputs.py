@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -28,6 +28,9 @@ from autoseq.steps_at_exit import read_at_exit
 EVERY_VARIABLE = "AUTOSEQ_CHECK_EVERY"
 DEFAULT_EVERY = 100
 """Steps after which whole parameters are compared again: a few microseconds a parameter and one reading of the weights, over 100 steps."""
+
+Noting = Callable[[str, int], None]
+"""Hears the name of an output and the bytes that a rank sends."""
 
 _calls = count(1)
 _made: WeakIdKeyDictionary = WeakIdKeyDictionary()  # outputs of parts of models: their version, and whether a later part took them in
@@ -71,11 +74,16 @@ class _Kinds:
 
 
 class OutputWatch:
-    """What a deferred output tells its group's comparison."""
+    """What a deferred output tells its group's comparison; `noting` hears of its reads outside the parts of the program."""
 
-    def __init__(self, check: StepCheck, name: str) -> None:
-        self._check, self._name = check, f"the gradient that comes back into the output {name}"
+    def __init__(self, check: StepCheck, name: str, noting: Noting) -> None:
+        self._check, self._name, self._noting = check, name, noting
         self.is_read = False
+
+    def before_read(self, sent_bytes: int) -> None:
+        """An operation is about to have its values gathered."""
+        if not _in_backward():
+            self._noting(self._name, sent_bytes)
 
     def before_gather(self) -> None:
         """Its values are about to be read."""
@@ -87,7 +95,7 @@ class OutputWatch:
         whole = grad.gathered if isinstance(grad, DeferredTensor) else grad  # another compiler wraps it again
         if self.is_read and whole is not None:
             with apart():
-                self._check.sketch_floats(self._name, whole, whole.dtype)
+                self._check.sketch_floats(f"the gradient that comes back into the output {self._name}", whole, whole.dtype)
             self._check.read_after_backward()
 
 
@@ -142,9 +150,9 @@ class GivenInputs:
         for node, places in returning.items():
             node.register_prehook(_Returned(step_check(self._group), self._call, places))
 
-    def output(self, name: str) -> OutputWatch | None:
+    def output(self, name: str, noting: Noting) -> OutputWatch | None:
         """For a deferred output."""
-        return OutputWatch(step_check(self._group), name) if self._group.size > 1 else None
+        return OutputWatch(step_check(self._group), name, noting) if self._group.size > 1 else None
 
     def _sort(self, values: Sequence[Any]) -> _Kinds:
         kinds = self._kinds = _Kinds.of(values, self._owned)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from autoseq.asked_strategies import Asked, check_patterns
+from autoseq.between_parts import ReadsBetweenParts
 from autoseq.dry_run import Counts, add_counts, step_traffic
 from autoseq.dynamo_stack import part_of
 from autoseq.graph_text import remember_global
@@ -31,7 +32,7 @@ from autoseq.planning.found import found_topology
 from autoseq.planning.topology import Topology
 from autoseq.pretended_parts import PretendedCall, PretendedPart
 from autoseq.program import Program, build_program
-from autoseq.runtime.errors import AutoSeqError, MeshError, NoAttentionError, TargetError
+from autoseq.runtime.errors import AutoSeqError, FallbackError, MeshError, NoAttentionError, TargetError
 from autoseq.runtime.groups import SequenceGroup, group_from_mesh
 from autoseq.runtime.nodes import on_nodes
 from autoseq.target import brief
@@ -186,6 +187,8 @@ def _capture(model: nn.Module, kwargs: Mapping[str, Any], options: Options, grou
         torch.compile(model, backend=backend)(**kwargs)
     except _Captured:
         pass
+    except FallbackError:  # of what Python reads between the parts
+        raise
     except Exception as error:
         if not backend.programs:
             raise TargetError(f"the model failed when it was traced: {brief(error)}") from error
@@ -252,7 +255,8 @@ class _CapturingBackend:
         if not is_part:
             self._calls.append(PretendedCall(program, inputs))
             return _stop
-        return PretendedPart(gm, program, self._group.size, self._calls.append)  # runs, on the meta device, to get to the next one
+        reads = ReadsBetweenParts(program, self._options, self._group, level=logging.INFO)
+        return PretendedPart(gm, program, self._group.size, reads, self._calls.append)  # runs on the meta device, to get to the next one
 
     @property
     def programs(self) -> list[Program]:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from autoseq.compiled_model import Compiled, CompiledModel, Steps, known_models, name_of, unwrapped
 from autoseq.planning.beside_one_device import Beside, beside_one_device
-from autoseq.program import READS_SHARDS, Gathered, Program
+from autoseq.program import READS_BETWEEN, READS_SHARDS, Gathered, Program
 from autoseq.progress import counted_names
 from autoseq.readable import readable_bytes, readable_seconds
 from autoseq.runtime.errors import ReportError
@@ -177,7 +177,7 @@ def _as_compiled(compiled: Compiled) -> Program:
 
 def _gathered(program: Program, ranks: int) -> tuple[Gathered, ...]:
     """What is gathered between parts, by what a rank sends for it."""
-    between = (each.bytes_per_rank for each in program.fallbacks if program.whole or each.op == READS_SHARDS)
+    between = (each.bytes_per_rank for each in program.fallbacks if program.whole or each.op in (READS_SHARDS, READS_BETWEEN))
     return tuple(Gathered(number, sent // (ranks - 1), sent * ranks // (ranks - 1)) for number, sent in enumerate(between) if sent)
 
 

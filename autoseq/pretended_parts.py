@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import Function
 
+from autoseq.between_parts import ReadsBetweenParts
 from autoseq.compiled_calls import program_runs
 from autoseq.passes.shard import ShardedOutput
 from autoseq.passes.sizes import hint, num_bytes
@@ -36,6 +37,8 @@ class _PretendedShard:
     value: Tensor
     padded: Tensor
     made: Gathered
+    sent_bytes: int
+    reads: ReadsBetweenParts
     is_gathered: bool = False
     is_taken_in: bool = False
     watch: None = None
@@ -52,6 +55,10 @@ class _PretendedShard:
     @property
     def device(self) -> torch.device:
         return self.value.device
+
+    def before_read(self) -> None:
+        if not (self.is_gathered or self.is_taken_in):
+            self.reads.note(self.name, self.sent_bytes)
 
     def full(self) -> Tensor:
         self.is_gathered = True
@@ -85,8 +92,10 @@ class PretendedCall:
 class PretendedPart:
     """A part of a model as Dynamo calls it: runs whole, and hands on as shards what its program gives back as shards."""
 
-    def __init__(self, gm: fx.GraphModule, program: Program, world_size: int, note: Callable[[PretendedCall], None]) -> None:
-        self._gm, self._program, self._P, self._note = gm, program, world_size, note
+    def __init__(
+        self, gm: fx.GraphModule, program: Program, world_size: int, reads: ReadsBetweenParts, note: Callable[[PretendedCall], None]
+    ) -> None:  # fmt: skip
+        self._gm, self._program, self._P, self._reads, self._note = gm, program, world_size, reads, note
         self._sizes = _sizes(program.inputs)
         self._is_told = False
 
@@ -107,7 +116,8 @@ class PretendedPart:
         local = out.local if isinstance(out.local, int) else local_length(length, self._P, self._program.plan.layout)
         padded = torch.empty(value.numel() // length * local, dtype=value.dtype, device="meta")
         made = Gathered(out.index, num_bytes(padded), num_bytes(value))
-        return _PretendedShard(f"{out.name} ({out.source})", value.detach(), padded, made)
+        sent = (self._P - 1) * made.shard_bytes
+        return _PretendedShard(f"{out.name} ({out.source})", value.detach(), padded, made, sent, self._reads)
 
     def _tell_other_sizes(self, args: Sequence[Any]) -> None:
         """Compiled code with symbolic sizes serves others too, but is counted with those that it was traced with."""

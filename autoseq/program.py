@@ -118,8 +118,7 @@ class Program:
 
     def warned(self) -> list[Warned]:
         """What a run on several ranks warns of; what is gathered is what a rank sends."""
-        how = "runs whole on every rank" if self.whole else "runs on gathered values"
-        whole = [Warned(f"{f.op} at {f.source} {how} ({f.reason})", f.bytes_per_rank) for f in self.fallbacks]
+        whole = [_warned(each, "runs whole on every rank" if self.whole else ON_GATHERED) for each in self.fallbacks]
         left = [Warned(f"the attention at {each.source} is left as it is written: {each.reason}") for each in self.left_as_written]
         masks = self.dense_masks
         held = [Warned(f"the mask of the attention at {m.source} is held whole: {m.reason}", held_bytes=m.num_bytes) for m in masks]
@@ -248,8 +247,10 @@ def _too_large(plan: Plan, topology: Topology, reserved: int) -> str:
     )
 
 
-READS_SHARDS = "the part that reads what is made"
-"""The operation of a fallback between the parts of a program; what it costs is the gather of what another part made."""
+READS_SHARDS, READS_BETWEEN = "the part that reads what is made", "Python between the parts of the program"
+"""The operations of fallbacks between the parts of a program; what they cost is the gather of what another part made."""
+
+ON_GATHERED = "runs on gathered values"
 
 
 def _gathered_inputs(inputs: Sequence[object], group: SequenceGroup) -> list[Fallback]:
@@ -270,7 +271,7 @@ def _whole(
     computes = any(node.op.startswith("call") for node in gm.graph.nodes)
     fallbacks = [Fallback(why.what, first_source(gm.graph), why.reason, sent)] if group.size > 1 and (computes or sent) else []
     program = Program(gm, gm.graph, fake, {}, {}, Plan("contiguous", ()), Sharding(fallbacks, []), (), (), whole=why.reason)
-    _tell(program, options, group, level if say_once(why, group) else logging.DEBUG)
+    _tell(program, options, group, level if say_once(why.kind, group) else logging.DEBUG)
     return program
 
 
@@ -328,6 +329,19 @@ def _tell(program: Program, options: Options, group: SequenceGroup, level: int) 
         log.info("%s", line)
     for line in program.plan.reasons():
         log.debug("%s", line)
+
+
+def report_fallback(fallback: Fallback, options: Options, group: SequenceGroup, level: int) -> None:
+    """One that shows when the program runs: said once for each source line, an error under `strict`."""
+    line = _line(_warned(fallback, ON_GATHERED))
+    if options.strict:
+        raise FallbackError(f"strict=True forbids fallbacks, and there is one:\n  {line}")
+    if say_once(f"{fallback.op} {fallback.source}", group) and speaks_for_all(group, options.mesh):
+        log.log(level, "%s", line)
+
+
+def _warned(fallback: Fallback, how: str) -> Warned:
+    return Warned(f"{fallback.op} at {fallback.source} {how} ({fallback.reason})", fallback.bytes_per_rank)
 
 
 def _line(warned: Warned) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from autoseq.agreement import agree_on_inputs
+from autoseq.between_parts import ReadsBetweenParts
 from autoseq.call_shapes import CallShapes
 from autoseq.compiled_calls import program_runs
 from autoseq.drift import Drift
@@ -41,7 +42,7 @@ class ProgramCall:
         sizes = [size for out in self._outputs for size in (*out.shape, out.outer, out.length, out.local)]
         self._size_outputs = {size.index for size in sizes if isinstance(size, SizeOutput)}
         self._agreed, self._shapes, self._called, self._check, self._memory = False, shapes, called, check, memory
-        self._drift = Drift(group, strict=options.strict)
+        self._drift, self._reads = Drift(group, strict=options.strict), ReadsBetweenParts(program, options, group)
 
     def __call__(self, *args: Any) -> Any:
         program_runs()
@@ -120,6 +121,6 @@ class ProgramCall:
         deferred = defer(
             results[out.index], name=name, shape=tuple(map(size, out.shape)), dim=out.dim, outer=size(out.outer),
             length=size(out.length), local_length=size(out.local), layout=self._layout, group=self._group.name,
-            watch=self._check.output(name),
+            watch=self._check.output(name, self._reads.note),
         )  # fmt: skip
         return deferred.local if self._options.outputs == "local" else deferred

@@ -113,11 +113,11 @@ def no_rows_of_its_own(short: ShortAttention) -> str:
 _said: weakref.WeakKeyDictionary[dist.ProcessGroup, set[str]] = weakref.WeakKeyDictionary()
 
 
-def say_once(why: Whole, group: SequenceGroup) -> bool:
-    """True the first time that a program of this group runs whole for this reason: generation compiles several such programs."""
+def say_once(kind: str, group: SequenceGroup) -> bool:
+    """True the first time that something of this kind is to be said of a program of this group: generation compiles several programs."""
     if not group.name:
         return True
     said = _said.setdefault(process_group(group.name), set())
-    is_new = why.kind not in said
-    said.add(why.kind)
+    is_new = kind not in said
+    said.add(kind)
     return is_new

@@ -16,8 +16,12 @@ def source_line(node: fx.Node) -> str:
     if not frames:
         return f"(no source line) {node.name}"
     innermost = next((frame for frame in reversed(frames) if not _in_torch(frame)), frames[-1])
-    short = "/".join(innermost["file"].split("/")[-2:])
-    return f"{short}:{innermost['line']} in {innermost['name'].strip()}: {innermost['code'].strip()}"
+    return line_of_code(innermost["file"], int(innermost["line"]), innermost["name"], innermost["code"])
+
+
+def line_of_code(file: str, line: int, name: str, code: str) -> str:
+    """`folder/file.py:12 in forward: code`."""
+    return f"{'/'.join(file.split('/')[-2:])}:{line} in {name.strip()}: {code.strip()}"
 
 
 def first_source(graph: fx.Graph) -> str:

@@ -74,6 +74,9 @@ class Watch(Protocol):
 
     is_read: bool  # by something besides a later part of the program
 
+    def before_read(self, sent_bytes: int) -> None:
+        """An operation that is in no part of the program is about to read the values, which are not here; a rank sends so many bytes."""
+
     def before_gather(self) -> None:
         """The values are about to be gathered."""
 
@@ -144,7 +147,7 @@ class DeferredTensor(Tensor):
     def given_away(self) -> Tensor:
         """The memory of the whole value, without history, for a tensor that is to share it."""
         self._shard.whole.is_written = True  # by that tensor, perhaps, whose version is its own
-        return self._full.detach()
+        return self._read().detach()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The memory of the whole value; in a trace the wrapper's own, which only tells tensors apart."""
@@ -215,6 +218,11 @@ class DeferredTensor(Tensor):
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> DeferredTensor:
         return DeferredTensor.wrap(_Shard.gathered(inner["_full"]))
 
+    def _read(self) -> Tensor:
+        """`_full`, for an operation. (A guard of Dynamo's looks at `_full` itself, before a part takes it in.)"""
+        self._shard.before_read()
+        return self._full
+
     @property
     def _full(self) -> Tensor:
         if self._shard.watch is not None:  # another compiler takes the value from here too
@@ -240,7 +248,7 @@ class DeferredTensor(Tensor):
             for x in tree_leaves((args, kwargs)):
                 if isinstance(x, DeferredTensor):
                     x._shard.whole.is_shared = True
-        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._full, given) for given in (args, kwargs))
+        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._read(), given) for given in (args, kwargs))
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return result
@@ -301,6 +309,11 @@ class _Shard:
         shard._rows = self._rows if shard.shape == self.shape else None
         shard.whole, shard.is_taken_in = WholeValue(self.name, value.detach(), is_written=True), True
         return shard
+
+    def before_read(self) -> None:
+        """An operation is about to read the whole value."""
+        if self.watch is not None and not (self.is_gathered or self.is_taken_in):
+            self.watch.before_read((self.rows.group.size - 1) * self.padded.numel() * self.padded.element_size())
 
     def full(self) -> Tensor:
         """The whole value, without gradient. Gathered by the first call."""

@@ -102,10 +102,11 @@ def _compile(
     gm: fx.GraphModule, inputs: Sequence[object], options: Options, group: SequenceGroup, found: Topology | None, progress: Progress,
     is_sorted: bool = False,
 ) -> Callable[..., Any]:  # fmt: skip
-    program, failure, part = None, None, part_of(gm, inputs)
+    program, memory, failure, part = None, ReachedMemory(), None, part_of(gm, inputs)
     try:
         with progress.rewriting():
             program = build_program(gm, inputs, options=options, group=group, is_fragment=part != "whole", is_sorted=is_sorted, found=found)
+        memory = ReachedMemory() if program.whole else reached_memory(gm)
         if options.inner == "inductor" and not (program.whole and program.is_untraced):
             refuse_missing_cxx(program.inputs)
     except AutoSeqError as error:
@@ -133,7 +134,7 @@ def _compile(
     check = GivenInputs(group, names, digest, owned, draws=drawing_devices(program), part=part)
     trace_program(program)
     shapes = CallShapes(group, digest, names, program.inputs)
-    run, memory = _compiled(gm, inputs, program, options, group, progress), ReachedMemory() if program.whole else reached_memory(gm)
+    run = _compiled(gm, inputs, program, options, group, progress)
     return ProgramCall(run, program, names, group, options, shapes, called, check, memory)
 
 

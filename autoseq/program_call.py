@@ -20,7 +20,7 @@ from autoseq.program import Program
 from autoseq.runtime.deferred import DeferredTensor, defer
 from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.groups import SequenceGroup
-from autoseq.runtime.kept_memory import KeptMemory
+from autoseq.runtime.kept_memory import Kept, refuse_late_writes
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.messages import connect
 from autoseq.second_derivatives import refuse_second_derivatives
@@ -48,7 +48,7 @@ class ProgramCall:
         program_runs()
         if self._group.size > 1:
             refuse_fake_tensors(args)
-        taken = [(x, x.is_shared) for x in args if isinstance(x, DeferredTensor)]
+        taken = [(x, x.writes_of_a_part()) for x in args if isinstance(x, DeferredTensor)]
         given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
         self._shapes.agree(args)
         if not self._agreed:
@@ -60,9 +60,12 @@ class ProgramCall:
         self._check_floats(args)
         self._check_contents(args)
         self._check.take(given, args)
-        results = list(self._compiled(*args))
-        for x, was_shared in taken:
-            x.given_back(was_shared)
+        results: list[Any] = []
+        try:
+            results += self._compiled(*args)
+        finally:
+            for x, is_written in taken:
+                x.given_back(is_written(), results)
         for x, _ in taken:
             x.check_aliases()
         self._called(results)
@@ -80,18 +83,23 @@ class ProgramCall:
         """Writes from now on are refused where one device's would reach other tensors, or what the backward keeps."""
         for each in self._memory.overlaps:
             output, other = results[each.output], (given if each.is_input else results)[each.other]
-            name = self._names[each.other] if each.is_input else f"output {each.other}"
+            name = self._names[each.other] if each.is_input else _name(other, each.other)
             if isinstance(output, DeferredTensor):
                 output.share_memory_with(other, name)
             elif isinstance(other, DeferredTensor):
-                other.share_memory_with(output, f"output {each.output}")
-        kept = KeptMemory(shards.get(i, result) for i, result in enumerate(results))
-        for index, keeper in self._memory.kept_inputs.items():
-            if isinstance(given[index], DeferredTensor):
-                kept.keep(self._names[index], given[index], keeper)
-        for index, keeper in self._memory.kept_outputs.items():
-            value = results[index]
-            kept.keep(value.name if isinstance(value, DeferredTensor) else f"output {index}", value, keeper)
+                other.share_memory_with(output, _name(output, each.output))
+        self._refuse_late_writes(given, [shards.get(i, result) for i, result in enumerate(results)], results)
+
+    def _refuse_late_writes(self, given: Sequence[Any], compiled: Sequence[Any], results: Sequence[Any]) -> None:
+        reached = self._memory
+        if not (reached.kept_inputs or reached.kept_outputs) or not torch.is_grad_enabled():
+            return
+        nodes = {result.grad_fn for result in compiled if isinstance(result, torch.Tensor)} - {None}
+        if not nodes:
+            return
+        inputs = [(self._names[i], given[i], keeper) for i, keeper in reached.kept_inputs.items() if isinstance(given[i], DeferredTensor)]
+        outputs = [(_name(results[i], i), results[i], keeper) for i, keeper in reached.kept_outputs.items()]
+        refuse_late_writes(nodes, [Kept.of(value, name, keeper) for name, value, keeper in (*inputs, *outputs)])
 
     def _check_floats(self, args: Sequence[Any]) -> None:
         for index, assumed in self._floats.items():
@@ -124,3 +132,7 @@ class ProgramCall:
             watch=self._check.output(name, self._reads.note),
         )  # fmt: skip
         return deferred.local if self._options.outputs == "local" else deferred
+
+
+def _name(output: Any, number: int) -> str:
+    return output.name if isinstance(output, DeferredTensor) else f"output {number}"

@@ -6,13 +6,13 @@ import re
 import torch
 from torch import fx
 
-_TORCH = os.path.dirname(torch.__file__)
+_TORCH, _PASSES = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>.+)\n\s*(?P<code>.*)')
 
 
 def source_line(node: fx.Node) -> str:
     """`file.py:12 in forward: code` of the innermost frame that is not torch's own, or the node's name if tracing kept no frame."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = _frames(node)
     if not frames:
         return f"(no source line) {node.name}"
     innermost = next((frame for frame in reversed(frames) if not _in_torch(frame)), frames[-1])
@@ -26,13 +26,19 @@ def line_of_code(file: str, line: int, name: str, code: str) -> str:
 
 def first_source(graph: fx.Graph) -> str:
     """Where the first operator comes from that tracing kept a frame of."""
-    first = next((node for node in graph.nodes if node.op == "call_function" and node.stack_trace), None)
+    first = next((node for node in graph.nodes if node.op == "call_function" and _frames(node)), None)
     return source_line(first) if first is not None else "(no source)"
 
 
 def has_source_line(node: fx.Node) -> bool:
     """Whether tracing kept a frame that is not torch's own."""
-    return not all(_in_torch(frame) for frame in _FRAME.finditer(node.meta.get("stack_trace") or ""))
+    return not all(_in_torch(frame) for frame in _frames(node))
+
+
+def _frames(node: fx.Node) -> list[re.Match[str]]:
+    """The model's and torch's; without those of the passes, which trace the model anew."""
+    frames = _FRAME.finditer(node.meta.get("stack_trace") or "")
+    return [frame for frame in frames if not frame["file"].startswith(_PASSES)]
 
 
 def _in_torch(frame: re.Match[str]) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from typing import Any, Protocol
@@ -28,7 +28,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
 from autoseq.runtime.errors import RankMismatchError, RendezvousError, UnsupportedError
-from autoseq.runtime.fingerprint import same_bits
 from autoseq.runtime.groups import process_group
 from autoseq.runtime.layout import Layout
 from autoseq.runtime.rendezvous import exchange, timeout_s
@@ -106,27 +105,21 @@ class DeferredTensor(Tensor):
         """This rank's valid rows, in its local order, without padding. Differentiable; sends nothing."""
         self._shard.whole.check_aliases()
         rows = self._shard.rows
-        return rows.trim(own_rows(self._full_unseen(), rows) if self.may_be_written else self._shard.padded)
+        return rows.trim(own_rows(self.full(), rows) if self.may_be_written else self._shard.padded)
 
     @property
     def name(self) -> str:
         """Of the output, with the source line that made it."""
         return self._shard.name
 
-    def watch_memory(self) -> Callable[[], bool]:
-        """Returns a function that says whether the whole value was written to since. Holds no history; sends nothing."""
-        whole, rows = self._shard.whole, self._shard.rows
-        before = self.local.detach().clone() if self.may_be_written else self.local.detach()
-        def is_written() -> bool:
-            may_be = whole.value is not None and (whole.is_written or whole.is_shared)
-            return may_be and not same_bits(rows.trim(own_rows(whole.value, rows)), before)
-
-        return is_written
+    def watch(self) -> Callable[[], bool]:
+        """Returns a function that says whether the whole value was written to since. Keeps nothing alive; sends nothing."""
+        return self._shard.whole.watch()
 
     @property
     def may_be_written(self) -> bool:
         """Whether something may have been written into the whole value: then the shard it came from is out of date."""
-        return self._shard.is_gathered and (self._shard.whole.is_written or self.is_inference() or self._version > 0)
+        return self._shard.is_gathered and (self._shard.whole.may_be_written or self.is_inference() or self._version > 0)
 
     @property
     def data(self) -> Tensor:
@@ -146,8 +139,10 @@ class DeferredTensor(Tensor):
     @torch._disable_dynamo
     def given_away(self) -> Tensor:
         """The memory of the whole value, without history, for a tensor that is to share it."""
-        self._shard.whole.is_written = True  # by that tensor, perhaps, whose version is its own
-        return self._read().detach()
+        whole, value = self._shard.whole, self._read()
+        whole.note_shared()
+        whole.may_be_written = True  # by that tensor, perhaps, whose version is its own
+        return value.detach()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """The memory of the whole value; in a trace the wrapper's own, which only tells tensors apart."""
@@ -158,29 +153,32 @@ class DeferredTensor(Tensor):
     def taken_in(self) -> Tensor:
         """`full`, for a compiled part of the program that has this output among its inputs."""
         self._shard.is_taken_in = True
-        watch = self._shard.watch
+        watch, whole = self._shard.watch, self._shard.whole
         was_read = watch is not None and watch.is_read
-        full = self._full_unseen()
+        whole.is_taken = True
+        full = self.full()
         if watch is not None:
             watch.is_read = was_read
         return full
 
-    def _full_unseen(self) -> Tensor:
-        """`full`, for what does not write to it unnoticed."""
-        was_shared, full = self._shard.whole.is_shared, self.full()
-        self._shard.whole.is_shared = was_shared
-        return full
+    def writes_of_a_part(self) -> Callable[[], bool]:
+        """Before a part takes it in: returns a function that says whether the part wrote to it."""
+        if not self.is_inference() or not self._shard.whole.aliases:
+            version = version_of(self)
+            return lambda: version_of(self) != version
+        self._shard.is_taken_in = True
+        self._read()
+        self._shard.whole.note_shared()  # no version will tell
+        return self._shard.whole.watch()
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether a plain tensor may have the memory of the whole value."""
-        return self._shard.whole.is_shared
-
-    def given_back(self, was_shared: bool) -> None:
-        """The part that took it in has returned. What the part wrote is known by this tensor's version only; views of it are gone."""
-        self._shard.whole.is_shared = was_shared
-        if self.may_be_written and not self._shard.whole.is_written:
-            self._shard.whole.note_write()
+    def given_back(self, is_written: bool, results: Sequence[Any]) -> None:
+        """The part that took it in has returned these results, or none if it failed."""
+        whole = self._shard.whole
+        whole.is_taken = False
+        if is_written:
+            whole.note_write()
+        elif any(_have_one_memory(result, whole.value) for result in results):
+            whole.note_shared()
 
     def check_aliases(self) -> None:
         """Raises UnsupportedError if something wrote to memory that this output has too, on one device."""
@@ -189,12 +187,11 @@ class DeferredTensor(Tensor):
     def share_memory_with(self, other: Tensor, name: str) -> None:
         """On one device `other`, called `name`, has memory of this output: a write to one is refused where it would show in the other."""
         if isinstance(other, DeferredTensor):
-            mine, theirs = self._shard.whole, other._shard.whole
-            theirs.aliases.append(Alias(self.name, self.watch_memory(), lambda: mine.is_shared))
-            mine.aliases.append(Alias(name, other.watch_memory(), lambda: theirs.is_shared))
-        else:
-            plain, values, version = weakref.ref(other), other.detach(), other._version  # the detached tensor counts the writes too
-            self._shard.whole.aliases.append(Alias(name, lambda: values._version != version, lambda: plain() is not None))
+            self._shard.whole.share_with(other._shard.whole)
+            return
+        alive, values, version = weakref.ref(other), other.detach(), version_of(other)  # the detached tensor counts the writes too
+        alias = Alias(name, lambda: version_of(values) != version, lambda: alive() is not None)
+        self._shard.whole.aliases.append(alias)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
@@ -244,11 +241,11 @@ class DeferredTensor(Tensor):
             if isinstance(args[0], DeferredTensor):
                 raise UnsupportedError(f"{func} would change the shape of a deferred output in place. Call .full() on it first.")
             args = args[0], *tree_map_only(DeferredTensor, lambda x: x.given_away(), args[1:])  # set_ shares the memory
+        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._read(), given) for given in (args, kwargs))
         if _gives_view(func):
             for x in tree_leaves((args, kwargs)):
                 if isinstance(x, DeferredTensor):
-                    x._shard.whole.is_shared = True
-        plain_args, plain_kwargs = (tree_map_only(DeferredTensor, lambda x: x._read(), given) for given in (args, kwargs))
+                    x._shard.whole.note_shared()
         result = func(*plain_args, **plain_kwargs)
         if not func._schema.is_mutable:
             return result
@@ -275,7 +272,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[i
 def _on_full(name: str) -> Any:
     def call(self: DeferredTensor, *args: Any, **kwargs: Any) -> Any:
         full = self.full()
-        self._shard.whole.is_written = True
+        self._shard.whole.may_be_written = True
         return getattr(full, name)(*args, **kwargs)
 
     call.__name__ = name
@@ -307,7 +304,7 @@ class _Shard:
         """Another value in this one's place, of which every rank has the whole."""
         shard = _Shard(self.name, tuple(value.shape), value, None)
         shard._rows = self._rows if shard.shape == self.shape else None
-        shard.whole, shard.is_taken_in = WholeValue(self.name, value.detach(), is_written=True), True
+        shard.whole, shard.is_taken_in = WholeValue(self.name, value.detach(), may_be_written=True), True
         return shard
 
     def before_read(self) -> None:
@@ -392,6 +389,15 @@ _counts: weakref.WeakKeyDictionary[dist.ProcessGroup, count[int]] = weakref.Weak
 
 def _next_serial(group: str) -> int:
     return next(_counts.setdefault(process_group(group), count(1))) if group else 0
+
+
+def version_of(x: Tensor) -> int:
+    """How often autograd saw x written to; 0 for an inference tensor, which does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def _have_one_memory(result: Any, value: Tensor | None) -> bool:
+    return type(result) is Tensor and value is not None and result.untyped_storage()._cdata == value.untyped_storage()._cdata
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:

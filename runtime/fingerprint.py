@@ -28,6 +28,7 @@ RELATIVE_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1
 float32, which sets the limit for float64."""
 
 _TINY = 1e-30
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1024
 _MOST_SLICES = 256
 _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -50,18 +51,29 @@ def exact_on_device(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x.reshape(-1) * odd_integers(x.numel(), device)).sum() for x in tensors])
 
 
-def exact_bits(x: Tensor) -> int:
-    """One hash of a tensor of any dtype. Waits for a device."""
-    return int(exact([_as_bits(x)])[0])
+def hash_bits(x: Tensor) -> Tensor | list[int]:
+    """A hash of a tensor of any dtype, for `same_hash`; on a device one a row. Does not wait for a device."""
+    bits = _as_bits(x)
+    return exact([bits]) if x.device.type == "cpu" else _row_hashes(bits)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same, a NaN like itself. Waits for a device."""
-    return torch.equal(_as_bits(a), _as_bits(b))
+def same_hash(a: Tensor | list[int], b: Tensor | list[int]) -> bool:
+    """Whether two hashes of one kind are equal. Waits for a device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return isinstance(a, list) and a == b
+
+
+def _row_hashes(bits: Tensor) -> Tensor:
+    """[rows] int64: sums of products, as `exact_on_device` takes them, for a table no longer than a row."""
+    mixed = bits ^ (bits >> 31) if bits.dtype == torch.int64 else bits  # a product hands high bits on to none below, signs to none at all
+    return (mixed * odd_integers(bits.shape[-1], bits.device)).sum(-1)
 
 
 def _as_bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)
+    """[..., columns] integers of the size of x's own numbers."""
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return torch.atleast_1d(x.contiguous()).view(_INTEGERS[x.element_size()])
 
 
 def odd_integers(length: int, device: torch.device) -> Tensor:

@@ -5,10 +5,13 @@
     y.sum().backward()               # refused by name, before any gradient of the call is computed
 
 A write under `no_grad`, which one device's autograd refuses by itself, is refused here too. No version counter tells of a write through
-`.data`, so values are compared: those of a gathered output with the rank's own rows, those of a plain one with a hash of what they were.
+`.data`: a gathered output says whether it was written to (`whole_value`), a plain one is compared by a hash.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,37 +19,43 @@ from torch import Tensor
 
 from autoseq.runtime.deferred import DeferredTensor
 from autoseq.runtime.errors import UnsupportedError
-from autoseq.runtime.fingerprint import exact_bits
+from autoseq.runtime.fingerprint import hash_bits, same_hash
 
 
-class KeptMemory:
-    """What one call keeps: inputs and outputs, each with the source line that keeps it."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An input or output that is kept from now on, by a source line of the model."""
 
-    def __init__(self, results: Iterable[Any]) -> None:
-        """`results` are what the compiled program returned: with their backward, the call's begins."""
-        self._nodes = {result.grad_fn for result in results if isinstance(result, Tensor) and result.grad_fn is not None}
-        self._kept: list[tuple[Callable[[], bool], str, str]] = []
+    name: str
+    keeper: str
+    is_written: Callable[[], bool]
 
-    def keep(self, name: str, value: Tensor, keeper: str) -> None:
-        """`value`, an input or a result, is kept by `keeper`. Raises UnsupportedError in the backward if it is written to until then."""
-        if not self._nodes:
+    @staticmethod
+    def of(value: Tensor, name: str, keeper: str) -> Kept:
+        return Kept(name, keeper, value.watch() if isinstance(value, DeferredTensor) else _watch(value.detach()))
+
+
+def refuse_late_writes(nodes: Iterable[Any], kept: Sequence[Kept]) -> None:
+    """Have the backward that begins at `nodes` raise UnsupportedError if something of `kept` is written to until then."""
+    asked_in = -1
+
+    def refuse(_: Sequence[Tensor | None]) -> None:
+        nonlocal asked_in
+        if asked_in == torch._C._current_graph_task_id():
             return
-        if not self._kept:
-            for node in self._nodes:
-                node.register_prehook(self._refuse_written)
+        asked_in = torch._C._current_graph_task_id()
         with torch.no_grad():
-            self._kept.append((value.watch_memory() if isinstance(value, DeferredTensor) else _watch(value.detach()), name, keeper))
+            written = next((each for each in kept if each.is_written()), None)
+        if written is not None:
+            raise UnsupportedError(
+                f"{written.name} is kept for the backward of {written.keeper}, and was written to since. One device would compute that "
+                "backward with the new values, or refuse. Write to a clone of it (y = y.clone()), or after the backward."
+            )
 
-    def _refuse_written(self, _: Sequence[Tensor | None]) -> None:
-        with torch.no_grad():
-            for is_written, name, keeper in self._kept:
-                if is_written():
-                    raise UnsupportedError(
-                        f"{name} is kept for the backward of {keeper}, and was written to since. One device would compute that backward "
-                        "with the new values, or refuse. Write to a clone of it (y = y.clone()), or after the backward."
-                    )
+    for node in nodes:
+        node.register_prehook(refuse)
 
 
 def _watch(value: Tensor) -> Callable[[], bool]:
-    before = exact_bits(value)
-    return lambda: exact_bits(value) != before
+    before = hash_bits(value)
+    return lambda: not same_hash(before, hash_bits(value))

@@ -152,6 +152,30 @@ def a_residual_stream_that_is_written_in_each_part(m: Any, x: Tensor) -> Any:
     return m.attend(h)
 
 
+@torch._dynamo.disable
+def peek(x: Tensor) -> float:
+    return float(x[:, :2].detach().sum())
+
+
+@program
+def a_view_that_is_gone_when_its_base_is_written(m: Any, x: Tensor) -> Any:
+    h = m.f(m.attend(x))
+    view = h[:, :, :4]
+    peek(view)
+    del view
+    SPLIT()
+    h.mul_(2)
+    return m.attend(h)
+
+
+@program
+def a_view_that_is_looked_at_and_read(m: Any, x: Tensor) -> Any:
+    h = m.f(m.attend(x))
+    view, last = h[:, :, :4], h[:, -1]
+    peek(view)
+    return m.attend(h), view * 3, last * 3
+
+
 @program
 def a_parameter_and_its_transpose(m: Any, x: Tensor) -> Any:
     turned = m.f.weight.t()
@@ -183,6 +207,26 @@ def check(rank: int, P: int, inner: str) -> None:
         assert P == 1 or name not in REFUSED, name
         worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True))
         assert worst <= 1e-5, (name, worst)  # float32; sums over rows run in another order
+
+
+def check_inference(rank: int, P: int) -> None:
+    for name in PROGRAMS:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, x = Model(name), torch.randn(2, 9, W)
+        with torch.inference_mode():
+            expected = [y.clone() for y in tree_leaves(copy.deepcopy(model)(x))]
+            try:
+                actual = [y * 1 for y in tree_leaves(autoseq.parallelize(model, inner="eager")(x))]
+            except UnsupportedError as error:
+                assert name in REFUSED and "on one device" in str(error), (name, str(error))
+                continue
+        worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True))
+        assert worst <= 1e-5, (name, worst)
+
+
+def test_in_inference_mode_nothing_is_refused_that_is_only_read() -> None:
+    run_ranks(check_inference, 2)
 
 
 @pytest.mark.parametrize(("P", "inner"), [(1, "eager"), (2, "eager"), (2, "aot_eager")])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoseq.runtime import fingerprint
 from autoseq.runtime.fingerprint import (
     RELATIVE_TOLERANCE,
     combined,
@@ -14,6 +15,8 @@ from autoseq.runtime.fingerprint import (
     exact_on_device,
     far_apart,
     far_apart_combined,
+    hash_bits,
+    same_hash,
     sketch,
 )
 
@@ -110,3 +113,31 @@ def test_many_tensors_share_one_sketch_in_which_a_small_one_shows() -> None:
         theirs = combined(torch.stack([sketch(x) for x in others])).tolist()
         assert far_apart_combined([mine, theirs], [1e-5] * 3)
     assert not far_apart_combined([mine, mine], [1e-5] * 3)
+
+
+KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.complex128, torch.int64, torch.bool)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 6), (5,), ()], ids=str)
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+def test_a_write_to_any_tensor_changes_its_hash(dtype: torch.dtype, shape: tuple[int, ...], on_device: bool) -> None:
+    def hashed() -> Tensor | list[int]:
+        return fingerprint._row_hashes(fingerprint._as_bits(x)) if on_device else hash_bits(x)
+
+    numbers = torch.arange(1, 1 + torch.Size(shape).numel()).view(shape) % 7
+    x = numbers % 2 == 1 if dtype == torch.bool else (numbers - 3).to(dtype)
+    before, kept = hashed(), x.clone()
+    assert same_hash(before, hashed())
+    x.copy_(x.logical_not() if dtype == torch.bool else -x)
+    assert not same_hash(before, hashed())
+    x.copy_(kept)
+    assert same_hash(before, hashed())
+    if x.dim():
+        x.copy_(x.roll(1, -1))
+        assert not same_hash(before, hashed())
+
+
+def test_a_nan_is_like_itself() -> None:
+    x = torch.tensor([1.0, float("nan")])
+    assert same_hash(hash_bits(x), hash_bits(x.clone()))

@@ -7,6 +7,7 @@ the kept rows are others than those that are written, so the backward refuses by
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import autoseq
 from autoseq.runtime.errors import UnsupportedError
+from autoseq.runtime.whole_value import WholeValue
 from ranks import run_ranks
 
 W = 8
@@ -147,3 +149,23 @@ def check(rank: int, P: int, inner: str) -> None:
 @pytest.mark.parametrize(("P", "inner"), [(1, "eager"), (2, "eager"), (2, "aot_eager")])
 def test_a_late_write_is_refused_where_it_reaches_what_is_kept(P: int, inner: str) -> None:
     run_ranks(check, P, inner)
+
+
+def values_that_stay(rank: int, P: int, inner: str) -> int:
+    """How many gathered values live, besides those of traces, when each step of models in parts is over."""
+    torch._dynamo.reset()
+    for at, through in (("hidden", -1), ("behind the next part", 0), ("what adds", -1)):
+        model, x = autoseq.parallelize(Block(at, by_nothing), inner=inner), torch.randn(2, 9, W)
+        for _ in range(3):
+            outputs = model(x)
+            by_nothing(outputs[0])
+            by_nothing(outputs[1])
+            outputs[through].square().sum().backward()
+            del outputs
+    gc.collect()
+    return sum(isinstance(each, WholeValue) and each.name != "compiled input" for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_no_value_outlives_its_step(inner: str) -> None:
+    assert run_ranks(values_that_stay, 2, inner) == [0, 0]

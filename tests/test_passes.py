@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+from autoseq.passes import hidden_writes
 from autoseq.passes.find_attention import find_attention
 from autoseq.passes.find_sequence import MARK, find_sequence
 from autoseq.passes.normalize import drop_noops
 from autoseq.passes.runner import Pass, run_passes
-from autoseq.passes.source import source_line
+from autoseq.passes.source import first_source, source_line
 from autoseq.passes.tidy import bucket_varies, drop_idle_varies, leave_gradients_unsummed
 from autoseq.runtime import collectives
 from autoseq.runtime.errors import AutoSeqError, UnsupportedError
@@ -68,6 +69,16 @@ def test_normalize_makes_in_place_writes_functional() -> None:
 def test_normalize_keeps_source_lines() -> None:
     (node,) = trace(in_place, floats(3, 4)).normal.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     assert source_line(node).endswith("in in_place: y.mul_(2)") and "test_passes.py:" in source_line(node)
+
+
+def test_source_lines_are_the_models_and_never_a_passes() -> None:
+    graph = fx.Graph()
+    node, other = graph.call_function(aten.neg.default), graph.call_function(aten.sin.default)
+    here = 'File "/home/me/model.py", line 3, in forward\n    y = x.sin()'
+    node.meta["stack_trace"] = f'File "{hidden_writes.__file__}", line 58, in forward\n    results = histories.run(*inputs)'
+    other.meta["stack_trace"] = f'{here}\n{node.meta["stack_trace"]}'
+    assert source_line(node) == f"(no source line) {node.name}"
+    assert source_line(other) == first_source(graph) == "me/model.py:3 in forward: y = x.sin()"
 
 
 def test_normalize_names_inputs_as_the_user_does() -> None:

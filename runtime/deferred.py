@@ -12,30 +12,21 @@ rows of it: the backward pass moves nothing.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._guards import TracingContext
 from torch.autograd import Function
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from autoseq.runtime.collectives import ShardedRows, own_rows, sharded_rows
-from autoseq.runtime.errors import RankMismatchError, RendezvousError, UnsupportedError
-from autoseq.runtime.groups import process_group
+from autoseq.runtime.collectives import own_rows, sharded_rows
+from autoseq.runtime.errors import UnsupportedError
 from autoseq.runtime.layout import Layout
-from autoseq.runtime.rendezvous import exchange, timeout_s
-from autoseq.runtime.whole_value import Alias, WholeValue
-
-TIMEOUT_VARIABLE = "AUTOSEQ_GATHER_TIMEOUT_S"
-DEFAULT_TIMEOUT_S = 60.0
-
+from autoseq.runtime.output_shard import OutputShard, Watch
+from autoseq.runtime.whole_value import version_of
 
 # These give an alias of the whole output, so they need no values yet.
 _STILL_DEFERRED = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
@@ -64,34 +55,19 @@ def defer(
     The other keywords describe the sharded dim as in `runtime.collectives`. Sends nothing.
     """
     rows = sharded_rows(local, dim, outer, length, local_length, layout, group)
-    shard = _Shard(name, tuple(shape), local, rows, watch)
+    shard = OutputShard(name, tuple(shape), local, rows, watch)
     return _Defer.apply(local, shard)
-
-
-class Watch(Protocol):
-    """Hears what becomes of an output."""
-
-    is_read: bool  # by something besides a later part of the program
-
-    def before_read(self, sent_bytes: int) -> None:
-        """An operation that is in no part of the program is about to read the values, which are not here; a rank sends so many bytes."""
-
-    def before_gather(self) -> None:
-        """The values are about to be gathered."""
-
-    def gradient(self, grad: Tensor) -> None:
-        """The gradient of the whole value has come back."""
 
 
 class DeferredTensor(Tensor):
     """A tensor of global shape that holds this rank's rows, and gathers the rest when an operation needs values."""
 
-    _shard: _Shard
+    _shard: OutputShard
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
-    def wrap(shard: _Shard) -> DeferredTensor:
+    def wrap(shard: OutputShard) -> DeferredTensor:
         """A new wrapper of `shard`, without history."""
         wrapper = Tensor._make_wrapper_subclass(
             DeferredTensor, shard.shape, dtype=shard.dtype, device=shard.device, requires_grad=False
@@ -177,7 +153,7 @@ class DeferredTensor(Tensor):
         whole.is_taken = False
         if is_written:
             whole.note_write()
-        elif any(_have_one_memory(result, whole.value) for result in results):
+        elif any(whole.has_memory_of(result) for result in results):
             whole.note_shared()
 
     def check_aliases(self) -> None:
@@ -188,10 +164,8 @@ class DeferredTensor(Tensor):
         """On one device `other`, called `name`, has memory of this output: a write to one is refused where it would show in the other."""
         if isinstance(other, DeferredTensor):
             self._shard.whole.share_with(other._shard.whole)
-            return
-        alive, values, version = weakref.ref(other), other.detach(), version_of(other)  # the detached tensor counts the writes too
-        alias = Alias(name, lambda: version_of(values) != version, lambda: alive() is not None)
-        self._shard.whole.aliases.append(alias)
+        else:
+            self._shard.whole.share_with_plain(other, name)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         grad = f", grad_fn=<{self.grad_fn.name()}>" if self.grad_fn else ", requires_grad=True" if self.requires_grad else ""
@@ -213,7 +187,7 @@ class DeferredTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> DeferredTensor:
-        return DeferredTensor.wrap(_Shard.gathered(inner["_full"]))
+        return DeferredTensor.wrap(OutputShard.gathered(inner["_full"]))
 
     def _read(self) -> Tensor:
         """`_full`, for an operation. (A guard of Dynamo's looks at `_full` itself, before a part takes it in.)"""
@@ -283,95 +257,9 @@ for _name in _READ_MEMORY:
     setattr(DeferredTensor, _name, _on_full(_name))
 
 
-class _Shard:
-    """What a deferred tensor and its aliases share: this rank's rows and, once it is needed, the whole value."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], local: Tensor, rows: ShardedRows | None, watch: Watch | None = None) -> None:
-        self.name, self.shape, self.dtype, self.device = name, shape, local.dtype, local.device
-        self.padded, self._rows, self.watch = local, rows, watch
-        self.is_taken_in = False  # by a part of the program, which warned of the gather
-        self.whole = WholeValue(name)
-        self._serial = _next_serial(rows.group.name) if rows else 0
-
-    @classmethod
-    def gathered(cls, value: Tensor) -> _Shard:
-        """A whole value, as a compiled function gets it."""
-        shard = cls("compiled input", tuple(value.shape), value, None)
-        shard.whole.value = value
-        return shard
-
-    def replaced(self, value: Tensor) -> _Shard:
-        """Another value in this one's place, of which every rank has the whole."""
-        shard = _Shard(self.name, tuple(value.shape), value, None)
-        shard._rows = self._rows if shard.shape == self.shape else None
-        shard.whole, shard.is_taken_in = WholeValue(self.name, value.detach(), may_be_written=True), True
-        return shard
-
-    def before_read(self) -> None:
-        """An operation is about to read the whole value."""
-        if self.watch is not None and not (self.is_gathered or self.is_taken_in):
-            self.watch.before_read((self.rows.group.size - 1) * self.padded.numel() * self.padded.element_size())
-
-    def full(self) -> Tensor:
-        """The whole value, without gradient. Gathered by the first call."""
-        self.whole.check_aliases()
-        if self.whole.value is None:
-            self.whole.value = self._gather()
-        return self.whole.value
-
-    @property
-    def is_gathered(self) -> bool:
-        return self.whole.value is not None
-
-    @property
-    def rows(self) -> ShardedRows:
-        """The sharded dim. Raises UnsupportedError for a value that came whole into a compiled function."""
-        if self._rows is None:
-            raise UnsupportedError(f".local of a {self.name} is not known inside torch.compile: take it outside.")
-        return self._rows
-
-    def _gather(self) -> Tensor:
-        # Whoever watches operations (a FLOP counter, a fake mode) is not meant to see how the value gets here.
-        with torch.no_grad(), _disable_current_modes():
-            if self.watch is not None:
-                self.watch.before_gather()
-            self._meet()
-            whole = self.rows.gather(self.padded.detach())
-            # The value may be written to; the shard may be saved for the backward pass of whatever computed it.
-            return whole.contiguous() if self.rows.group.size > 1 else whole.clone(memory_format=torch.contiguous_format)
-
-    def _meet(self) -> None:
-        """All ranks come for the same output, or each gets an error."""
-        group = self.rows.group
-        mine = f"{self.name!r} (number {self._serial} of this group's outputs, {_describe(self.shape, self.dtype)})"
-        seconds = timeout_s(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S)
-        try:
-            theirs = exchange(group, "reading an output's values", mine.encode(), timeout_s=seconds, advice=_TOGETHER)
-        except RendezvousError as error:
-            raise RendezvousError(f"The output {mine} could not be gathered. {error}") from None
-        for rank, other in enumerate(theirs):
-            if other.decode() != mine:
-                raise RankMismatchError(
-                    f"Rank {group.rank} needs the values of the output {mine} while rank {rank} needs those of {other.decode()}. "
-                    "Every rank must use the model's outputs in the same order: compute with them on all ranks, and print or save on one."
-                )
-
-    def __str__(self) -> str:
-        state = "gathered" if self.is_gathered else "not gathered"
-        local = tuple(self._rows.trim(self.padded).shape) if self._rows else self.shape
-        return f"{self.name!r}, {_describe(self.shape, self.dtype)}, local shape {local}, {state}"
-
-
-_TOGETHER = (
-    "All ranks read an output's values together: compute on all ranks, print or save on one, as in `value = output[0, 0].item()` before "
-    "`if rank == 0: print(value)`. `output.local`, this rank's rows, needs no other rank. If a rank that is missing ended with an error, "
-    f"that error comes first. {TIMEOUT_VARIABLE} sets how many seconds are waited."
-)
-
-
 class _Defer(Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, shard: _Shard) -> DeferredTensor:
+    def forward(ctx: Any, local: Tensor, shard: OutputShard) -> DeferredTensor:
         ctx.rows, ctx.watch = shard.rows, shard.watch
         return DeferredTensor.wrap(shard)
 
@@ -380,25 +268,3 @@ class _Defer(Function):
         if ctx.watch is not None:
             ctx.watch.gradient(grad)
         return own_rows(grad, ctx.rows), None
-
-
-# How many outputs each living group has had: the n-th output on one rank belongs to the n-th on another. Kept by the group
-# object, so a group that is made again under an old name counts from the start on every rank.
-_counts: weakref.WeakKeyDictionary[dist.ProcessGroup, count[int]] = weakref.WeakKeyDictionary()
-
-
-def _next_serial(group: str) -> int:
-    return next(_counts.setdefault(process_group(group), count(1))) if group else 0
-
-
-def version_of(x: Tensor) -> int:
-    """How often autograd saw x written to; 0 for an inference tensor, which does not count."""
-    return 0 if x.is_inference() else x._version
-
-
-def _have_one_memory(result: Any, value: Tensor | None) -> bool:
-    return type(result) is Tensor and value is not None and result.untyped_storage()._cdata == value.untyped_storage()._cdata
-
-
-def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"shape {shape}, {dtype}"

@@ -86,6 +86,17 @@ class WholeValue:
             alive = weakref.ref(theirs)
             mine.aliases.append(Alias(theirs.name, theirs.watch(), lambda alive=alive: bool((whole := alive()) and whole.is_shared)))
 
+    def share_with_plain(self, other: Tensor, name: str) -> None:
+        """On one device a plain tensor, called `name`, has the same memory. What its `.data` writes is not seen."""
+        alive, values, version = weakref.ref(other), other.detach(), version_of(other)  # the detached tensor counts the writes too
+        self.aliases.append(Alias(name, lambda: version_of(values) != version, lambda: alive() is not None))
+
+    def has_memory_of(self, result: object) -> bool:
+        """Whether a plain tensor is a view of the value."""
+        if type(result) is not Tensor or self.value is None:
+            return False
+        return result.untyped_storage()._cdata == self.value.untyped_storage()._cdata
+
     def check_aliases(self) -> None:
         """Raises UnsupportedError if an alias was written to, of which this value does not know."""
         for alias in self.aliases:
@@ -95,6 +106,11 @@ class WholeValue:
     def _remember(self, watch: _Watch) -> None:
         if watch.before is None and self.value is not None:
             watch.before = hash_bits(self.value)
+
+
+def version_of(x: Tensor) -> int:
+    """How often autograd saw x written to; 0 for an inference tensor, which does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _apart(written: str, other: str) -> UnsupportedError:

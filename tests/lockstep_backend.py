@@ -22,8 +22,9 @@ from torch.distributed.distributed_c10d import _register_process_group, _unregis
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autoseq import backend
-from autoseq.runtime import collectives, deferred
+from autoseq.runtime import collectives
 from autoseq.runtime.groups import SequenceGroup
+from autoseq.runtime.output_shard import OutputShard
 from rank_threads import RankThreads
 
 
@@ -97,7 +98,7 @@ def _be(world: Any) -> None:
 def on_threads(threads: RankThreads) -> Iterator[None]:
     """Within it autoseq's ranks may be threads: they nap by passing their turn on, and a deferred output is gathered without waiting."""
     turns, made = threads.turns, {}
-    make = deferred._Shard.__init__
+    make = OutputShard.__init__
 
     def note(self: Any, *args: Any) -> None:
         make(self, *args)
@@ -112,7 +113,7 @@ def on_threads(threads: RankThreads) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch("autoseq.runtime.rendezvous.time.sleep", turns.nap))
-        stack.enter_context(mock.patch.object(deferred._Shard, "__init__", note))
+        stack.enter_context(mock.patch.object(OutputShard, "__init__", note))
         if turns.P > 1:
-            stack.enter_context(mock.patch.object(deferred._Shard, "_gather", gather))
+            stack.enter_context(mock.patch.object(OutputShard, "_gather", gather))
         yield

@@ -49,19 +49,10 @@ class ProgramCall:
         if self._group.size > 1:
             refuse_fake_tensors(args)
         taken = [(x, x.writes_of_a_part()) for x in args if isinstance(x, DeferredTensor)]
-        given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
-        self._shapes.agree(args)
-        if not self._agreed:
-            agree_on_inputs(self._group, self._names, args, draws=self._check.draws)
-            self._check.agreed(args)
-            connect(self._group, args)
-            self._agreed = True
-        self._drift.look(args)
-        self._check_floats(args)
-        self._check_contents(args)
-        self._check.take(given, args)
         results: list[Any] = []
         try:
+            given, args = args, tuple(x.taken_in() if isinstance(x, DeferredTensor) else x for x in args)
+            self._compare(given, args)
             results += self._compiled(*args)
         finally:
             for x, is_written in taken:
@@ -78,6 +69,19 @@ class ProgramCall:
         self._check.watch(shards, results)
         self._watch_memory(given, shards, results)
         return [r for i, r in enumerate(results) if i not in self._size_outputs]
+
+    def _compare(self, given: Sequence[Any], args: Sequence[Any]) -> None:
+        """What the program is given, with other ranks' and with what it was compiled for."""
+        self._shapes.agree(args)
+        if not self._agreed:
+            agree_on_inputs(self._group, self._names, args, draws=self._check.draws)
+            self._check.agreed(args)
+            connect(self._group, args)
+            self._agreed = True
+        self._drift.look(args)
+        self._check_floats(args)
+        self._check_contents(args)
+        self._check.take(given, args)
 
     def _watch_memory(self, given: Sequence[Any], shards: Mapping[int, torch.Tensor], results: Sequence[Any]) -> None:
         """Writes from now on are refused where one device's would reach other tensors, or what the backward keeps."""

@@ -151,6 +151,39 @@ def test_a_late_write_is_refused_where_it_reaches_what_is_kept(P: int, inner: st
     run_ranks(check, P, inner)
 
 
+class Masked(Block):
+    """Its second part reads a buffer as a mask, and hands on nothing if the buffer has changed."""
+
+    def __init__(self) -> None:
+        super().__init__("a mask")
+        self.register_buffer("mask", torch.ones(9, 9, dtype=torch.bool).tril())
+        self.made: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.attend(x)
+        outside(self.made.append, hidden)
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2)
+
+
+def check_after_a_refused_call(rank: int, P: int) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = autoseq.parallelize(Masked(), inner="eager"), torch.randn(2, 9, W)
+    model(x).sum().backward()
+    model.mask.zero_().fill_diagonal_(True)
+    with pytest.raises(UnsupportedError, match="the buffer mask was read as a mask"):
+        model(x)
+    hidden = model.made[-1]
+    by_a_view_of_data(hidden)
+    with pytest.raises(UnsupportedError, match="is kept for the backward of"):
+        hidden.square().sum().backward()
+
+
+def test_a_late_write_is_seen_after_a_part_that_refused_its_inputs() -> None:
+    run_ranks(check_after_a_refused_call, 2)
+
+
 def values_that_stay(rank: int, P: int, inner: str) -> int:
     """How many gathered values live, besides those of traces, when each step of models in parts is over."""
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ because linked tensors have equal values whenever one is read, and because only 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts
 
 from autoseq.passes.inline import example
 from autoseq.passes.keep_hooks import is_hook
-from autoseq.passes.late_writes import keeper_of
+from autoseq.passes.late_writes import keeper_of, keepers
 from autoseq.passes.source import source_line
 from autoseq.passes.strided import Strided, strided
 from autoseq.runtime.errors import UnsupportedError
@@ -290,7 +290,12 @@ class _Histories(PropagateUnbackedSymInts):
 
     def _keeper(self, roots: set[int]) -> fx.Node | None:
         """What keeps for its backward what this node writes to."""
-        return keeper_of(self._node, [n for n in self._node.all_input_nodes if any(_root(x) in roots for x in _tensors(self.env[n]))])
+        written = [n for n in self._node.all_input_nodes if any(_root(x) in roots for x in _tensors(self.env[n]))]
+        return keeper_of(self._node, written, self._keepers)
+
+    @cached_property
+    def _keepers(self) -> dict[int, fx.Node]:
+        return keepers(self.graph)
 
     def _note_reads(self, operands: Iterable[Tensor]) -> None:
         region = self._node.meta.get("ac_graph_id")

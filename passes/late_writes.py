@@ -7,7 +7,7 @@ A functional graph keeps the values that were read, so that its backward is anot
 a write behind the program is refused when the backward begins (`runtime.kept_memory`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,20 +18,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from autoseq.runtime.deferred import DeferredTensor
 
 
-def keeper_of(write: fx.Node, written: Sequence[fx.Node]) -> fx.Node | None:
-    """The first node before the write whose result's history keeps memory that is written."""
-    memory = {memory_of(node) for node in written}
-    return next((keeper for kept, keeper in keepers(write.graph, write).items() if kept in memory), None)
+def keeper_of(write: fx.Node, written: Sequence[fx.Node], by_storage: Mapping[int, fx.Node]) -> fx.Node | None:
+    """The first node before the write whose result's history keeps memory that is written; `by_storage` are the graph's `keepers`."""
+    found = [by_storage[storage] for storage in map(memory_of, written) if storage in by_storage]
+    return min((keeper for keeper in found if keeper < write), default=None)
 
 
-def keepers(graph: fx.Graph, end: fx.Node | None = None) -> dict[int, fx.Node]:
-    """For each storage that is kept, by its number, the first node that does so; `end` and what follows are left out."""
+def keepers(graph: fx.Graph) -> dict[int, fx.Node]:
+    """For each storage that is kept, by its number, the first node that does so."""
     found: dict[int, fx.Node] = {}
     seen: set[Any] = set()
     with _disable_current_modes():  # Dynamo's fake tensors are not this trace's
         for node in graph.nodes:
-            if node is end:
-                break
             result = node.meta.get("example_value") if node.op.startswith("call") else None
             for x in pytree.tree_leaves(result):
                 for kept in _kept_by_history(_history(x), seen) if isinstance(x, Tensor) else ():

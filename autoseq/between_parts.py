@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import linecache
 import logging
-import sys
-from types import FrameType
 
 from torch._guards import TracingContext
 
+from autoseq.call_stack import frames
 from autoseq.compiled_calls import is_in_a_call
 from autoseq.options import Options
 from autoseq.passes.shard import Fallback
@@ -47,9 +46,7 @@ class ReadsBetweenParts:
 
 def _reading_line() -> str:
     """Of the innermost frame that is neither torch's nor autoseq's."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in ("torch", "autoseq"):
-        frame = frame.f_back
+    frame = next((each for each in frames() if str(each.f_globals.get("__name__")).partition(".")[0] not in ("torch", "autoseq")), None)
     if frame is None:
         return "(no source line)"
     code = frame.f_code

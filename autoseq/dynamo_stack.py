@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Literal
 
 from torch import fx
 
+from autoseq.call_stack import frames
 from autoseq.compiled_calls import is_ours
 from autoseq.runtime.deferred import DeferredTensor
 
@@ -35,7 +35,7 @@ def part_of(gm: fx.GraphModule, inputs: Sequence[object]) -> Part:
 def outermost_call() -> Any:
     """What was given to torch.compile, with this package as its backend, by the outermost call on this thread's stack; None without one."""
     target = None
-    for frame in _frames():
+    for frame in frames():
         if _is_compiled_call(frame) and is_ours(frame.f_locals["self"].callback):
             target = frame.f_locals["fn"]
     return target
@@ -43,7 +43,7 @@ def outermost_call() -> Any:
 
 def compilation_began_s() -> float:
     """When Dynamo began with the frame that it now compiles, by `time.time`; now, if it does not say."""
-    for frame in _frames():
+    for frame in frames():
         if frame.f_code.co_name == "_compile" and _file(frame).endswith("torch/_dynamo/convert_frame.py"):
             began_ns = frame.f_locals.get("start_time_ns")
             return began_ns / 1e9 if isinstance(began_ns, int) else time.time()
@@ -53,7 +53,7 @@ def compilation_began_s() -> float:
 def _called_by_a_user() -> bool:
     """Whether the frame being compiled is the one that was given to torch.compile: its caller is Dynamo's own wrapper."""
     is_behind_callback = False
-    for frame in _frames():
+    for frame in frames():
         if _is_compiled_call(frame):
             return True
         is_behind_callback = is_behind_callback or "torch/_dynamo/convert_frame.py" in _file(frame)
@@ -65,13 +65,6 @@ def _called_by_a_user() -> bool:
 def _is_compiled_call(frame: FrameType) -> bool:
     """Whether it is the wrapper that torch.compile puts around what it is given."""
     return frame.f_code.co_name == "compile_wrapper" and _file(frame).endswith("torch/_dynamo/eval_frame.py")
-
-
-def _frames() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _file(frame: FrameType) -> str:

@@ -7,18 +7,17 @@ for it in a message. (`auto_find_batch_size` of a Trainer is served: `autoseq.hf
 from __future__ import annotations
 
 import functools
-import sys
-from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from autoseq.call_stack import frames
 from autoseq.runtime.errors import UnsupportedError
 
 
 def refuse_retries() -> None:
     """Raises UnsupportedError within a function that accelerate runs again on one rank; a single rank may do that."""
-    if dist.get_world_size() > 1 and _is_retried(sys._getframe()):
+    if dist.get_world_size() > 1 and _is_retried():
         raise UnsupportedError(
             "autoseq.hf.attach does not serve find_executable_batch_size around a loop of your own: where one rank runs out of memory, it "
             "alone would try again with a smaller batch, while the others wait for it. Choose a batch size, or use a Trainer with "
@@ -41,10 +40,6 @@ def _refusing(plain: Any) -> Any:
     return refusing
 
 
-def _is_retried(frame: FrameType | None) -> bool:
+def _is_retried() -> bool:
     """Whether the function that the decorator makes is on the stack."""
-    while frame is not None:
-        if frame.f_code.co_name == "decorator" and frame.f_globals.get("__name__") == "accelerate.utils.memory":
-            return True
-        frame = frame.f_back
-    return False
+    return any(each.f_code.co_name == "decorator" and each.f_globals.get("__name__") == "accelerate.utils.memory" for each in frames())

@@ -33,12 +33,21 @@ class Written(nn.Module):
         return PROGRAMS[self.name](self, x)
 
 
-PROGRAMS: dict[str, Callable[[Any, Tensor], Any]] = {}
+Program = Callable[[Any, Tensor], Any]
+PROGRAMS: dict[str, Program] = {}
 
 
-def program(fn: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    PROGRAMS[fn.__name__.replace("_", " ")] = fn
-    return fn
+def added_to(programs: dict[str, Program]) -> Callable[[Program], Program]:
+    """A decorator for programs, by the words of their names."""
+
+    def program(fn: Program) -> Program:
+        programs[fn.__name__.replace("_", " ")] = fn
+        return fn
+
+    return program
+
+
+program = added_to(PROGRAMS)
 
 
 @program

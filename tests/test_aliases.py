@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import autoseq
 from autoseq.runtime.errors import UnsupportedError
 from ranks import run_ranks
+from side_effect_programs import Program, W, Written, added_to
 
-W = 8
 
-
-class Model(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        self.qkv, self.f, self.g = nn.Linear(W, 3 * W), nn.Linear(W, W), nn.Linear(W, W)
-
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-
+class Model(Written):
     def forward(self, x: Tensor) -> Any:
-        return PROGRAMS[self.name](self, x)
+        return (EXACT | REFUSED)[self.name](self, x)
 
 
-PROGRAMS: dict[str, Callable[[Any, Tensor], Any]] = {}
-REFUSED: set[str] = set()
+EXACT: dict[str, Program] = {}
+REFUSED: dict[str, Program] = {}
+"""On several ranks, where two outputs of one part would have to be one memory."""
+program, refused = added_to(EXACT), added_to(REFUSED)
 SPLIT = torch._dynamo.graph_break
-
-
-def program(fn: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    PROGRAMS[fn.__name__.replace("_", " ")] = fn
-    return fn
-
-
-def refused(fn: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """On several ranks, where two outputs of one part would have to be one memory."""
-    REFUSED.add(fn.__name__.replace("_", " "))
-    return program(fn)
 
 
 @torch._dynamo.disable
@@ -184,8 +164,10 @@ def a_parameter_and_its_transpose(m: Any, x: Tensor) -> Any:
     return F.linear(y, m.f.weight) + y @ turned
 
 
-def values(model: Any, x: Tensor) -> list[Tensor]:
-    """Outputs and gradients."""
+def results(model: Any, x: Tensor) -> list[Tensor]:
+    """Outputs, and gradients where they are recorded."""
+    if torch.is_inference_mode_enabled():
+        return [y * 1 for y in tree_leaves(model(x))]
     x = x.clone().requires_grad_()
     outputs = tree_leaves(model(x))
     torch.stack([y.square().sum() for y in outputs]).sum().backward()
@@ -193,42 +175,27 @@ def values(model: Any, x: Tensor) -> list[Tensor]:
     return [*(y.detach() * 1 for y in outputs), *(each for each in gradients if each is not None)]
 
 
-def check(rank: int, P: int, inner: str) -> None:
-    for name in PROGRAMS:
+def check(rank: int, P: int, inner: str, inference: bool) -> None:
+    for name in EXACT | REFUSED:
         torch._dynamo.reset()
         torch.manual_seed(0)
         model, x = Model(name), torch.randn(2, 9, W)
-        expected = values(copy.deepcopy(model), x)
-        try:
-            actual = values(autoseq.parallelize(model, inner=inner), x)
-        except UnsupportedError as error:
-            assert P > 1 and name in REFUSED and "on one device" in str(error), (name, str(error))
-            continue
-        assert P == 1 or name not in REFUSED, name
+        with torch.inference_mode(inference):
+            expected = results(copy.deepcopy(model), x)
+            try:
+                actual = results(autoseq.parallelize(model, inner=inner), x)
+            except UnsupportedError as error:
+                assert P > 1 and name in REFUSED and "on one device" in str(error), (name, str(error))
+                continue
+        assert P == 1 or inference or name not in REFUSED, name
         worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True))
         assert worst <= 1e-5, (name, worst)  # float32; sums over rows run in another order
 
 
-def check_inference(rank: int, P: int) -> None:
-    for name in PROGRAMS:
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model, x = Model(name), torch.randn(2, 9, W)
-        with torch.inference_mode():
-            expected = [y.clone() for y in tree_leaves(copy.deepcopy(model)(x))]
-            try:
-                actual = [y * 1 for y in tree_leaves(autoseq.parallelize(model, inner="eager")(x))]
-            except UnsupportedError as error:
-                assert name in REFUSED and "on one device" in str(error), (name, str(error))
-                continue
-        worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True))
-        assert worst <= 1e-5, (name, worst)
+@pytest.mark.parametrize(("P", "inner"), [(1, "eager"), (2, "eager"), (2, "aot_eager")])
+def test_shared_memory_is_one_devices_or_refused(P: int, inner: str) -> None:
+    run_ranks(check, P, inner, False)
 
 
 def test_in_inference_mode_nothing_is_refused_that_is_only_read() -> None:
-    run_ranks(check_inference, 2)
-
-
-@pytest.mark.parametrize(("P", "inner"), [(1, "eager"), (2, "eager"), (2, "aot_eager")])
-def test_shared_memory_is_one_devices_or_refused(P: int, inner: str) -> None:
-    run_ranks(check, P, inner)
+    run_ranks(check, 2, "eager", True)
